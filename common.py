@@ -1,0 +1,1378 @@
+"""The VRNN, its data, its bounds and its training: everything that the three scripts share.
+
+Sections, in the order in which data flows: hyperparameters, audio files, demo speech, HDF5, excerpts, model, bounds,
+evaluation, checkpoints, training.
+
+Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
+particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
+(summed over X, averaged over T and B) unless its name says otherwise.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000
+
+
+class UserError(Exception):
+    """Something only the user can mend; its text names the file or option, the problem and the remedy."""
+
+
+def run_as_script(main):
+    """Call main(); a UserError becomes one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hyperparameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
+DEMO = dict(
+    data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
+    batch_size=16, lr=1e-3, max_updates=800, monitor_every=50,
+)
+
+MINIMUM = dict(
+    seed=0, x_dim=1, z_dim=1, rnn_dim=1, q_z_dim=1, p_z_dim=1, p_x_dim=1, x2s_dim=1, z2s_dim=1, k=1, seq_frames=1,
+    reset_freq=1, batch_size=1, lr=0, max_updates=1, monitor_every=1, monitor_windows=1, grad_clip=0,
+    weight_norm=0, ema=0,
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)
+            self.error(f"unknown argument {unknown[0]!r}, the nearest valid one is {nearest[0]}")
+        return parsed
+
+
+def whole_number(text):
+    """'20000', '20_000' and '2e4' as an int."""
+    number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def whole_numbers(text):
+    """'5,100' as (5, 100)."""
+    return tuple(whole_number(part) for part in text.split(","))
+
+
+whole_number.__name__ = "whole number"
+whole_numbers.__name__ = "comma-separated list of whole numbers"
+
+
+def hyperparameters(script, argv=None):
+    """The values at the top of a script, changed by its command line.
+
+    script: the script's globals(). Every name that it assigns before its first function is a hyperparameter: its value
+    is the default, the type of that value the type of the flag, and the comment behind it the flag's help.
+    Returns a namespace of these, plus `script` (its name), `resume` and `demo`; the script's variables are set to them
+    as well. Raises UserError.
+    """
+    source = Path(script["__file__"]).read_text(encoding="utf-8")
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT
+    }
+    name = Path(script["__file__"]).stem
+    parser = OneLineParser(
+        prog=f"{name}.py", description=script["__doc__"], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.FunctionDef):
+            break
+        if isinstance(statement, ast.Assign):
+            variable = statement.targets[0].id
+            defaults[variable] = value = script[variable]
+            about = f"{comments.get(statement.end_lineno, '')} (default: {value})".replace("%", "%%")
+            if isinstance(value, bool):
+                parser.add_argument(f"--{variable}", action=argparse.BooleanOptionalAction, help=about)
+            else:
+                kind = {int: whole_number, tuple: whole_numbers}.get(type(value), type(value))
+                parser.add_argument(f"--{variable}", type=kind, metavar=type(value).__name__.upper(), help=about)
+    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
+    parser.add_argument("--demo", action="store_true", default=False,
+                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
+
+    given = vars(parser.parse_args(argv))
+    demo = dict(DEMO, out_dir=f"runs/demo/{name}") if given["demo"] else {}
+    h = SimpleNamespace(**{"script": name, **defaults, **demo, **given})
+    for option, least in MINIMUM.items():
+        value = getattr(h, option)
+        if not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise UserError(f"--{option}={value} is out of range; give a number of at least {least}")
+    if not h.lr > 0:
+        raise UserError(f"--lr={h.lr} is out of range; give a number above 0")
+    if not h.ema < 1:
+        raise UserError(f"--ema={h.ema} is out of range; give a number of at least 0 and below 1")
+    if not h.eval_k or any(k < 1 for k in h.eval_k):
+        raise UserError(f"--eval_k={h.eval_k} is out of range; give numbers of particles of at least 1, such as 5,100")
+    script.update((name, getattr(h, name)) for name in defaults)
+    return h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audio files
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLOCK = 1 << 16  # samples read at a time, so that memory does not depend on the length of a recording
+ARRAY_SUFFIXES = (".npz", ".npy")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+
+
+class BadAudio(Exception):
+    """Why a file or recording cannot be used."""
+
+
+def natural_order(text):
+    """Sort key that puts data_9 before data_10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split("([0-9]+)", str(text)) if part]
+
+
+def find_audio(paths):
+    """Files among `paths` and in the folders among them, in natural order, without hidden files.
+
+    Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type).
+    The name is the path below the folder, without its suffix. Raises UserError where a path does not exist.
+    """
+    found, ignored = [], {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
+            for file in sorted(files, key=natural_order):
+                below = file.relative_to(path)
+                if any(part.startswith(".") for part in below.parts):
+                    continue
+                if file.suffix.lower() in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
+                    found.append((file, below.with_suffix("").as_posix()))
+                else:
+                    ignored[file.suffix] = ignored.get(file.suffix, 0) + 1
+        elif path.exists():
+            found.append((path, path.stem))
+        else:
+            raise UserError(f"{path} does not exist; give files or folders of recordings")
+    return found, ignored
+
+
+# what damaged or unreadable files make NumPy, zipfile and soundfile raise
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def guarded(reader):
+    """reader, with whatever a damaged file makes it raise turned into BadAudio."""
+    try:
+        yield from reader
+    except READ_ERRORS as error:
+        raise BadAudio(f"it cannot be read ({first_line(error)})") from None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def recordings_in(path, name):
+    """Yield (name, blocks) for each recording in a file; blocks iterates over 1-D int16 arrays at 16 kHz.
+
+    What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            for member in sorted(archive.namelist(), key=natural_order):
+                if member.endswith(".npy"):
+                    yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
+    elif suffix == ".npy":
+        yield from npy_recordings(lambda: open(path, "rb"), name)
+    elif suffix in AUDIO_SUFFIXES:
+        yield name, audio_file_blocks(path)
+    else:
+        raise BadAudio(f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
+
+
+def npy_recordings(open_file, name):
+    """The recordings of one array in .npy format: one, or one per element where it is an array of arrays."""
+    try:
+        with open_file() as file:
+            is_ragged = read_npy_header(file)[2].hasobject
+            arrays = unpickle_ragged(file) if is_ragged else None
+    except (BadAudio, *READ_ERRORS) as error:
+        yield name, raise_later(error)
+        return
+    if is_ragged:
+        for index, array in enumerate(arrays):
+            yield f"{name}/{index}", array_blocks(array)
+    else:
+        yield name, npy_blocks(open_file)
+
+
+def raise_later(error):
+    """An iterator over blocks that fails when it is first used, so that only this recording is lost."""
+    raise error
+    yield
+
+
+def read_npy_header(file):
+    """(shape, fortran_order, dtype); the file then stands at the first byte of the data."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise BadAudio(f"its .npy version {version} holds no audio")
+
+
+def npy_blocks(open_file):
+    """int16 blocks of a numeric array in .npy format, read in pieces."""
+    with open_file() as file:
+        shape, fortran_order, dtype = read_npy_header(file)
+    samples, channels = audio_shape(shape)
+    if fortran_order:
+        channels = 1  # the first channel comes first, as a whole
+
+    def stored_blocks():
+        with open_file() as file:
+            read_npy_header(file)
+            for start in range(0, samples, BLOCK):
+                size = min(BLOCK, samples - start) * channels * dtype.itemsize
+                data = file.read(size)
+                if len(data) < size:
+                    raise BadAudio("it ends before its stated length")
+                yield np.frombuffer(data, dtype)[::channels]
+
+    yield from pcm16_blocks(dtype, stored_blocks)
+
+
+def array_blocks(array):
+    """int16 blocks of an array in memory."""
+    samples, _ = audio_shape(array.shape)
+    channel = array.reshape(samples, -1)[:, 0]
+    yield from pcm16_blocks(array.dtype, lambda: (channel[start:start + BLOCK] for start in range(0, samples, BLOCK)))
+
+
+def audio_shape(shape):
+    """(samples, channels) of an array that holds one recording."""
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
+    if len(shape) == 2 and shape[1] > shape[0]:
+        raise BadAudio(f"its shape {shape} has more channels than samples; transpose it to (samples, channels)")
+    return shape[0], 1 if len(shape) == 1 else shape[1]
+
+
+def pcm16_blocks(dtype, stored_blocks):
+    """int16 blocks of stored samples of any real dtype; stored_blocks() starts another pass over them.
+
+    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
+    and 32-bit full scale otherwise. Floats have full scale 1, or are int16 values where all are whole numbers.
+    """
+    if dtype.kind not in "iuf":
+        raise BadAudio(f"its type {dtype} is not audio; save integers or floats")
+    if dtype.itemsize == 1:
+        offset = 128 if dtype.kind == "u" else 0
+        yield from ((block.astype(np.int16) - offset) * 256 for block in stored_blocks())
+        return
+    if dtype.kind == "i" and dtype.itemsize == 2:
+        yield from (block.astype(np.int16, copy=False) for block in stored_blocks())
+        return
+
+    peak, whole = 0.0, True
+    for block in stored_blocks():
+        block = block.astype(np.float64)
+        peak = max(peak, np.abs(block).max()) if np.isfinite(block).all() else math.inf
+        whole = whole and not (block % 1).any() if peak < math.inf else False
+    if peak == math.inf:
+        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+    if whole and (dtype.kind != "f" or peak > 1) and peak <= 1 << 15:
+        scale = 1.0
+    elif dtype.kind == "f" and peak <= 2:
+        scale = 32768.0
+    elif dtype.kind != "f" and peak <= 1 << 31:
+        scale = 2.0 ** -16
+    else:
+        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
+    yield from (to_int16(block.astype(np.float64) * scale) for block in stored_blocks())
+
+
+def to_int16(samples):
+    """Round and clip samples in int16 units."""
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
+
+
+class PickledDtype:
+    """Stands in for numpy.dtype in a pickle: keeps the name of a plain numeric or object type, builds nothing."""
+
+    def __init__(self, code, align=False, copy=True):
+        if not re.fullmatch("[iuf][1248]|O8?", code):
+            raise pickle.UnpicklingError(f"type {code!r} is not audio")
+        self.code = code
+
+    def __setstate__(self, state):
+        if state[1] in ("<", ">"):
+            self.code = state[1] + self.code
+
+
+class PickledArray:
+    """Stands in for numpy.ndarray in a pickle: its data becomes `array`, an ndarray or a list of PickledArrays."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran_order, data = state
+        if dtype.code.lstrip("<>").startswith("O"):
+            self.array = list(data)
+        else:
+            data = data.encode("latin1") if isinstance(data, str) else data  # written by Python 2
+            self.array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if fortran_order else "C")
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits the three names that a pickled NumPy array needs, as stand-ins above; none of NumPy's own code runs."""
+
+    def find_class(self, module, name):
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return lambda *ignored: PickledArray()
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return {"ndarray": PickledArray, "dtype": PickledDtype}[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
+
+
+def unpickle_ragged(file):
+    """The arrays in a pickled array of arrays, the form in which the 2015 Blizzard files were stored."""
+    try:
+        return [np.asarray(element.array) for element in ArrayUnpickler(file, encoding="latin1").load().array]
+    except Exception as error:  # a damaged pickle can raise anything
+        raise BadAudio(f"its pickled arrays were refused ({first_line(error)}); "
+                       "re-save every recording as an int16 array of its own with numpy.savez") from None
+
+
+def audio_file_blocks(path):
+    """int16 blocks at 16 kHz of the first channel of a sound file."""
+    import soundfile
+    import soxr
+    with soundfile.SoundFile(path) as file:
+        if not 4_000 <= file.samplerate <= 384_000:
+            raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
+        if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
+            while len(block := file.read(BLOCK, dtype="int16", always_2d=True)):
+                yield block[:, 0]
+            return
+        resample = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
+        is_last = False
+        while not is_last:
+            block = np.ascontiguousarray(file.read(BLOCK, dtype="float32", always_2d=True)[:, 0])
+            is_last = len(block) < BLOCK
+            if not np.isfinite(block).all():
+                raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+            if file.samplerate != SAMPLE_RATE:
+                block = resample.resample_chunk(block, last=is_last)
+            yield to_int16(block * 32768.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# demo speech
+# ---------------------------------------------------------------------------------------------------------------------
+
+# formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
+VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
+SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"
+HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
+
+
+def synthetic_recording(random, seconds):
+    """Speech-like int16 audio: glottal pulses and noise through moving formants, with pauses and level changes."""
+    frames = int(seconds * SAMPLE_RATE) // HOP
+    voiced, fricative, level = np.zeros(frames), np.zeros(frames), np.zeros(frames)
+    formants = np.zeros((frames, 3))
+    start = 0
+    while start < frames:
+        length = random.randint(16, 60)  # 80 to 300 ms
+        segment = slice(start, start + length)
+        kind = random.choice(4, p=(0.65, 0.12, 0.08, 0.15))  # vowel, fricative, voiced fricative, pause
+        formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
+        voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
+        level[segment] = random.uniform(0.4, 1.0)
+        start += length
+    smooth = np.hanning(13) / np.hanning(13).sum()
+    formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
+    voiced, fricative, level = (np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level))
+
+    time_s = np.arange(frames * HOP) / SAMPLE_RATE
+    pitch = random.uniform(90, 220) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
+                                       + 0.02 * np.sin(2 * np.pi * 5 * time_s))
+    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
+    noise = random.uniform(-1, 1, frames * HOP)
+
+    def shaped(source, gain, resonances, widths):
+        """Source, cut into overlapping frames, through resonators whose frequencies move from frame to frame."""
+        padded = np.pad(source, SPAN // 2)
+        pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(SPAN)
+        omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
+        response = np.ones((frames, SPAN // 2 + 1), complex)
+        for frequency, width in zip(np.atleast_2d(resonances.T), widths):
+            pole = np.exp((-np.pi * width + 2j * np.pi * frequency) / SAMPLE_RATE)[:, None]
+            response *= (1 - abs(pole)) / ((1 - pole * omega) * (1 - pole.conj() * omega))
+        pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
+        out = np.zeros(len(padded) + HOP)
+        for i, piece in enumerate(pieces):
+            out[i * HOP:i * HOP + SPAN] += piece
+        return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
+
+    speech = np.diff(shaped(pulses, voiced * level, formants, (80, 100, 150)), prepend=0)  # lips radiate the change
+    speech *= 1 / (abs(speech).max() + 1e-9)
+    hiss = shaped(noise, fricative * level, np.full((frames, 1), 5200.0), (1500,))
+    hiss *= 0.25 / (abs(hiss).max() + 1e-9)
+    room = 4e-4 * random.uniform(-1, 1, frames * HOP)
+    return to_int16(random.uniform(0.15, 0.6) * 32768 * (speech + hiss + room))
+
+
+def write_demo(folder, seed=0, minutes=5):
+    """Write synthetic recordings of 5 s as .npz files into folder; the same ones for the same seed."""
+    random = np.random.RandomState(seed)  # frozen by NumPy: the same stream in every version
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for minute in range(minutes):
+        np.savez(folder / f"demo_{minute}.npz", **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0)
+                                                   for i in range(12)})
+
+
+def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False):
+    """Synthetic recordings through the same conversion as any other; returns what convert returns."""
+    write_demo(folder, seed)
+    return convert([folder], out, valid=0.1, test=0.1, force=force, created_by=f"{SYNTHETIC}, seed {seed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HDF5
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMAT, VERSION = "vrnn-audio", 1
+SPLITS = ("train", "valid", "test")
+EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+
+
+class SplitWriter:
+    """Appends whole recordings to one group of the HDF5 file."""
+
+    def __init__(self, group):
+        self.group, self.offsets, self.names = group, [0], []
+        self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
+
+    def append(self, name, blocks):
+        """Append one recording; if it fails half-way nothing of it stays. Returns (samples, sum, sum of squares)."""
+        end, total, squares = self.offsets[-1], 0, 0
+        try:
+            for block in blocks:
+                self.audio.resize((end + len(block),))
+                self.audio[end:] = block
+                end += len(block)
+                wide = block.astype(np.int64)
+                total += int(wide.sum())
+                squares += int((wide * wide).sum())
+            if end == self.offsets[-1]:
+                raise BadAudio("it holds no samples")
+        except BadAudio:
+            self.audio.resize((self.offsets[-1],))
+            raise
+        self.offsets.append(end)
+        self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
+        return end - self.offsets[-2], total, squares
+
+    def close(self):
+        self.group["offsets"] = np.array(self.offsets, np.int64)
+        self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
+
+
+def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
+    """Convert recordings in files and folders to one HDF5 file.
+
+    Recordings are taken in natural order; each goes, whole, to the split that is furthest below its share of the
+    samples so far (train before valid before test where they tie), so a rerun gives the same splits. Mean and standard
+    deviation are those of train. The file appears under its name only when it is complete.
+    Returns a summary: splits {name: (recordings, samples)}, mean, std, short (recordings, seconds), skipped, ignored.
+    Raises UserError.
+    """
+    if not (0 < valid and 0 < test and valid + test < 1):
+        raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
+    out = Path(out)
+    if out.exists() and not force:
+        raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
+    files, ignored = find_audio(paths)
+    shares = dict(train=1 - valid - test, valid=valid, test=test)
+    short, skipped, train_sums = [], [], [0, 0, 0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            writers = {split: SplitWriter(file.create_group(split)) for split in SPLITS}
+            for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
+                for recording, blocks in tolerant(recordings_in(path, name)):
+                    so_far = {split: writer.offsets[-1] for split, writer in writers.items()}
+                    split = max(SPLITS, key=lambda s: shares[s] * sum(so_far.values()) - so_far[s])
+                    try:
+                        sums = writers[split].append(recording, guarded(blocks))
+                    except BadAudio as why:
+                        where = "" if recording in ("", name) else f" ({recording})"
+                        skipped.append(f"{path}{where}: {why}")
+                        if strict:
+                            raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+                        continue
+                    if split == "train":
+                        train_sums = [a + b for a, b in zip(train_sums, sums)]
+                    if sums[0] < EXCERPT_SECONDS * SAMPLE_RATE:
+                        short.append(sums[0] / SAMPLE_RATE)
+            summary = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+            for split, (recordings, _) in summary.items():
+                if recordings == 0:
+                    taken = sum(n for n, _ in summary.values())
+                    why = f" (skipped: {skipped[0]})" if skipped else ""
+                    raise UserError(f"{taken} usable recordings leave none for the split {split}{why}; "
+                                    "give more recordings or a larger --valid and --test")
+            samples, total, squares = train_sums
+            mean = total / samples
+            std = math.sqrt(max(0.0, squares / samples - mean * mean))
+            if std == 0:
+                raise UserError(f"every training sample equals {mean:g}, so nothing can be learnt; give others")
+            for writer in writers.values():
+                writer.close()
+            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                              created_by=created_by)
+        replace_durably(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return SimpleNamespace(splits=summary, mean=mean, std=std, short=(len(short), sum(short)), skipped=skipped,
+                           ignored=ignored)
+
+
+def tolerant(recordings):
+    """Yield (name, blocks) for each recording; a file that is bad as a whole counts as one bad recording."""
+    try:
+        yield from guarded(recordings)
+    except BadAudio as error:
+        yield "", raise_later(error)
+
+
+def replace_durably(temporary, final):
+    """Rename a complete file into place, after its bytes have reached the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+@dataclasses.dataclass
+class Split:
+    """audio: int16 HDF5 dataset, recordings back to back; offsets: (recordings + 1,) int64."""
+    name: str
+    audio: h5py.Dataset
+    offsets: np.ndarray
+
+    def read(self, starts, samples):
+        """(B, samples) int16 from B starting points."""
+        out = np.empty((len(starts), samples), np.int16)
+        for row, start in zip(out, starts):
+            self.audio.read_direct(row, np.s_[start:start + samples])
+        return out
+
+
+def open_corpus(path):
+    """The three Splits of an HDF5 file, with its mean and std (int16 units, of train). Raises UserError."""
+    remake = "make it again with prepare_blizzard.py"
+    if not Path(path).exists():
+        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                        f"{path}', name another with --data, or try --demo")
+    try:
+        file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+        attributes = dict(file.attrs)
+    except OSError as error:
+        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {remake}") from None
+    if (attributes.get("format"), attributes.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"data file {path} is HDF5 but not of format {FORMAT} version {VERSION}; {remake}")
+    if attributes.get("sample_rate") != SAMPLE_RATE:
+        raise UserError(f"data file {path} is not sampled at {SAMPLE_RATE:,} Hz; {remake}")
+    mean, std = float(attributes.get("mean", math.nan)), float(attributes.get("std", math.nan))
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"data file {path} has no usable mean and std; {remake}")
+    splits = {}
+    for name in SPLITS:
+        try:
+            audio, offsets = file[name]["audio"], file[name]["offsets"][:]
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"data file {path} has no readable split {name} ({first_line(error)}); {remake}") from None
+        if (audio.dtype != np.int16 or audio.ndim != 1 or offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0
+                or offsets[-1] != len(audio) or (np.diff(offsets) <= 0).any()):
+            raise UserError(f"data file {path} has inconsistent offsets in split {name}; {remake}")
+        splits[name] = Split(name, audio, offsets.astype(np.int64))
+    return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# excerpts
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Excerpts:
+    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
+
+    Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that
+    all of it is seen. A group is batch_size excerpts; what an epoch holds beyond whole groups is left out of it.
+    """
+
+    def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.shape = (batch_size, reset_freq, seq_frames, x_dim)
+        self.samples = reset_freq * seq_frames * x_dim
+        lengths = np.diff(split.offsets)
+        self.counts, self.slack = lengths // self.samples, lengths % self.samples
+        self.first = np.cumsum(self.counts) - self.counts
+        self.groups_per_epoch = int(self.counts.sum()) // batch_size
+        self.epoch = None
+        if self.groups_per_epoch == 0:
+            raise UserError(
+                f"the training recordings hold {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, fewer "
+                f"than --batch_size={batch_size}; give a smaller --batch_size or --reset_freq, or more recordings")
+
+    def shuffle(self, epoch):
+        if epoch != self.epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.order = epoch, random.permutation(int(self.counts.sum()))
+            self.shift = random.integers(0, self.slack, endpoint=True)
+
+    def group(self, index):
+        """Windows of group `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
+        epoch, index = divmod(index, self.groups_per_epoch)
+        self.shuffle(epoch)
+        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
+        recording = np.searchsorted(self.first + self.counts, chosen, side="right")
+        starts = (self.split.offsets[recording] + self.shift[recording]
+                  + (chosen - self.first[recording]) * self.samples)
+        pcm = torch.from_numpy(self.split.read(starts, self.samples))
+        return pcm.view(self.shape).permute(1, 2, 0, 3)
+
+
+def window_starts(split, samples, at_most=None):
+    """First samples of the non-overlapping windows of every recording: all, or at_most of them evenly spread."""
+    counts = np.diff(split.offsets) // samples
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(split.offsets[:-1], counts) + nth * samples
+    if len(starts) == 0:
+        raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
+                        "longer recordings or a smaller --seq_frames")
+    if at_most is not None and at_most < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
+    return starts
+
+
+def normalise(pcm, corpus, generator=None):
+    """int16 samples to zero mean and unit variance; with a generator, dequantised by uniform(-1/2, 1/2) LSB."""
+    x = pcm.float()
+    if generator is not None:
+        x += torch.rand(x.shape, generator=generator, device=x.device) - 0.5
+    return (x - corpus.mean) / corpus.std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Rollout:
+    """What a model says of T frames of B sequences with K particles each. Nats, per frame and particle."""
+    nll_TBK: torch.Tensor       # -log p(x_t | z_<=t, x_<t)
+    kl_TBK: torch.Tensor        # KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)), analytic
+    log_w_TBK: torch.Tensor     # log p(x_t | z_<=t, x_<t) + log p(z_t | .) - log q(z_t | .), at the sampled z
+    q_mean: torch.Tensor        # (T, B*K, Z)
+    q_sigma: torch.Tensor
+    prior_mean: torch.Tensor
+    prior_sigma: torch.Tensor
+    x_mean: torch.Tensor        # (T, B*K, X)
+    x_sigma: torch.Tensor
+    state: tuple                # (h, c) after the last frame, (B*K, R) each
+
+
+def gaussian_log_density(x, mean, sigma):
+    """log N(x; mean, sigma^2) summed over the last axis."""
+    return (-0.5 * ((x - mean) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
+    """KL(N(q_mean, q_sigma^2) || N(p_mean, p_sigma^2)) summed over the last axis."""
+    ratio = q_sigma / p_sigma
+    return (0.5 * (ratio ** 2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
+
+
+def mean_and_sigma(head):
+    """The output of a Gaussian head, (., 2D), as mean and sigma of (., D). The floor keeps sigma off zero."""
+    mean, sigma = head.chunk(2, dim=-1)
+    return mean, F.softplus(sigma) + 1e-4
+
+
+def relu_layers(*sizes):
+    """Linear layers from each size to the next, each followed by a ReLU."""
+    return [layer for fan_in, fan_out in zip(sizes, sizes[1:]) for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
+
+
+def lstm_cell(gates, c):
+    """One LSTM step from pre-activations (rows, 4R) in the published order: candidate, input, forget, output."""
+    candidate, i, f, o = gates.chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+class VRNN(nn.Module):
+    """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
+
+    Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
+    products, so that the one with phi_x(x_t) can run before the recurrence.
+    """
+
+    def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim):
+        super().__init__()
+        self.x_dim, self.z_dim, self.rnn_dim = x_dim, z_dim, rnn_dim
+        self.phi_x = nn.Sequential(*relu_layers(x_dim, *[x2s_dim] * 4))
+        self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
+        self.posterior_x = nn.Linear(x2s_dim, q_z_dim)
+        self.posterior_h = nn.Linear(rnn_dim, q_z_dim, bias=False)
+        self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), nn.Linear(q_z_dim, 2 * z_dim))
+        self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), nn.Linear(p_z_dim, 2 * z_dim))
+        self.decoder_z = nn.Linear(z2s_dim, p_x_dim)
+        self.decoder_h = nn.Linear(rnn_dim, p_x_dim, bias=False)
+        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), nn.Linear(p_x_dim, 2 * x_dim))
+        self.lstm_x = nn.Linear(x2s_dim, 4 * rnn_dim)
+        self.lstm_z = nn.Linear(z2s_dim, 4 * rnn_dim, bias=False)
+        self.lstm_h = nn.Linear(rnn_dim, 4 * rnn_dim, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks.
+
+        The range is scaled with fan-in such that 600 inputs give 0.08: at a fixed 0.08 narrow four-layer stacks pass
+        no signal and z stays unused.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                bound = 0.08 * math.sqrt(600 / layer.in_features)
+                layer.weight.uniform_(-bound, bound)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        for head in (self.posterior[-1], self.prior[-1], self.decoder[-1]):
+            head.bias.chunk(2)[1].fill_(0.6)
+        for block in self.lstm_h.weight.chunk(4):
+            nn.init.orthogonal_(block)
+
+    def zero_state(self, rows):
+        zeros = self.lstm_h.weight.new_zeros(rows, self.rnn_dim)
+        return zeros, zeros
+
+    def forward(self, x_TBX, state=None, noise=None, k=1):
+        """Sample z from the posterior along x and score both.
+
+        x_TBX: (T, B, X). state: (h, c) of (B*k, R), zeros if None. noise: standard normal (T, B*k, Z), drawn if None.
+        Only what depends on h_{t-1} or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
+        """
+        frames, batch, _ = x_TBX.shape
+        h, c = self.zero_state(batch * k) if state is None else state
+        if noise is None:
+            noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
+        phi_x = self.phi_x(x_TBX)
+        posterior_from_x, lstm_from_x = self.posterior_x(phi_x), self.lstm_x(phi_x)
+        h_weight = torch.cat((self.posterior_h.weight, self.lstm_h.weight))
+        h_sizes = (len(self.posterior_h.weight), len(self.lstm_h.weight))
+
+        h_before, phi_z, q_mean, q_sigma = [], [], [], []
+        for t in range(frames):
+            h_before.append(h)
+            posterior_from_h, lstm_from_h = F.linear(h, h_weight).split(h_sizes, dim=-1)
+            mean, sigma = mean_and_sigma(self.posterior(per_particle(posterior_from_x[t], k) + posterior_from_h))
+            phi_z.append(self.phi_z(mean + sigma * noise[t]))
+            h, c = lstm_cell(per_particle(lstm_from_x[t], k) + lstm_from_h + self.lstm_z(phi_z[t]), c)
+            q_mean.append(mean)
+            q_sigma.append(sigma)
+        h_before, phi_z, q_mean, q_sigma = map(torch.stack, (h_before, phi_z, q_mean, q_sigma))
+
+        prior_mean, prior_sigma = mean_and_sigma(self.prior(h_before))
+        x_mean, x_sigma = mean_and_sigma(self.decoder(self.decoder_z(phi_z) + self.decoder_h(h_before)))
+        by_particle = (frames, batch, k)
+        log_px = gaussian_log_density(x_TBX.unsqueeze(2), x_mean.view(*by_particle, -1), x_sigma.view(*by_particle, -1))
+        log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
+        log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return Rollout(
+            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view(by_particle),
+            log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
+            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma, state=(h, c))
+
+    @torch.inference_mode()
+    def generate(self, frames, batch, generator=None):
+        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder."""
+        h, c = self.zero_state(batch)
+        x = []
+        for _ in range(frames):
+            z = sample_gaussian(*mean_and_sigma(self.prior(h)), generator)
+            phi_z = self.phi_z(z)
+            decoded = self.decoder(self.decoder_z(phi_z) + self.decoder_h(h))
+            x.append(sample_gaussian(*mean_and_sigma(decoded), generator))
+            h, c = lstm_cell(self.lstm_x(self.phi_x(x[-1])) + self.lstm_z(phi_z) + self.lstm_h(h), c)
+        return torch.stack(x)
+
+    @torch.no_grad()
+    def constrain_weights(self, max_norm):
+        """Rescale the incoming weights of each unit to norm at most max_norm, as published for W (not U, not b)."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lstm_h":
+                norm = layer.weight.norm(dim=1, keepdim=True)
+                layer.weight.mul_(norm.clamp(max=max_norm) / (norm + 1e-7))
+
+
+def per_particle(rows, k):
+    """(B, .) to (B*k, .), each row k times."""
+    return rows if k == 1 else rows.repeat_interleave(k, dim=0)
+
+
+def sample_gaussian(mean, sigma, generator=None):
+    return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+
+def published_names(model):
+    """{our parameter: published names}, several where we hold side by side what the 2016 scripts held apart."""
+    names = {}
+
+    def layer(ours, *weights, biases):
+        names[f"{ours}.weight"] = weights
+        names[f"{ours}.bias"] = biases
+
+    def stack(ours, unit, first_layer, last_layer, first_index, inputs):
+        for n in range(first_layer, last_layer + 1):
+            source = inputs if n == 1 else f"{unit}_{n - 1}"
+            layer(f"{ours}.{first_index + 2 * (n - first_layer)}", f"W_{source}__{unit}_{n}", biases=[f"b_{unit}_{n}"])
+
+    def head(ours, unit):
+        layer(ours, f"W_{unit}_4__{unit}_mu", f"W_{unit}_4__{unit}_sig", biases=[f"b_{unit}_mu", f"b_{unit}_sig"])
+
+    stack("phi_x", "x", 1, 4, 0, "x_t")
+    stack("phi_z", "z", 1, 4, 0, "z_t")
+    layer("posterior_x", "W_x_4__phi_1", biases=["b_phi_1"])
+    names["posterior_h.weight"] = ["W_s_tm1__phi_1"]
+    stack("posterior", "phi", 2, 4, 1, None)
+    head("posterior.7", "phi")
+    stack("prior", "prior", 1, 4, 0, "s_tm1")
+    head("prior.8", "prior")
+    layer("decoder_z", "W_z_4__theta_1", biases=["b_theta_1"])
+    names["decoder_h.weight"] = ["W_s_tm1__theta_1"]
+    stack("decoder", "theta", 2, 4, 1, None)
+    head("decoder.7", "theta")
+    layer("lstm_x", "W_x_4__rnn", biases=["b_rnn"])
+    names["lstm_z.weight"] = ["W_z_4__rnn"]
+    names["lstm_h.weight"] = ["U_rnn__rnn"]
+    return names
+
+
+def from_published(model, arrays):
+    """{our parameter: array (out, in)} from arrays under the published names, stored (in, out)."""
+    return {ours: np.concatenate([np.asarray(arrays[name]).T for name in theirs])
+            for ours, theirs in published_names(model).items()}
+
+
+@torch.no_grad()
+def load_published_parameters(model, arrays):
+    """Copy the parameters of a published script into model.
+
+    arrays: published name (W_x_t__x_1, b_x_1, U_rnn__rnn, ...) to array stored (in, out); LSTM column blocks candidate,
+    input, forget, output. A missing name raises KeyError, a wrong shape ValueError.
+    """
+    parameters = dict(model.named_parameters())
+    for ours, array in from_published(model, arrays).items():
+        if parameters[ours].shape != array.shape:
+            raise ValueError(f"{ours} has shape {tuple(parameters[ours].shape)}, the published array {array.shape}")
+        parameters[ours].copy_(torch.as_tensor(array))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+def importance_weighted(log_w_BK):
+    """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
+    return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
+
+
+@torch.inference_mode()
+def estimate_bounds(model, x_TBX, ks, generator, max_rows=1280):
+    """Lower bounds on log p(x) of each sequence from a zero state, by max(ks) particles each.
+
+    model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
+    tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
+    bound by sampled log-weights, K = max(ks)); and for k in ks `iwae_k`, averaged over the K // k disjoint groups of k
+    particles, so that it never falls as k grows through divisors of K. Memory is bounded by max_rows particles.
+    """
+    frames, batch, _ = x_TBX.shape
+    particles = max(ks)
+    at_once = max(1, max_rows // batch)
+    log_w, elbo, kl = [], [], []
+    for start in range(0, particles, at_once):
+        k = min(at_once, particles - start)
+        noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
+        rollout = model(x_TBX, noise=noise, k=k)
+        log_w.append(rollout.log_w_TBK.double().sum(0))
+        kl.append(rollout.kl_TBK.double().sum(0))
+        elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
+    log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1) for parts in (log_w, elbo, kl))
+    bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1)}
+    for k in sorted(ks):
+        groups = log_w_BK[:, :particles // k * k].reshape(-1, k)
+        bounds[f"iwae_{k}"] = importance_weighted(groups).view(batch, -1).mean(1)
+    return bounds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
+EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
+
+
+def bits_per_sample(nats_per_frame, x_dim, std):
+    """Upper bound on the bits per 16-bit sample of a code made from the model; std is that of the data, in LSB."""
+    return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
+
+
+def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
+    """Bounds on the non-overlapping windows of a split, each from a zero state.
+
+    The windows, the dequantisation noise and the latent noise are the same for every model of one size. Returns {bound:
+    {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}; stderr is over windows, in nats per frame.
+    """
+    device = next(model.parameters()).device
+    starts = window_starts(split, seq_frames * model.x_dim, at_most)
+    per_window = {}
+    for batch, first in enumerate(range(0, len(starts), EVAL_BATCH)):
+        generator = torch.Generator(device).manual_seed(EVAL_SEED + batch)
+        pcm = torch.from_numpy(split.read(starts[first:first + EVAL_BATCH], seq_frames * model.x_dim)).to(device)
+        x_TBX = normalise(pcm.view(len(pcm), seq_frames, model.x_dim).transpose(0, 1), corpus, generator)
+        for name, bound in estimate_bounds(model, x_TBX, ks, generator).items():
+            per_window.setdefault(name, []).append(bound.cpu())
+    result = {}
+    for name, parts in per_window.items():
+        nats = torch.cat(parts)
+        result[name] = dict(nats_per_frame=nats.mean().item() / seq_frames,
+                            stderr=nats.std().item() / math.sqrt(len(nats)) / seq_frames,
+                            nats_per_sequence=nats.mean().item())
+        if name != "kl":
+            result[name]["bits_per_sample"] = bits_per_sample(nats.mean().item() / seq_frames, model.x_dim, corpus.std)
+    return result
+
+
+def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
+    """Generated speech as folder/sample_N.wav, and beside real excerpts of the split in folder/samples.png."""
+    import soundfile
+    folder.mkdir(exist_ok=True)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(EVAL_SEED)
+    x_TBX = model.generate(int(seconds * SAMPLE_RATE) // model.x_dim, count, generator)
+    generated = to_int16((x_TBX.double() * corpus.std + corpus.mean).transpose(0, 1).reshape(count, -1).cpu().numpy())
+    for i, samples in enumerate(generated):
+        soundfile.write(folder / f"sample_{i}.wav", samples, SAMPLE_RATE)
+    longest = split.offsets[np.argsort(np.diff(split.offsets))[::-1][:2]]
+    real = split.read(longest, min(generated.shape[1], int(np.diff(split.offsets).max())))
+    draw_speech([("real", samples) for samples in real] + [("generated", samples) for samples in generated[:2]],
+                folder / "samples.png")
+
+
+def draw_speech(titled, path):
+    """Waveform over spectrogram of each (title, int16 samples), side by side."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, len(titled), figsize=(3.4 * len(titled), 4.4), sharex=True, sharey="row",
+                                layout="constrained")
+    for (title, samples), (wave, spectrum) in zip(titled, axes.T):
+        wave.plot(np.arange(len(samples)) / SAMPLE_RATE, samples, linewidth=0.3, color="black")
+        wave.set(title=title, xlim=(0, len(samples) / SAMPLE_RATE))
+        pieces = np.lib.stride_tricks.sliding_window_view(samples / 32768, 512)[::128] * np.hanning(512)
+        power = 20 * np.log10(np.abs(np.fft.rfft(pieces)).T + 1e-4)
+        image = spectrum.imshow(power, origin="lower", aspect="auto", cmap="magma", vmin=-70, vmax=30,
+                                extent=(0, len(samples) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000))
+        spectrum.set(xlabel="seconds")
+    axes[0, 0].set_ylabel("amplitude (int16)")
+    axes[1, 0].set_ylabel("kHz")
+    figure.colorbar(image, ax=axes[1], label="dB", pad=0.01)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, checkpoint):
+    """Write tensors and plain Python to path, so that it holds either the old or the new checkpoint, whole."""
+    temporary = path.with_name(path.name + ".partial")
+    torch.save(checkpoint, temporary)
+    replace_durably(temporary, path)
+
+
+def load_checkpoint(path, option):
+    """Read a checkpoint, executing nothing that is in it. Raises UserError, naming the option that asked for it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{option}: {path} does not exist; name a checkpoint, or start without {option}") from None
+    except Exception as error:  # a damaged checkpoint can raise anything
+        raise UserError(f"{option}: {path} is not a readable checkpoint ({first_line(error)}); name another, or start "
+                        f"without {option}") from None
+
+
+def load_parameters(model, parameters, path, option):
+    try:
+        model.load_state_dict(parameters)
+    except (TypeError, RuntimeError):
+        raise UserError(f"{option}: {path} holds a model of other sizes; give the sizes it was trained with") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_SKIPPED_IN_A_ROW = 10
+# hyperparameters that a resumed run may change, because nothing in its state depends on them
+FREE_ON_RESUME = {"max_updates", "monitor_every", "monitor_windows", "eval_k", "device", "out_dir"}
+
+
+def choose_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
+    return device
+
+
+def describe(device):
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+
+
+def commit():
+    """The commit of this code, with + where files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+                             capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+class StopRequest:
+    """Remembers the first Ctrl-C or SIGTERM, so that training can finish its update; the second one kills."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        self.signal = number
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """A run folder: config.json, log.jsonl, last.pt, best.pt, eval.json, samples/."""
+
+    def __init__(self, h):
+        self.folder = Path(h.out_dir)
+        self.config, self.log, self.last, self.best, self.eval = (
+            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json"))
+        if self.last.exists() and not h.resume:
+            raise UserError(f"{self.folder} already holds a run; pass --resume to go on with it, or another --out_dir")
+        if h.resume and not self.last.exists():
+            raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
+
+    def start(self, header):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(json.dumps(header["config"], indent=1) + "\n")
+            self.log.write_text(json.dumps(header) + "\n")
+        except OSError as error:
+            raise UserError(f"--out_dir={self.folder} cannot be written ({first_line(error)}); give another") from None
+
+    def check_unchanged(self, config):
+        before = json.loads(self.config.read_text())
+        changed = [name for name in config if name not in FREE_ON_RESUME and before.get(name) != config[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(f"--resume: --{name} was {before.get(name)} and is now {config[name]}, which does not fit "
+                            "the saved state; give the old value, or start another --out_dir")
+
+    def append(self, **line):
+        with self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, update):
+        """Drop the log lines of updates that the checkpoint has not seen."""
+        lines = self.log.read_text().splitlines()
+        kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["update"] <= update]
+        self.log.write_text("\n".join(kept) + "\n")
+
+
+class Trainer:
+    """A model in training, with everything that a resumed run needs to go on as if it had never stopped."""
+
+    def __init__(self, h, objective, particles, replays, as_published):
+        self.h, self.objective, self.particles = h, objective, particles
+        self.replays, self.as_published = replays, as_published
+        self.device = choose_device(h.device)
+        self.corpus = open_corpus(h.data)
+        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        torch.manual_seed(h.seed)
+        self.model = VRNN(h.x_dim, h.z_dim, h.rnn_dim, h.q_z_dim, h.p_z_dim, h.p_x_dim, h.x2s_dim, h.z2s_dim)
+        self.model.to(self.device)
+        self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=h.lr)
+        self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
+        self.state = None           # (h, c) carried from window to window of an excerpt
+        self.group = None, None     # index and windows of the excerpts in use
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.progress = dict(update=0, monitored=0, seconds=0.0, best=-math.inf, skipped=0, skipped_in_a_row=0)
+        self.grad_norm = torch.zeros(())
+
+    def checkpoint(self):
+        return dict(model=self.model.state_dict(), averaged=self.averaged.state_dict(),
+                    optimiser=self.optimiser.state_dict(), state=self.state, generator=self.generator.get_state(),
+                    loss_sum=self.loss_sum, progress=self.progress)
+
+    def start_from(self, path):
+        parameters = load_checkpoint(path, "--init_from")["model"]
+        for model in (self.model, self.averaged):
+            load_parameters(model, parameters, path, "--init_from")
+
+    def restore(self, checkpoint, path):
+        load_parameters(self.model, checkpoint["model"], path, "--resume")
+        load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
+        self.optimiser.load_state_dict(checkpoint["optimiser"])
+        self.generator.set_state(checkpoint["generator"])
+        self.loss_sum, self.progress = checkpoint["loss_sum"].to(self.device), checkpoint["progress"]
+        self.state = checkpoint["state"] and tuple(part.to(self.device) for part in checkpoint["state"])
+
+    def window(self, batch):
+        """int16 (T, B, X) of batch number `batch` from the start of training."""
+        index, nth = divmod(batch, self.h.reset_freq)
+        if self.group[0] != index:
+            self.group = index, self.excerpts.group(index)
+        return self.group[1][nth]
+
+    def update(self):
+        """One step of the optimiser on one window; a loss or gradient that is not finite changes no parameter."""
+        h, model = self.h, self.model
+        batch, replay = divmod(self.progress["update"], self.replays)
+        if batch % h.reset_freq == 0:
+            self.state = None
+        pcm = self.window(batch).to(self.device)
+        x_TBX = normalise(pcm, self.corpus, self.generator if h.dequantize else None)
+        noise = torch.randn(h.seq_frames, h.batch_size * self.particles, h.z_dim, generator=self.generator,
+                            device=self.device)
+        rollout = model(x_TBX, self.state, noise, self.particles)
+        loss = self.objective(rollout)
+        self.optimiser.zero_grad()
+        loss.backward()
+        if self.as_published:
+            divide_gradients(model, h.batch_size)
+        self.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), h.grad_clip or math.inf)
+        is_finite = bool(self.grad_norm.isfinite() & loss.isfinite())
+        if self.as_published and not is_finite:
+            replace_gradients(model)
+        if self.as_published or is_finite:
+            self.optimiser.step()
+            if h.weight_norm:
+                model.constrain_weights(h.weight_norm)
+            self.average(min(h.ema, (1 + self.progress["update"]) / (10 + self.progress["update"])))
+        if replay == self.replays - 1:
+            self.state = tuple(part.detach() for part in rollout.state) if is_finite else None
+        self.progress["skipped"] += not is_finite
+        self.progress["skipped_in_a_row"] = 0 if is_finite else self.progress["skipped_in_a_row"] + 1
+        self.progress["update"] += 1
+        self.loss_sum += loss.detach()
+
+    @torch.no_grad()
+    def average(self, decay):
+        """Exponential moving average of the parameters: single steps throw the held-out bound up and down by tens of
+        nats, their average does not."""
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def monitor(self):
+        """Held-out bounds and what else a log line holds; also starts the next interval."""
+        h, progress = self.h, self.progress
+        bounds = evaluate(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames, h.monitor_windows)
+        line = dict(
+            update=progress["update"], sequences=progress["update"] * h.batch_size, seconds=progress["seconds"],
+            train_loss=self.loss_sum.item() / (progress["update"] - progress["monitored"]),
+            grad_norm=self.grad_norm.item(), skipped=progress["skipped"], valid=bounds)
+        self.loss_sum.zero_()
+        progress["monitored"] = progress["update"]
+        return line
+
+
+@torch.no_grad()
+def divide_gradients(model, divisor):
+    """The 2016 scripts divided the gradient once more by the batch size, before clipping it."""
+    for p in model.parameters():
+        p.grad /= divisor
+
+
+@torch.no_grad()
+def replace_gradients(model):
+    """The 2016 scripts put 0.1 times the parameters in place of a gradient that is not finite."""
+    for p in model.parameters():
+        p.grad = 0.1 * p
+
+
+def tracked_bound(eval_k):
+    """The bound that is drawn, and that chooses best.pt, for every objective alike."""
+    return f"iwae_{eval_k[0]}"
+
+
+def progress_line(h, line):
+    valid, bound = line["valid"], tracked_bound(h.eval_k)
+    rate = line["update"] / line["seconds"]
+    left = int((h.max_updates - line["update"]) / rate)
+    skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""
+    return (f"update {line['update']:,} | {line['sequences']:,} sequences | valid {bound} "
+            f"{valid[bound]['nats_per_frame']:.2f} elbo {valid['elbo']['nats_per_frame']:.2f} "
+            f"kl {valid['kl']['nats_per_frame']:.2f} nats/frame | {valid[bound]['bits_per_sample']:.3f} bits/sample | "
+            f"{rate:.2f} updates/s | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left{skipped}")
+
+
+def resume_command():
+    return " ".join([Path(sys.executable).name, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def train(h, objective, particles, replays=1, as_published=False):
+    """Train a VRNN on excerpts of h.data, then evaluate its best checkpoint on the test split; all goes to h.out_dir.
+
+    objective: Rollout -> scalar loss in nats per frame. particles: copies of each sequence. replays: updates in a row
+    on each window, all from the same state. as_published: gradients treated as in the 2016 scripts. Raises UserError.
+    """
+    run = Run(h)
+    if h.demo and not Path(h.data).exists():
+        print(f"making synthetic demo data in {h.data}", flush=True)
+        make_demo_data(h.data)
+    trainer = Trainer(h, objective, particles, replays, as_published)
+    progress, config = trainer.progress, as_config(h)
+    if h.resume:
+        run.check_unchanged(config)
+        trainer.restore(load_checkpoint(run.last, "--resume"), run.last)
+        progress = trainer.progress
+        run.forget_after(progress["update"])
+    else:
+        if h.init_from:
+            trainer.start_from(h.init_from)
+        run.start(dict(config=config, particles=particles, replays=replays, commit=commit(),
+                       device=describe(trainer.device), data=describe_corpus(trainer.corpus),
+                       versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)))
+    print(f"{h.script}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters on "
+          f"{describe(trainer.device)}; {trainer.excerpts.groups_per_epoch} groups of {h.batch_size} excerpts of "
+          f"{trainer.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {run.log}", flush=True)
+
+    bar = tqdm(total=h.max_updates, initial=progress["update"], unit=" updates", disable=not sys.stderr.isatty())
+    with StopRequest() as stop, bar:
+        while progress["update"] < h.max_updates:
+            began = time.monotonic()
+            trainer.update()
+            progress["seconds"] += time.monotonic() - began
+            bar.update()
+            if progress["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row, "
+                                f"up to update {progress['update']}; start again with a lower --lr or --grad_clip")
+            if progress["update"] % h.monitor_every == 0 or progress["update"] == h.max_updates:
+                line = trainer.monitor()
+                run.append(**line)
+                bar.write(progress_line(h, line)) if not bar.disable else print(progress_line(h, line), flush=True)
+                tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
+                if tracked > progress["best"]:
+                    progress["best"] = tracked
+                    save_checkpoint(run.best, dict(model=trainer.averaged.state_dict(), config=config,
+                                                   update=progress["update"]))
+                save_checkpoint(run.last, trainer.checkpoint())
+            if stop.signal:
+                save_checkpoint(run.last, trainer.checkpoint())
+                print(f"stopped after update {progress['update']}; go on with: {resume_command()}", flush=True)
+                sys.exit(128 + stop.signal)
+    finish(h, run, trainer)
+
+
+def as_config(h):
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(h).items() if name not in ("resume", "demo")}
+
+
+def describe_corpus(corpus):
+    return dict(file=Path(corpus.path).name, created_by=corpus.created_by, mean=corpus.mean, std=corpus.std,
+                samples={split: len(getattr(corpus, split).audio) for split in SPLITS})
+
+
+def finish(h, run, trainer):
+    """Evaluate best.pt on every window of the test split, write eval.json, and generate speech from it."""
+    model, corpus = trainer.averaged, trainer.corpus
+    best = load_checkpoint(run.best, "--resume")
+    load_parameters(model, best["model"], run.best, "--resume")
+    print(f"evaluating {run.best} (update {best['update']:,}) on the test split", flush=True)
+    bounds = evaluate(model, corpus, corpus.test, h.eval_k, h.seq_frames)
+    windows = len(window_starts(corpus.test, h.seq_frames * h.x_dim))
+    result = dict(script=h.script, split="test", update=best["update"], windows=windows, frames=h.seq_frames,
+                  bounds=bounds)
+    run.eval.write_text(json.dumps(result, indent=1) + "\n")
+    for name, bound in bounds.items():
+        bits = f", {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
+        print(f"test {name:8} {bound['nats_per_frame']:8.2f} +- {bound['stderr']:.2f} nats/frame, "
+              f"{bound['nats_per_sequence']:.0f} nats/sequence{bits}")
+    write_samples(model, corpus, corpus.test, run.folder / "samples")
+    print(f"{run.eval}, {run.folder / 'samples'}", flush=True)

@@ -1,0 +1,152 @@
+"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder.
+
+    python plot_recon.py [FOLDER]      draws every FOLDER/*/log.jsonl (default: runs)
+    python plot_recon.py --demo        first trains the three scripts on synthetic data where runs/demo lacks them
+
+Left: held-out NLL while training, by one bound for all runs. Right: bounds on the test split from each eval.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import common
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
+MARKERS = "osD^v"
+
+
+def train_demo_runs(folder):
+    for script in SCRIPTS:
+        run = folder / script
+        if not (run / "eval.json").exists():
+            resume = ["--resume"] if (run / "last.pt").exists() else []
+            command = [sys.executable, Path(__file__).with_name(f"{script}.py"), "--demo", f"--out_dir={run}", *resume]
+            status = subprocess.run(command).returncode
+            if status:
+                sys.exit(status)
+
+
+def label(config):
+    """The objective of a run, as the legend names it."""
+    name = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": f"VAE$_{{{config['k']}}}$",
+            "vrnn_gauss_iwae": f"IWAE$_{{{config['k']}}}$"}[config["script"]]
+    return name + (" as published" if config.get("as_published") else "") + (" warm" if config["init_from"] else "")
+
+
+def read_run(folder):
+    """A run's header, its curve and its test bounds (None where there are none yet)."""
+    try:
+        header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        bound = common.tracked_bound(header["config"]["eval_k"])
+        curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
+        evaluation = folder / "eval.json"
+        test = json.loads(evaluation.read_text()) if evaluation.exists() else None
+        return dict(name=folder.name, label=label(header["config"]), header=header, bound=bound, test=test,
+                    curve=np.array(curve).reshape(-1, 2))
+    except (ValueError, KeyError, TypeError) as error:
+        raise common.UserError(f"{folder} holds no readable log of a run ({error}); remove it or run again") from None
+
+
+def read_runs(folder):
+    runs = [read_run(log.parent) for log in sorted(folder.glob("*/log.jsonl"), key=common.natural_order)]
+    if not runs:
+        raise common.UserError(f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo")
+    for run in runs[1:]:
+        for what, key in (("monitored bound", lambda r: r["bound"]), ("data", lambda r: r["header"]["data"]),
+                          ("window", lambda r: (r["header"]["config"]["x_dim"], r["header"]["config"]["seq_frames"]))):
+            if key(run) != key(runs[0]):
+                raise common.UserError(f"{folder / run['name']} and {folder / runs[0]['name']} differ in their {what}, "
+                                       "so their nats cannot be compared; put them into different folders")
+    return sorted(runs, key=lambda run: (SCRIPTS.index(run["header"]["config"]["script"]), run["label"]))
+
+
+def title(data):
+    minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
+    what = "synthetic demo data, not speech" if data["created_by"].startswith(common.SYNTHETIC) else data["file"]
+    return f"Variational RNN on raw audio: {what} ({minutes:.3g} minutes of training recordings)"
+
+
+def draw(runs, heading, out):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2), layout="constrained")
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    colours = {name: f"C{i}" for i, name in enumerate(labels)}
+
+    for run in runs:
+        first = run is next(r for r in runs if r["label"] == run["label"])
+        left.plot(*run["curve"].T, color=colours[run["label"]], linewidth=1.4, label=run["label"] if first else None)
+    points = np.concatenate([run["curve"][:, 1] for run in runs])
+    low, high = robust_limits(points)
+    outside = int((~((points >= low) & (points <= high))).sum())
+    left.set(xlabel="training sequences (0.5 s each)" if is_half_second(runs) else "training sequences",
+             ylabel=f"held-out NLL, upper bound $-${runs[0]['bound'].upper().replace('_', ' K=')} (nats/frame)",
+             ylim=(low, high), title="valid split while training")
+    left.text(0.98, 0.02, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
+              transform=left.transAxes, ha="right", va="bottom", fontsize=8, color="0.4")
+    left.legend(frameon=False)
+    left.grid(alpha=0.25)
+
+    tested = [run for run in runs if run["test"]]
+    bounds = [name for name in (tested[0]["test"]["bounds"] if tested else ())
+              if name == "elbo" or name.startswith("iwae")]
+    for i, name in enumerate(bounds):
+        for run in tested:
+            value = run["test"]["bounds"][name]
+            siblings = [r for r in tested if r["label"] == run["label"]]
+            x = labels.index(run["label"]) + 0.22 * (i - (len(bounds) - 1) / 2) + 0.05 * siblings.index(run)
+            right.errorbar(x, -value["nats_per_frame"], value["stderr"], fmt=MARKERS[i % len(MARKERS)], capsize=3,
+                           color=colours[run["label"]], markersize=5)
+        right.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=f"$-${name.upper().replace('_', ' K=')}")
+    right.set_xticks(range(len(labels)), labels)
+    right.set(xlim=(-0.6, len(labels) - 0.4), title="test split, best checkpoint",
+              ylabel="NLL, upper bound (nats/frame)")
+    right.grid(axis="y", alpha=0.25)
+    if tested:
+        right.legend(frameon=False, title=f"standard error over\n{tested[0]['test']['windows']} windows",
+                     title_fontsize=8, fontsize=8)
+    else:
+        right.text(0.5, 0.5, "no run has an eval.json yet", transform=right.transAxes, ha="center", color="0.4")
+    figure.suptitle(heading)
+    figure.savefig(out, dpi=150)
+
+
+def robust_limits(points):
+    """Limits that the first steep updates and single spikes do not stretch."""
+    finite = points[np.isfinite(points)]
+    if len(finite) == 0:
+        raise common.UserError("no run has a finite held-out bound yet; wait for the first monitoring interval")
+    low, high = np.quantile(finite, (0.0, 0.95))
+    margin = 0.06 * (high - low) + 1e-3
+    return low - margin, high + margin
+
+
+def is_half_second(runs):
+    config = runs[0]["header"]["config"]
+    return config["x_dim"] * config["seq_frames"] == common.SAMPLE_RATE // 2
+
+
+def main():
+    parser = common.OneLineParser(prog="plot_recon.py", description=__doc__, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="of runs (default: runs; runs/demo with --demo)")
+    parser.add_argument("--out", type=Path, default=Path("recon.png"), help="picture to write (%(default)s)")
+    parser.add_argument("--demo", action="store_true", help="train the three scripts on synthetic data first")
+    options = parser.parse_args()
+    folder = options.folder or Path("runs/demo" if options.demo else "runs")
+    if options.demo:
+        train_demo_runs(folder)
+    runs = read_runs(folder)
+    draw(runs, title(runs[0]["header"]["data"]), options.out)
+    print(f"{options.out}: {', '.join(run['name'] for run in runs)}")
+
+
+if __name__ == "__main__":
+    common.run_as_script(main)

@@ -1,0 +1,50 @@
+"""VRNN: the variational bound of Chung et al. 2015 (arXiv 1506.02216, equation 11), with the KL term in closed form.
+
+    loss = -1/T sum_t [ log p(x_t | z_<=t, x_<t) - KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)) ],  z ~ q
+"""
+
+import common
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters. Each is also a flag: --lr 1e-4, --lr=1e-4, --no-dequantize. With --demo, small ones replace these.
+data = "data/blizzard.h5"             # HDF5 file made by prepare_blizzard.py
+out_dir = "runs/vrnn_gauss"           # where the run goes: log, checkpoints, evaluation, generated speech
+seed = 0                              # of initialisation, excerpt order and all noise in training
+device = "auto"                       # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
+x_dim = 200                           # samples in a frame (12.5 ms at 16 kHz)
+z_dim = 200                           # latent variables in a frame
+rnn_dim = 1000                        # LSTM units
+q_z_dim = 500                         # units in each of the four layers of the posterior
+p_z_dim = 500                         # ... of the prior
+p_x_dim = 600                         # ... of the decoder
+x2s_dim = 600                         # ... of phi_x, which the other networks see in place of x
+z2s_dim = 500                         # ... of phi_z, which the other networks see in place of z
+k = 1                                 # samples of z per sequence; the published script takes one
+seq_frames = 40                       # frames in a window, through which gradients flow (40 = 0.5 s)
+reset_freq = 4                        # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
+batch_size = 128                      # sequences in an update, before they are copied k times
+lr = 3e-4                             # Adam's learning rate
+max_updates = 100_000                 # about six epochs of the 283-hour Blizzard corpus
+monitor_every = 500                   # updates between evaluations on the valid split
+monitor_windows = 512                 # windows of the valid split in each, spread evenly
+eval_k = (5, 100)                     # particles of the iwae_k bounds on the test split; the first is monitored too
+grad_clip = 5.0                       # largest norm of the gradient; 0 = no limit
+weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
+ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
+dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
+init_from = ""                        # best.pt of another run to start from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def objective(rollout):
+    """Mean over sequences and samples of the negative bound, nats per frame."""
+    return (rollout.nll_TBK + rollout.kl_TBK).mean()
+
+
+def main():
+    h = common.hyperparameters(globals())
+    common.train(h, objective, particles=h.k)
+
+
+if __name__ == "__main__":
+    common.run_as_script(main)
