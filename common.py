@@ -45,12 +45,18 @@ class UserError(Exception):
 
 
 def run_as_script(main):
-    """Call main(); a UserError becomes one sentence on stderr and exit status 2."""
+    """Call main(); what only the user can mend becomes one sentence on stderr and exit status 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
+              "permissions and the free space", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +95,7 @@ class OneLineParser(argparse.ArgumentParser):
 def whole_number(text):
     """'20000', '20_000' and '2e4' as an int."""
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(text)
     return int(number)
 
@@ -840,7 +846,7 @@ class VRNN(nn.Module):
             log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
             prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma, state=(h, c))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, frames, batch, generator=None):
         """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder."""
         h, c = self.zero_state(batch)
@@ -858,8 +864,7 @@ class VRNN(nn.Module):
         """Rescale the incoming weights of each unit to norm at most max_norm, as published for W (not U, not b)."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear) and name != "lstm_h":
-                norm = layer.weight.norm(dim=1, keepdim=True)
-                layer.weight.mul_(norm.clamp(max=max_norm) / (norm + 1e-7))
+                layer.weight.mul_((max_norm / layer.weight.norm(dim=1, keepdim=True)).clamp(max=1))
 
 
 def per_particle(rows, k):
@@ -934,7 +939,7 @@ def importance_weighted(log_w_BK):
     return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=1280):
     """Lower bounds on log p(x) of each sequence from a zero state, by max(ks) particles each.
 
@@ -1138,12 +1143,9 @@ class Run:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
 
     def start(self, header):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(json.dumps(header["config"], indent=1) + "\n")
-            self.log.write_text(json.dumps(header) + "\n")
-        except OSError as error:
-            raise UserError(f"--out_dir={self.folder} cannot be written ({first_line(error)}); give another") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(json.dumps(header["config"], indent=1) + "\n")
+        self.log.write_text(json.dumps(header) + "\n")
 
     def check_unchanged(self, config):
         before = json.loads(self.config.read_text())

@@ -1,0 +1,325 @@
+import math
+import os
+import pickle
+import re
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import common
+
+RATE = common.SAMPLE_RATE
+
+
+def noise(samples, seed=0):
+    return np.random.default_rng(seed).integers(-20_000, 20_000, samples).astype(np.int16)
+
+
+def recordings(count=12, samples=5_000):
+    return {f"rec_{i}": noise(samples + 37 * i, seed=i) for i in range(count)}
+
+
+def convert(folder, tmp_path, **options):
+    out = tmp_path / "out.h5"
+    return out, common.convert([folder], out, **dict(dict(valid=0.2, test=0.2), **options))
+
+
+def read_back(path):
+    """{name: samples} and {split: names} of a converted file."""
+    audio, splits = {}, {}
+    with h5py.File(path) as file:
+        for split in common.SPLITS:
+            group = file[split]
+            splits[split] = [name.decode() for name in group["names"]]
+            for name, start, end in zip(splits[split], group["offsets"][:-1], group["offsets"][1:]):
+                audio[name] = group["audio"][start:end]
+    return audio, splits
+
+
+def converted_array(tmp_path, array):
+    """The samples that an array becomes when converted among good recordings, or why it was skipped."""
+    folder = tmp_path / "in"
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / "good.npz", **recordings())
+    np.save(folder / "it.npy", array)
+    out, summary = convert(folder, tmp_path, force=True)
+    return summary.skipped[0] if summary.skipped else read_back(out)[0]["it"]
+
+
+def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    stored = {}
+    for file in ("data_10", "data_9"):
+        arrays = {f"{file}_{i}": noise(4_000 + 11 * i, seed=i) for i in range(11)}
+        np.savez(folder / f"{file}.npz", **arrays)
+        stored |= {f"{file}/{key}": array for key, array in arrays.items()}
+    out, summary = convert(folder, tmp_path)
+    audio, splits = read_back(out)
+    assert audio.keys() == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(audio[name], array)
+    assert sum(map(len, splits.values())) == len(stored)
+    for names in splits.values():
+        assert names == sorted(names, key=lambda name: [int(number) for number in re.findall("[0-9]+", name)])
+    assert splits["train"][0] == "data_9/data_9_0"
+
+
+def test_splits_follow_their_shares_and_repeat(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **recordings(60))
+    out, summary = convert(folder, tmp_path, valid=0.1, test=0.2)
+    first = read_back(out)[1]
+    total = sum(samples for _, samples in summary.splits.values())
+    for split, share in dict(train=0.7, valid=0.1, test=0.2).items():
+        assert abs(summary.splits[split][1] / total - share) < 0.02
+    convert(folder, tmp_path, valid=0.1, test=0.2, force=True)
+    assert read_back(out)[1] == first
+
+
+def test_statistics_are_those_of_train_alone(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **recordings())
+    out, summary = convert(folder, tmp_path)
+    with h5py.File(out) as file:
+        train = file["train/audio"][:].astype(float)
+        assert file.attrs["mean"] == summary.mean == pytest.approx(train.mean(), rel=1e-12)
+        assert file.attrs["std"] == summary.std == pytest.approx(train.std(), rel=1e-12)
+        assert (file.attrs["format"], file.attrs["version"], file.attrs["sample_rate"]) == ("vrnn-audio", 1, 16000)
+
+
+def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
+    x = noise(200_000)
+    x[:2] = -32768, 32767
+    same = [x, x.astype(">i2"), x.astype(np.int32), x.astype(np.int64), x.astype(np.float32), x / 32768.0,
+            (x / 32768.0).astype(np.float32), x.astype(np.int32) * 65536, np.stack([x, x[::-1]], 1),
+            np.asfortranarray(np.stack([x, x[::-1]], 1)), x[:, None]]
+    for array in same:
+        np.testing.assert_array_equal(converted_array(tmp_path, array), x)
+    coarse = (x // 256).astype(np.int8)
+    np.testing.assert_array_equal(converted_array(tmp_path, coarse), coarse.astype(np.int16) * 256)
+    np.testing.assert_array_equal(converted_array(tmp_path, (coarse.astype(np.int16) + 128).astype(np.uint8)),
+                                  coarse.astype(np.int16) * 256)
+
+
+@pytest.mark.parametrize("array, reason", (
+    (np.zeros(0, np.int16), "shape"), (np.zeros((2, 3, 4), np.int16), "shape"), (np.int16(3), "shape"),
+    (np.zeros((2, 5000), np.int16), "transpose"), (np.zeros(9, complex), "not audio"), (np.array(["a"] * 9), "not audio"),
+    (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
+    (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
+    (np.zeros(9, [("a", "i2")]), "not audio"),
+))
+def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
+    skipped = converted_array(tmp_path, array)
+    assert isinstance(skipped, str) and reason in skipped and "it.npy" in skipped
+
+
+def ragged(arrays):
+    out = np.empty(len(arrays), object)
+    out[:] = arrays
+    return out
+
+
+def test_published_ragged_object_arrays_are_read(tmp_path):
+    arrays = [noise(900), noise(1_000, 1), noise(1_100, 2).astype(np.float32) / 32768]
+    np.save(tmp_path / "data_0.npy", ragged(arrays), allow_pickle=True)
+    read = [np.concatenate(list(blocks)) for _, blocks in common.recordings_in(tmp_path / "data_0.npy", "data_0")]
+    assert len(read) == 3
+    np.testing.assert_array_equal(read[0], arrays[0])
+    np.testing.assert_array_equal(read[1], arrays[1])
+    np.testing.assert_array_equal(read[2], noise(1_100, 2))
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ("npy", "npz"))
+def test_a_pickle_that_would_execute_is_refused(tmp_path, suffix):
+    folder, harm = tmp_path / "in", str(tmp_path / "harm")
+    folder.mkdir()
+    np.savez(folder / "good.npz", **recordings())
+    evil = ragged([Exploit(harm), noise(100)])
+    if suffix == "npy":
+        np.save(folder / "evil.npy", evil, allow_pickle=True)
+    else:
+        np.savez(folder / "evil.npz", evil=evil)
+    _, summary = convert(folder, tmp_path)
+    assert len(summary.skipped) == 1 and "numpy.savez" in summary.skipped[0]
+    assert not os.path.exists(harm)
+
+
+def test_a_checkpoint_that_would_execute_is_refused(tmp_path):
+    harm = str(tmp_path / "harm")
+    torch.save(dict(model=Exploit(harm)), tmp_path / "evil.pt")
+    with pytest.raises(common.UserError, match="not a readable checkpoint"):
+        common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Exploit(harm)))
+    with pytest.raises(common.UserError, match="not a readable checkpoint"):
+        common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
+    assert not os.path.exists(harm)
+
+
+@pytest.mark.parametrize("suffix", ("wav", "flac", "mp3", "ogg"))
+def test_sound_files_are_resampled_to_16_khz_mono(tmp_path, suffix):
+    rate, hertz = 44_100, 440.0
+    tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
+    soundfile.write(tmp_path / f"tone.{suffix}", np.stack([tone, 0 * tone], 1), rate)
+    (name, blocks), = common.recordings_in(tmp_path / f"tone.{suffix}", "tone")
+    audio = np.concatenate(list(blocks)) / 32768
+    assert len(audio) == pytest.approx(2 * RATE, abs=0.1 * RATE if suffix == "mp3" else 2)
+    middle = audio[RATE // 2:RATE // 2 + RATE]
+    assert np.argmax(np.abs(np.fft.rfft(middle))) == hertz
+    assert middle.std() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
+
+
+def test_16_khz_pcm16_sound_files_are_taken_exactly(tmp_path):
+    x = noise(3 * common.BLOCK)
+    for suffix in ("wav", "flac"):
+        soundfile.write(tmp_path / f"x.{suffix}", x, RATE)
+        (_, blocks), = common.recordings_in(tmp_path / f"x.{suffix}", "x")
+        np.testing.assert_array_equal(np.concatenate(list(blocks)), x)
+
+
+def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    stored = recordings()
+    np.savez(folder / "a.npz", **stored)
+    np.save(folder / "b.npy", noise(300_000))
+    (folder / "b.npy").write_bytes((folder / "b.npy").read_bytes()[:400_000])
+    (folder / "c.wav").write_bytes(b"RIFF")
+    (folder / "d.npz").write_bytes(b"PK\3\4nothing")
+    (folder / "notes.txt").write_text("no audio")
+    (folder / ".hidden.wav").write_text("no audio")
+    out, summary = convert(folder, tmp_path)
+    assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}
+    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in summary.skipped] == ["b.npy", "c.wav", "d.npz"]
+    assert summary.ignored == {".txt": 1}
+    with pytest.raises(common.UserError, match="b.npy: it ends before its stated length.*--strict"):
+        convert(folder, tmp_path, force=True, strict=True)
+    assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}  # the old file stays
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **recordings(3))
+    with pytest.raises(common.UserError, match="leave none for the split test"):
+        convert(folder, tmp_path, valid=0.05, test=0.05)
+    with pytest.raises(common.UserError, match="does not exist"):
+        convert(folder / "missing", tmp_path)
+    with pytest.raises(common.UserError, match="must be above 0"):
+        convert(folder, tmp_path, valid=0.6, test=0.5)
+    np.savez(folder / "a.npz", **{f"silence_{i}": np.zeros(5_000, np.int16) for i in range(9)})
+    with pytest.raises(common.UserError, match="nothing can be learnt"):
+        convert(folder, tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def write_corpus(path, change=lambda file: None):
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format="vrnn-audio", version=1, sample_rate=RATE, mean=0.0, std=1.0)
+        for split in common.SPLITS:
+            file[f"{split}/audio"] = noise(1_000)
+            file[f"{split}/offsets"] = np.array([0, 400, 1_000])
+        change(file)
+    return path
+
+
+@pytest.mark.parametrize("change, reason", (
+    (lambda file: file.attrs.update(format="other"), "not of format"),
+    (lambda file: file.attrs.update(std=0.0), "mean and std"),
+    (lambda file: file.attrs.update(sample_rate=44_100), "not sampled at"),
+    (lambda file: file.__delitem__("test"), "no readable split test"),
+    (lambda file: file["valid/offsets"].write_direct(np.array([0, 400, 900])), "inconsistent offsets"),
+    (lambda file: file["valid/offsets"].write_direct(np.array([0, 1_400, 1_000])), "inconsistent offsets"),
+))
+def test_an_inconsistent_hdf5_file_is_refused_by_name(tmp_path, change, reason):
+    path = write_corpus(tmp_path / "x.h5", change)
+    with pytest.raises(common.UserError, match=reason) as error:
+        common.open_corpus(path)
+    assert str(path) in str(error.value) and "prepare_blizzard.py" in str(error.value)
+
+
+class InMemory:
+    """A Split of numbered samples: sample i of the split is i."""
+
+    def __init__(self, lengths):
+        self.name, self.offsets = "train", np.concatenate([[0], np.cumsum(lengths)])
+
+    def read(self, starts, samples):
+        return np.asarray(starts)[:, None] + np.arange(samples)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=20), batch=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_and_epoch_alone(lengths, batch, epoch):
+    x_dim, frames, reset_freq = 5, 3, 2
+    samples = x_dim * frames * reset_freq
+    if sum(length // samples for length in lengths) < batch:
+        with pytest.raises(common.UserError, match="--batch_size"):
+            common.Excerpts(InMemory(lengths), x_dim, frames, reset_freq, batch, seed=7)
+        return
+    split = InMemory(lengths)
+    excerpts = common.Excerpts(split, x_dim, frames, reset_freq, batch, seed=7)
+    first = epoch * excerpts.groups_per_epoch
+    groups = [excerpts.group(first + i) for i in range(excerpts.groups_per_epoch)]
+    again = common.Excerpts(split, x_dim, frames, reset_freq, batch, seed=7)
+    for i in reversed(range(len(groups))):
+        assert torch.equal(again.group(first + i), groups[i])
+
+    runs = torch.cat(groups, dim=2).permute(2, 0, 1, 3).flatten(1)  # (excerpts, samples), windows back in order
+    assert groups[0].shape == (reset_freq, frames, batch, x_dim)
+    assert (runs.diff(dim=1) == 1).all()
+    recording = np.searchsorted(split.offsets, runs.numpy(), side="right")
+    assert (recording == recording[:, :1]).all()
+    assert len(runs.flatten().unique()) == runs.numel()
+
+
+def test_epochs_differ_in_order_and_offset():
+    excerpts = common.Excerpts(InMemory([1_000, 1_017]), 5, 3, 2, 4, seed=0)
+    starts = [excerpts.group(epoch * excerpts.groups_per_epoch)[0, 0, :, 0].tolist() for epoch in range(3)]
+    assert starts[0] != starts[1] != starts[2]
+    assert {s % 30 for s in starts[0]} != {s % 30 for s in starts[1]}
+
+
+def test_held_out_windows_tile_every_recording():
+    starts = common.window_starts(InMemory([25, 9, 10, 31]), 10)
+    assert starts.tolist() == [0, 10, 34, 44, 54, 64]
+    assert common.window_starts(InMemory([1_000]), 10, at_most=3).tolist() == [0, 500, 990]
+
+
+def test_normalisation_and_dequantisation():
+    corpus = SimpleNamespace(mean=3.0, std=2.0)
+    pcm = torch.randint(-100, 100, (50, 40)).short()
+    torch.testing.assert_close(common.normalise(pcm, corpus), (pcm.float() - 3) / 2)
+    spread = common.normalise(pcm, corpus, torch.Generator().manual_seed(0)) * 2 + 3 - pcm
+    assert spread.min() >= -0.5 and spread.max() <= 0.5 and abs(spread.mean()) < 0.02
+    assert spread.var() == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_demo_speech_is_the_same_every_time_and_sounds_and_pauses(tmp_path):
+    common.write_demo(tmp_path / "a", minutes=1)
+    common.write_demo(tmp_path / "b", minutes=1)
+    first, second = (np.load(tmp_path / folder / "demo_0.npz") for folder in "ab")
+    assert len(first.files) == 12
+    for name in first.files:
+        np.testing.assert_array_equal(first[name], second[name])
+    audio = np.concatenate([first[name] for name in first.files]).astype(float)
+    level = audio.reshape(-1, 400).std(1)
+    assert np.quantile(level, 0.05) < 50 and np.quantile(level, 0.5) > 300
+    assert audio.std() > 800 and abs(audio).max() < 32_767

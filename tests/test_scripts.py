@@ -1,0 +1,232 @@
+"""The scripts as a user runs them: as processes, on tiny data."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
+SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
+         "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu").split()
+RUN_FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "samples"}
+
+
+def run(script, *arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=120)
+
+
+def trained(script, *arguments, cwd):
+    result = run(script, *SIZES, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "config")} for line in lines]
+
+
+def assert_same_run(one, other):
+    assert log_of(one) == log_of(other)
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
+    for part in ("model", "averaged"):
+        for name, tensor in ours[part].items():
+            assert torch.equal(tensor, theirs[part][name])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with data/tiny.h5, converted by the script from smooth noise in data/in."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "data/in").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    walk = lambda: np.convolve(random.normal(0, 2_000, 3_000), np.ones(8) / 8, "valid")  # noqa: E731
+    np.savez(folder / "data/in/tiny.npz", **{f"rec_{i}": walk().astype(np.int16) for i in range(12)})
+    result = run("prepare_blizzard", "data/in", "--out=data/tiny.h5", "--valid=.2", "--test=.2", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "total           12" in result.stdout
+    return folder
+
+
+@pytest.mark.parametrize("script, flags", (
+    ("vrnn_gauss", []), ("vrnn_gauss_alt_nll", []), ("vrnn_gauss_iwae", []),
+    ("vrnn_gauss_alt_nll", ["--as_published"]), ("vrnn_gauss_iwae", ["--as_published", "--weight_norm=0", "--ema=0"]),
+))
+def test_a_script_trains_evaluates_and_generates(folder, script, flags):
+    out = folder / "all" / "-".join([script, *flags])
+    trained(script, "--data=data/tiny.h5", f"--out_dir={out}", "--max_updates=30", "--monitor_every", "10", *flags,
+            cwd=folder)
+    assert {path.name for path in out.iterdir()} == RUN_FILES
+    header, *lines = log_of(out)
+    assert [line["update"] for line in lines] == [10, 20, 30]
+    assert [line["sequences"] for line in lines] == [40, 80, 120]
+    assert lines[-1]["valid"]["iwae_2"]["nats_per_frame"] > lines[0]["valid"]["iwae_2"]["nats_per_frame"]
+    bounds = json.loads((out / "eval.json").read_text())["bounds"]
+    assert list(bounds) == ["elbo", "kl", "elbo_6", "iwae_2", "iwae_6"]
+    assert bounds["elbo_6"]["nats_per_frame"] <= bounds["iwae_2"]["nats_per_frame"] <= bounds["iwae_6"]["nats_per_frame"]
+    elbo = bounds["elbo"]
+    assert elbo["nats_per_sequence"] == pytest.approx(5 * elbo["nats_per_frame"])
+    assert elbo["bits_per_sample"] == pytest.approx(
+        (np.log(header["data"]["std"]) - elbo["nats_per_frame"] / 20) / np.log(2))
+    audio, rate = soundfile.read(out / "samples/sample_0.wav", dtype="int16")
+    assert rate == 16_000 and len(audio) == 64_000 and audio.std() > 0
+    assert (out / "samples/samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recon_png_is_drawn_from_logs_alone(folder):
+    result = run("plot_recon", "all", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "recon.png").read_bytes().startswith(b"\x89PNG")
+    assert all(script in result.stdout for script in SCRIPTS)
+
+
+def test_the_bound_of_a_model_does_not_depend_on_the_script(folder):
+    best = folder / "all/vrnn_gauss/best.pt"
+    found = []
+    for script in SCRIPTS:
+        out = folder / "same" / script
+        trained(script, "--data=data/tiny.h5", f"--out_dir={out}", "--max_updates=1", f"--init_from={best}", "--lr=1e-30",
+                cwd=folder)
+        found.append(json.loads((out / "eval.json").read_text())["bounds"])
+    assert found[0] == found[1] == found[2] == json.loads((best.parent / "eval.json").read_text())["bounds"]
+
+
+@pytest.mark.parametrize("script, flags", (("vrnn_gauss_iwae", []), ("vrnn_gauss_alt_nll", ["--as_published", "--k=3"])))
+def test_stopping_and_resuming_equals_never_stopping(folder, script, flags):
+    common_flags = [script, "--data=data/tiny.h5", "--monitor_every=7", *flags]
+    whole, parts = folder / f"whole-{script}", folder / f"parts-{script}"
+    trained(*common_flags, "--max_updates=21", f"--out_dir={whole}", cwd=folder)
+    trained(*common_flags, "--max_updates=7", f"--out_dir={parts}", cwd=folder)
+    trained(*common_flags, "--max_updates=21", f"--out_dir={parts}", "--resume", cwd=folder)
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
+    flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=300", "--monitor_every=50"]
+    whole, stopped = folder / "unstopped", folder / f"stopped-{status}"
+    if not whole.exists():
+        assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
+    process = subprocess.Popen([sys.executable, ROOT / "vrnn_gauss.py", *flags, f"--out_dir={stopped}"], cwd=folder,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (stopped / "last.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    command = output.splitlines()[-1].split("go on with: ")[1].split()
+    assert command[-1] == "--resume"
+    assert subprocess.run([sys.executable, *command[1:]], cwd=folder, capture_output=True).returncode == 0
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("arguments, words", (
+    (["--rnn_dim=abc"], ["--rnn_dim", "abc"]),
+    (["--rnn_dims=3"], ["--rnn_dims", "nearest", "--rnn_dim"]),
+    (["--data=missing.h5"], ["missing.h5", "does not exist", "prepare_blizzard.py"]),
+    (["--data=other.h5"], ["other.h5", "not of format"]),
+    (["--data=text.h5"], ["text.h5", "not a readable HDF5 file"]),
+    (["--k=0"], ["--k=0", "at least 1"]),
+    (["--lr=nan"], ["--lr=nan"]),
+    (["--eval_k=5,0"], ["--eval_k"]),
+    (["--batch_size=9999"], ["--batch_size=9999", "smaller"]),
+    (["--device=cuda:99"], ["--device=cuda:99", "--device=cpu"]),
+    (["--init_from=missing.pt"], ["--init_from", "missing.pt"]),
+    (["--resume"], ["--resume", "last.pt"]),
+    (["--out_dir=all/vrnn_gauss"], ["all/vrnn_gauss", "--resume"]),
+    (["--out_dir=all/vrnn_gauss", "--resume", "--rnn_dim=13"], ["--rnn_dim was 12 and is now 13"]),
+))
+def test_bad_input_gets_one_sentence_and_status_2(folder, arguments, words):
+    (folder / "text.h5").write_text("not HDF5")
+    with h5py.File(folder / "other.h5", "w") as file:
+        file["audio"] = np.zeros(9)
+    result = run("vrnn_gauss", *SIZES, "--data=data/tiny.h5", "--out_dir=new", *arguments, cwd=folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("script, arguments, words", (
+    ("prepare_blizzard", ["data/in", "--out=data/tiny.h5"], ["data/tiny.h5", "already exists", "--force"]),
+    ("prepare_blizzard", ["nowhere"], ["nowhere", "does not exist"]),
+    ("prepare_blizzard", [], ["--demo"]),
+    ("plot_recon", ["nowhere"], ["nowhere", "no runs"]),
+    ("plot_recon", ["all", "--out=nowhere/x.png"], ["nowhere/x.png"]),
+))
+def test_other_scripts_refuse_in_one_sentence(folder, script, arguments, words):
+    result = run(script, *arguments, cwd=folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_hyperparameter_with_its_comment_and_the_published_default(script):
+    result = run(script, "--help", cwd=ROOT)
+    text = " ".join(result.stdout.split())
+    for name in ("data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim k seq_frames "
+                 "reset_freq batch_size lr max_updates monitor_every grad_clip weight_norm dequantize init_from resume "
+                 "demo").split() + ["as_published"] * (script != "vrnn_gauss"):
+        assert f"--{name}" in text
+    for shown in ("LSTM units (default: 1000)", "(default: 0.0003)", "(default: 128)", "--no-dequantize"):
+        assert shown in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_does_nothing(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    importlib.reload(importlib.import_module(script))
+    assert not list(tmp_path.iterdir())
+
+
+def tiny_hyperparameters(folder, *flags):
+    module = importlib.import_module("vrnn_gauss")
+    return common.hyperparameters(dict(vars(module)), [*SIZES, f"--data={folder / 'data/tiny.h5'}", *flags])
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(folder, tmp_path):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}")
+    poison = iter([1, float("nan"), float("inf"), 1])
+    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean() * next(poison), 1, 1, False)
+    kept = []
+    for _ in range(4):
+        trainer.update()
+        kept.append([p.detach().clone() for p in trainer.model.parameters()])
+    same = [all(map(torch.equal, one, other)) for one, other in zip(kept, kept[1:])]
+    assert same == [True, True, False]
+    assert trainer.progress["skipped"] == 2 and trainer.progress["skipped_in_a_row"] == 0
+    assert all(p.isfinite().all() for p in kept[-1])
+
+
+def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(folder, tmp_path):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path / 'run'}")
+    with pytest.raises(common.UserError, match="not finite in 10 updates in a row"):
+        common.train(h, lambda rollout: rollout.nll_TBK.mean() * float("nan"), 1)
+
+
+def test_averaged_weights_follow_the_trained_ones(folder, tmp_path):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--ema=0.5")
+    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
+    expected = trainer.model.decoder[-1].weight.detach().clone()
+    for update in range(20):
+        trainer.update()
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * trainer.model.decoder[-1].weight.detach()
+    torch.testing.assert_close(trainer.averaged.decoder[-1].weight.detach(), expected)
