@@ -52,8 +52,8 @@ def run_as_script(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
-              "permissions and the free space", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
+              "its permissions and the free space", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

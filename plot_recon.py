@@ -87,10 +87,10 @@ def draw(runs, heading, out):
     low, high = robust_limits(points)
     outside = int((~((points >= low) & (points <= high))).sum())
     left.set(xlabel="training sequences (0.5 s each)" if is_half_second(runs) else "training sequences",
-             ylabel=f"held-out NLL, upper bound $-${runs[0]['bound'].upper().replace('_', ' K=')} (nats/frame)",
-             ylim=(low, high), title="valid split while training")
-    left.text(0.98, 0.02, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
-              transform=left.transAxes, ha="right", va="bottom", fontsize=8, color="0.4")
+             ylabel=f"held-out NLL $\\leq$ {bound_name(runs[0]['bound'])} (nats/frame)", ylim=(low, high),
+             title="valid split while training")
+    left.text(0.02, 0.02, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
+              transform=left.transAxes, fontsize=8, color="0.4")
     left.legend(frameon=False)
     left.grid(alpha=0.25)
 
@@ -104,18 +104,26 @@ def draw(runs, heading, out):
             x = labels.index(run["label"]) + 0.22 * (i - (len(bounds) - 1) / 2) + 0.05 * siblings.index(run)
             right.errorbar(x, -value["nats_per_frame"], value["stderr"], fmt=MARKERS[i % len(MARKERS)], capsize=3,
                            color=colours[run["label"]], markersize=5)
-        right.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=f"$-${name.upper().replace('_', ' K=')}")
+        right.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=bound_name(name))
     right.set_xticks(range(len(labels)), labels)
     right.set(xlim=(-0.6, len(labels) - 0.4), title="test split, best checkpoint",
-              ylabel="NLL, upper bound (nats/frame)")
+              ylabel="NLL $\\leq$ (nats/frame)")
     right.grid(axis="y", alpha=0.25)
     if tested:
-        right.legend(frameon=False, title=f"standard error over\n{tested[0]['test']['windows']} windows",
-                     title_fontsize=8, fontsize=8)
+        low, high = right.get_ylim()
+        right.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+        right.legend(loc="upper center", ncols=len(bounds), frameon=False, columnspacing=1, handletextpad=0.2,
+                     title=f"bars: standard error over the same {tested[0]['test']['windows']} windows", title_fontsize=8)
     else:
         right.text(0.5, 0.5, "no run has an eval.json yet", transform=right.transAxes, ha="center", color="0.4")
     figure.suptitle(heading)
     figure.savefig(out, dpi=150)
+
+
+def bound_name(name):
+    """elbo as -ELBO, iwae_5 as -IWAE with index 5."""
+    kind, _, k = name.upper().partition("_")
+    return f"$-${kind}" + (f"$_{{{k}}}$" if k else "")
 
 
 def robust_limits(points):

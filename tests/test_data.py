@@ -112,7 +112,8 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
 
 @pytest.mark.parametrize("array, reason", (
     (np.zeros(0, np.int16), "shape"), (np.zeros((2, 3, 4), np.int16), "shape"), (np.int16(3), "shape"),
-    (np.zeros((2, 5000), np.int16), "transpose"), (np.zeros(9, complex), "not audio"), (np.array(["a"] * 9), "not audio"),
+    (np.zeros((2, 5000), np.int16), "transpose"), (np.zeros(9, complex), "not audio"),
+    (np.array(["a"] * 9), "not audio"),
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
     (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
     (np.zeros(9, [("a", "i2")]), "not audio"),

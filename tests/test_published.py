@@ -1,7 +1,7 @@
 """Equality with the 2016 scripts: outputs, losses, gradients and monitoring channels that their own graphs computed.
 
-tests/reference/ref_*.npz were computed in float64 from the published Theano scripts; the latent noise, the same at every
-frame, replaces their random generator.
+tests/reference/ref_*.npz were computed in float64 from the published Theano scripts; the latent noise, the same at
+every frame, replaces their random generator.
 """
 
 from pathlib import Path
