@@ -10,7 +10,9 @@ particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on l
 
 import argparse
 import ast
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import io
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
@@ -745,10 +748,13 @@ def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
     return (0.5 * (ratio ** 2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
 
 
+SIGMA_FLOOR = 1e-4
+
+
 def mean_and_sigma(head):
     """The output of a Gaussian head, (., 2D), as mean and sigma of (., D). The floor keeps sigma off zero."""
     mean, sigma = head.chunk(2, dim=-1)
-    return mean, F.softplus(sigma) + 1e-4
+    return mean, F.softplus(sigma) + SIGMA_FLOOR
 
 
 def relu_layers(*sizes):
@@ -761,6 +767,127 @@ def lstm_cell(gates, c):
     candidate, i, f, o = gates.chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
     return o.sigmoid() * c.tanh(), c
+
+
+class Recurrence(torch.autograd.Function):
+    """The part of a rollout that must run frame by frame, with its gradient written out.
+
+        a_t = from_x_t + [posterior_h | lstm_h] h_{t-1},    split into a_t^q and a_t^gates
+        q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
+        h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
+
+    The backward sweep carries only gradients of activations from frame to frame. It leaves those of pre-activations in
+    `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows.
+    """
+
+    @staticmethod
+    def forward(ctx, k, keep, from_x, noise, h, c, h_weight, z_weight, *layers):
+        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow.
+
+        layers: weight and bias of the posterior's second to fourth layer, of its head, and of the four of phi_z.
+        Returns h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame.
+        """
+        frames, rows, z_dim = noise.shape
+        rnn_dim = h.shape[1]
+        q_dim = h_weight.shape[0] - 4 * rnn_dim
+        posterior, (head, head_bias), phi_z = pairs(layers[:6]), layers[6:8], pairs(layers[8:])
+
+        def returned(width):
+            return h.new_empty(frames, rows, width)
+
+        def inner(width):  # without a backward sweep every frame writes over the one before
+            return returned(width) if keep else h.new_empty(1, rows, width).expand(frames, -1, -1)
+
+        h_all, c_all = h.new_empty(2, frames + 1, rows, rnn_dim)
+        mean, sigma, last_phi_z = returned(z_dim), returned(z_dim), returned(phi_z[-1][0].shape[0])
+        pre, tanh_c, z = inner(q_dim + 4 * rnn_dim), inner(rnn_dim), inner(z_dim)
+        q = [inner(weight.shape[0]) for weight, _ in posterior]
+        f = [inner(weight.shape[0]) for weight, _ in phi_z[:-1]] + [last_phi_z]
+        h_all[0], c_all[0] = h, c
+        for t in range(frames):
+            torch.mm(h_all[t], h_weight.t(), out=pre[t])
+            pre[t].view(-1, k, pre.shape[2]).add_(from_x[t].unsqueeze(1))
+            below = pre[t, :, :q_dim].relu_()
+            for (weight, bias), out in zip(posterior, q):
+                below = torch.addmm(bias, below, weight.t(), out=out[t]).relu_()
+            pre_mean, pre_sigma = torch.addmm(head_bias, below, head.t()).chunk(2, dim=1)
+            mean[t] = pre_mean
+            torch.add(F.softplus(pre_sigma), SIGMA_FLOOR, out=sigma[t])
+            below = torch.addcmul(mean[t], sigma[t], noise[t], out=z[t])
+            for (weight, bias), out in zip(phi_z, f):
+                below = torch.addmm(bias, below, weight.t(), out=out[t]).relu_()
+            gates = pre[t, :, q_dim:].addmm_(below, z_weight.t())
+            candidate, i, forget, o = gates.chunk(4, dim=1)
+            candidate.tanh_()
+            gates[:, rnn_dim:].sigmoid_()
+            torch.mul(forget, c_all[t], out=c_all[t + 1]).addcmul_(i, candidate)
+            torch.mul(o, torch.tanh(c_all[t + 1], out=tanh_c[t]), out=h_all[t + 1])
+        if keep:
+            ctx.k = k
+            ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
+                                  *(weight for weight, _ in posterior + phi_z))
+        return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].clone(), c_all[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_h_before, d_phi_z, d_mean, d_sigma, d_h, d_c):
+        noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = ctx.saved_tensors
+        q, f, posterior, phi_z = rest[:3], rest[3:7], rest[7:10], rest[10:]
+        frames, rows, rnn_dim = tanh_c.shape
+        q_dim = pre.shape[2] - 4 * rnn_dim
+
+        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, head.shape[0])
+        d_q, d_f = [torch.empty_like(out) for out in q], [torch.empty_like(out) for out in f]
+        d_h, d_c = d_h.clone(), d_c.clone()
+        scratch = torch.empty_like(d_c)
+        for t in reversed(range(frames)):
+            candidate, i, forget, o = pre[t, :, q_dim:].chunk(4, dim=1)
+            d_candidate, d_i, d_forget, d_o = d_pre[t, :, q_dim:].chunk(4, dim=1)
+            torch.mul(d_h, o, out=scratch)
+            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c[t]))
+            sigmoid_backward(torch.mul(d_h, tanh_c[t], out=scratch), o, grad_input=d_o)
+            sigmoid_backward(torch.mul(d_c, candidate, out=scratch), i, grad_input=d_i)
+            sigmoid_backward(torch.mul(d_c, c_all[t], out=scratch), forget, grad_input=d_forget)
+            tanh_backward(torch.mul(d_c, i, out=scratch), candidate, grad_input=d_candidate)
+            d_c.mul_(forget)
+
+            d = torch.addmm(d_phi_z[t], d_pre[t, :, q_dim:], z_weight)
+            d_z = through_relu_layers(d, phi_z, f, d_f, t)
+            d_head[t, :, :z.shape[2]] = d_z + d_mean[t]
+            slope = -torch.expm1(SIGMA_FLOOR - sigma[t])  # of softplus, from its value
+            torch.mul(d_z.mul_(noise[t]).add_(d_sigma[t]), slope, out=d_head[t, :, z.shape[2]:])
+            d = through_relu_layers(d_head[t] @ head, posterior, q, d_q, t)
+            threshold_backward(d, pre[t, :, :q_dim], 0, grad_input=d_pre[t, :, :q_dim])
+            torch.addmm(d_h_before[t], d_pre[t], h_weight, out=d_h)
+
+        d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
+        d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_pre[:, :, q_dim:], f[-1])]
+        inputs = [pre[:, :, :q_dim], *q, z, *f[:-1]]
+        for d, below in zip([*d_q, d_head, *d_f], inputs):
+            d_weights += over_all_rows(d, below), d.sum((0, 1))
+        return None, None, d_from_x, None, d_h, d_c, *d_weights
+
+
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
+threshold_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+def pairs(flat):
+    """[weight, bias, weight, bias, ...] as [(weight, bias), ...]."""
+    return list(zip(flat[::2], flat[1::2]))
+
+
+def through_relu_layers(d, weights, outputs, d_outputs, t):
+    """Gradient at the input of ReLU layers from d at their output; those before each ReLU go into d_outputs[.][t]."""
+    for weight, out, d_out in zip(reversed(weights), reversed(outputs), reversed(d_outputs)):
+        d = threshold_backward(d, out[t], 0, grad_input=d_out[t]) @ weight
+    return d
+
+
+def over_all_rows(d, below):
+    """Gradient of a weight from those of its outputs and from its inputs, both (T, rows, .)."""
+    return d.flatten(0, 1).t() @ below.flatten(0, 1)
 
 
 class VRNN(nn.Module):
@@ -819,22 +946,12 @@ class VRNN(nn.Module):
         h, c = self.zero_state(batch * k) if state is None else state
         if noise is None:
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
-        phi_x = self.phi_x(x_TBX)
-        posterior_from_x, lstm_from_x = self.posterior_x(phi_x), self.lstm_x(phi_x)
+        from_x = F.linear(self.phi_x(x_TBX), torch.cat((self.posterior_x.weight, self.lstm_x.weight)),
+                          torch.cat((self.posterior_x.bias, self.lstm_x.bias)))
         h_weight = torch.cat((self.posterior_h.weight, self.lstm_h.weight))
-        h_sizes = (len(self.posterior_h.weight), len(self.lstm_h.weight))
-
-        h_before, phi_z, q_mean, q_sigma = [], [], [], []
-        for t in range(frames):
-            h_before.append(h)
-            posterior_from_h, lstm_from_h = F.linear(h, h_weight).split(h_sizes, dim=-1)
-            mean, sigma = mean_and_sigma(self.posterior(per_particle(posterior_from_x[t], k) + posterior_from_h))
-            phi_z.append(self.phi_z(mean + sigma * noise[t]))
-            h, c = lstm_cell(per_particle(lstm_from_x[t], k) + lstm_from_h + self.lstm_z(phi_z[t]), c)
-            q_mean.append(mean)
-            q_sigma.append(sigma)
-        h_before, phi_z, q_mean, q_sigma = map(torch.stack, (h_before, phi_z, q_mean, q_sigma))
-
+        h_before, phi_z, q_mean, q_sigma, h, c = Recurrence.apply(
+            k, torch.is_grad_enabled(), from_x, noise, h, c, h_weight, self.lstm_z.weight, *self.posterior.parameters(),
+            *self.phi_z.parameters())
         prior_mean, prior_sigma = mean_and_sigma(self.prior(h_before))
         x_mean, x_sigma = mean_and_sigma(self.decoder(self.decoder_z(phi_z) + self.decoder_h(h_before)))
         by_particle = (frames, batch, k)
@@ -865,11 +982,6 @@ class VRNN(nn.Module):
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear) and name != "lstm_h":
                 layer.weight.mul_((max_norm / layer.weight.norm(dim=1, keepdim=True)).clamp(max=1))
-
-
-def per_particle(rows, k):
-    """(B, .) to (B*k, .), each row k times."""
-    return rows if k == 1 else rows.repeat_interleave(k, dim=0)
 
 
 def sample_gaussian(mean, sigma, generator=None):
@@ -1166,6 +1278,16 @@ class Run:
         self.log.write_text("\n".join(kept) + "\n")
 
 
+def keep_freed_memory():
+    """Let glibc keep what is freed: every update needs the same large blocks again, and faulting them in page by page
+    costs a tenth of its time on a CPU. Does nothing under another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        m_mmap_max, m_trim_threshold = -4, -1
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
 class Trainer:
     """A model in training, with everything that a resumed run needs to go on as if it had never stopped."""
 
@@ -1303,6 +1425,7 @@ def train(h, objective, particles, replays=1, as_published=False):
     objective: Rollout -> scalar loss in nats per frame. particles: copies of each sequence. replays: updates in a row
     on each window, all from the same state. as_published: gradients treated as in the 2016 scripts. Raises UserError.
     """
+    keep_freed_memory()
     run = Run(h)
     if h.demo and not Path(h.data).exists():
         print(f"making synthetic demo data in {h.data}", flush=True)
