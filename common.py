@@ -29,6 +29,7 @@ import time
 import tokenize
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1200,6 +1201,8 @@ def choose_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
@@ -1289,7 +1292,11 @@ def keep_freed_memory():
 
 
 class Trainer:
-    """A model in training, with everything that a resumed run needs to go on as if it had never stopped."""
+    """A model in training, with everything that a resumed run needs to go on as if it had never stopped.
+
+    What an update reads and writes stays in place on the device, and nothing there waits for the host, so that on a GPU
+    the whole update is one CUDA graph.
+    """
 
     def __init__(self, h, objective, particles, replays, as_published):
         self.h, self.objective, self.particles = h, objective, particles
@@ -1297,106 +1304,167 @@ class Trainer:
         self.device = choose_device(h.device)
         self.corpus = open_corpus(h.data)
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        self.reader, self.groups = ThreadPoolExecutor(max_workers=1), {}
         torch.manual_seed(h.seed)
         self.model = VRNN(h.x_dim, h.z_dim, h.rnn_dim, h.q_z_dim, h.p_z_dim, h.p_x_dim, h.x2s_dim, h.z2s_dim)
         self.model.to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=h.lr)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=h.lr, fused=True,
+                                          capturable=self.device.type == "cuda")
+        create_state(self.optimiser)
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
-        self.state = None           # (h, c) carried from window to window of an excerpt
-        self.group = None, None     # index and windows of the excerpts in use
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.progress = dict(update=0, monitored=0, seconds=0.0, best=-math.inf, skipped=0, skipped_in_a_row=0)
-        self.grad_norm = torch.zeros(())
+        self.progress = dict(update=0, seconds=0.0, best=-math.inf)
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        rows = h.batch_size * particles
+        self.tensors = SimpleNamespace(
+            pcm=zeros(h.seq_frames, h.batch_size, h.x_dim, dtype=torch.int16),
+            h=zeros(rows, h.rnn_dim), c=zeros(rows, h.rnn_dim),             # before the window
+            next_h=zeros(rows, h.rnn_dim), next_c=zeros(rows, h.rnn_dim),   # after it
+            updates=zeros(dtype=torch.int64), skipped=zeros(dtype=torch.int64),
+            skipped_in_a_row=zeros(dtype=torch.int64), loss_sum=zeros(), losses=zeros(), grad_norm=zeros())
 
     def checkpoint(self):
         return dict(model=self.model.state_dict(), averaged=self.averaged.state_dict(),
-                    optimiser=self.optimiser.state_dict(), state=self.state, generator=self.generator.get_state(),
-                    loss_sum=self.loss_sum, progress=self.progress)
+                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
+                    tensors=vars(self.tensors), progress=self.progress)
+
+    def restore(self, checkpoint, path):
+        load_parameters(self.model, checkpoint["model"], path, "--resume")
+        load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
+        self.generator.set_state(checkpoint["generator"])
+        places = [vars(self.tensors), *self.optimiser.state.values()]
+        saved = [checkpoint["tensors"], *checkpoint["optimiser"]["state"].values()]
+        for tensors, values in zip(places, saved):
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+        self.progress = checkpoint["progress"]
 
     def start_from(self, path):
         parameters = load_checkpoint(path, "--init_from")["model"]
         for model in (self.model, self.averaged):
             load_parameters(model, parameters, path, "--init_from")
 
-    def restore(self, checkpoint, path):
-        load_parameters(self.model, checkpoint["model"], path, "--resume")
-        load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
-        self.optimiser.load_state_dict(checkpoint["optimiser"])
-        self.generator.set_state(checkpoint["generator"])
-        self.loss_sum, self.progress = checkpoint["loss_sum"].to(self.device), checkpoint["progress"]
-        self.state = checkpoint["state"] and tuple(part.to(self.device) for part in checkpoint["state"])
-
-    def window(self, batch):
-        """int16 (T, B, X) of batch number `batch` from the start of training."""
-        index, nth = divmod(batch, self.h.reset_freq)
-        if self.group[0] != index:
-            self.group = index, self.excerpts.group(index)
-        return self.group[1][nth]
+    def group(self, index):
+        """Windows of group `index`, read ahead by a thread; in pinned memory where a GPU will copy them."""
+        if index + 1 not in self.groups:
+            self.groups = {i: self.groups.get(i) or self.reader.submit(self.excerpts.group, i)
+                           for i in (index, index + 1)}
+            if self.device.type == "cuda":
+                return self.groups[index].result().pin_memory()
+        return self.groups[index].result()
 
     def update(self):
-        """One step of the optimiser on one window; a loss or gradient that is not finite changes no parameter."""
-        h, model = self.h, self.model
+        """One step of the optimiser on the next window, or once more on the same one where windows are replayed."""
         batch, replay = divmod(self.progress["update"], self.replays)
-        if batch % h.reset_freq == 0:
-            self.state = None
-        pcm = self.window(batch).to(self.device)
-        x_TBX = normalise(pcm, self.corpus, self.generator if h.dequantize else None)
+        if replay == 0:
+            group, window = divmod(batch, self.h.reset_freq)
+            self.tensors.pcm.copy_(self.group(group)[window], non_blocking=True)
+            for carried, after in (self.tensors.h, self.tensors.next_h), (self.tensors.c, self.tensors.next_c):
+                carried.zero_() if window == 0 else carried.copy_(after)
+        self.step()
+        self.progress["update"] += 1
+
+    def step(self):
+        """What an update does on the device. A loss or gradient that is not finite changes no parameter."""
+        h, model, tensors = self.h, self.model, self.tensors
+        x_TBX = normalise(tensors.pcm, self.corpus, self.generator if h.dequantize else None)
         noise = torch.randn(h.seq_frames, h.batch_size * self.particles, h.z_dim, generator=self.generator,
                             device=self.device)
-        rollout = model(x_TBX, self.state, noise, self.particles)
+        rollout = model(x_TBX, (tensors.h, tensors.c), noise, self.particles)
         loss = self.objective(rollout)
         self.optimiser.zero_grad()
         loss.backward()
-        if self.as_published:
-            divide_gradients(model, h.batch_size)
-        self.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), h.grad_clip or math.inf)
-        is_finite = bool(self.grad_norm.isfinite() & loss.isfinite())
-        if self.as_published and not is_finite:
-            replace_gradients(model)
-        if self.as_published or is_finite:
+        with torch.no_grad():
+            if self.as_published:
+                divide_gradients(model, h.batch_size)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), h.grad_clip or math.inf)
+            is_finite = grad_norm.isfinite() & loss.isfinite()
+            if self.as_published:
+                replace_gradients(model, ~is_finite)
+            else:
+                self.optimiser.found_inf = (~is_finite).float()  # Adam then leaves everything as it is
             self.optimiser.step()
             if h.weight_norm:
                 model.constrain_weights(h.weight_norm)
-            self.average(min(h.ema, (1 + self.progress["update"]) / (10 + self.progress["update"])))
-        if replay == self.replays - 1:
-            self.state = tuple(part.detach() for part in rollout.state) if is_finite else None
-        self.progress["skipped"] += not is_finite
-        self.progress["skipped_in_a_row"] = 0 if is_finite else self.progress["skipped_in_a_row"] + 1
-        self.progress["update"] += 1
-        self.loss_sum += loss.detach()
+            self.average()
+            for after, part in zip((tensors.next_h, tensors.next_c), rollout.state):
+                after.copy_(torch.where(is_finite, part, 0.0))
+            tensors.updates += 1
+            tensors.skipped += ~is_finite
+            tensors.skipped_in_a_row.add_(1).mul_(~is_finite)
+            tensors.loss_sum += torch.where(is_finite, loss, 0.0)
+            tensors.losses += is_finite
+            tensors.grad_norm.copy_(grad_norm)
 
-    @torch.no_grad()
-    def average(self, decay):
-        """Exponential moving average of the parameters: single steps throw the held-out bound up and down by tens of
-        nats, their average does not."""
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+    def average(self):
+        """Exponential moving average of the parameters: single updates throw the held-out bound up and down by tens of
+        nats, their average does not. Early on it is shorter, so that it forgets the initial values."""
+        decay = ((1 + self.tensors.updates) / (10 + self.tensors.updates)).clamp(max=self.h.ema)
+        averaged = list(self.averaged.parameters())
+        change = torch._foreach_sub(list(self.model.parameters()), averaged)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_add_(averaged, change)
+
+    def capture(self):
+        """Record step as one CUDA graph: launching its thousands of small kernels takes longer than running them.
+
+        The parameters, and all else that a checkpoint holds, end as they began. Where it fails, updates are launched
+        kernel by kernel, with the same results.
+        """
+        before = copy.deepcopy(self.checkpoint())
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            self.optimiser.zero_grad()
+            with torch.cuda.graph(graph):
+                self.step()
+            self.step = graph.replay
+        except RuntimeError as error:
+            print(f"no CUDA graph ({first_line(error)}); updates are launched kernel by kernel", flush=True)
+        self.restore(before, None)
 
     def monitor(self):
         """Held-out bounds and what else a log line holds; also starts the next interval."""
-        h, progress = self.h, self.progress
+        h, progress, tensors = self.h, self.progress, self.tensors
         bounds = evaluate(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames, h.monitor_windows)
         line = dict(
             update=progress["update"], sequences=progress["update"] * h.batch_size, seconds=progress["seconds"],
-            train_loss=self.loss_sum.item() / (progress["update"] - progress["monitored"]),
-            grad_norm=self.grad_norm.item(), skipped=progress["skipped"], valid=bounds)
-        self.loss_sum.zero_()
-        progress["monitored"] = progress["update"]
+            train_loss=(tensors.loss_sum / tensors.losses).item(), grad_norm=tensors.grad_norm.item(),
+            skipped=tensors.skipped.item(), valid=bounds)
+        tensors.loss_sum.zero_()
+        tensors.losses.zero_()
         return line
 
 
-@torch.no_grad()
+def create_state(optimiser):
+    """Give Adam the state that its first step would create, so that it can be restored in place."""
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimiser.step()
+    for state in optimiser.state.values():
+        state["step"].zero_()
+
+
 def divide_gradients(model, divisor):
     """The 2016 scripts divided the gradient once more by the batch size, before clipping it."""
     for p in model.parameters():
         p.grad /= divisor
 
 
-@torch.no_grad()
-def replace_gradients(model):
+def replace_gradients(model, condition):
     """The 2016 scripts put 0.1 times the parameters in place of a gradient that is not finite."""
     for p in model.parameters():
-        p.grad = 0.1 * p
+        p.grad.copy_(torch.where(condition, 0.1 * p, p.grad))
 
 
 def tracked_bound(eval_k):
@@ -1443,6 +1511,8 @@ def train(h, objective, particles, replays=1, as_published=False):
         run.start(dict(config=config, particles=particles, replays=replays, commit=commit(),
                        device=describe(trainer.device), data=describe_corpus(trainer.corpus),
                        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)))
+    if trainer.device.type == "cuda":
+        trainer.capture()
     print(f"{h.script}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters on "
           f"{describe(trainer.device)}; {trainer.excerpts.groups_per_epoch} groups of {h.batch_size} excerpts of "
           f"{trainer.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {run.log}", flush=True)
@@ -1454,7 +1524,8 @@ def train(h, objective, particles, replays=1, as_published=False):
             trainer.update()
             progress["seconds"] += time.monotonic() - began
             bar.update()
-            if progress["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
+            if progress["update"] % MAX_SKIPPED_IN_A_ROW == 0 and (
+                    trainer.tensors.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW):
                 raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row, "
                                 f"up to update {progress['update']}; start again with a lower --lr or --grad_clip")
             if progress["update"] % h.monitor_every == 0 or progress["update"] == h.max_updates:

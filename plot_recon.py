@@ -113,7 +113,8 @@ def draw(runs, heading, out):
         low, high = right.get_ylim()
         right.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
         right.legend(loc="upper center", ncols=len(bounds), frameon=False, columnspacing=1, handletextpad=0.2,
-                     title=f"bars: standard error over the same {tested[0]['test']['windows']} windows", title_fontsize=8)
+                     title=f"bars: standard error over the same {tested[0]['test']['windows']} windows",
+                     title_fontsize=8)
     else:
         right.text(0.5, 0.5, "no run has an eval.json yet", transform=right.transAxes, ha="center", color="0.4")
     figure.suptitle(heading)

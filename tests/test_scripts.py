@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 import common
+import vrnn_gauss_iwae
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
@@ -229,7 +230,8 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(folder, tmp_pa
         kept.append([p.detach().clone() for p in trainer.model.parameters()])
     same = [all(map(torch.equal, one, other)) for one, other in zip(kept, kept[1:])]
     assert same == [True, True, False]
-    assert trainer.progress["skipped"] == 2 and trainer.progress["skipped_in_a_row"] == 0
+    assert trainer.tensors.skipped == 2 and trainer.tensors.skipped_in_a_row == 0
+    assert trainer.monitor()["skipped"] == 2
     assert all(p.isfinite().all() for p in kept[-1])
 
 
@@ -248,3 +250,17 @@ def test_averaged_weights_follow_the_trained_ones(folder, tmp_path):
         decay = min(0.5, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * trainer.model.decoder[-1].weight.detach()
     torch.testing.assert_close(trainer.averaged.decoder[-1].weight.detach(), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_updates_of_the_cuda_graph_equal_updates_launched_one_by_one(folder, tmp_path):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--device=cuda")
+    trainers = [common.Trainer(h, vrnn_gauss_iwae.objective, 3, 1, False) for _ in range(2)]
+    trainers[1].capture()
+    assert "replay" in trainers[1].step.__name__
+    for trainer in trainers:
+        for _ in range(20):
+            trainer.update()
+    one_by_one, graph = (list(trainer.model.parameters()) for trainer in trainers)
+    torch.testing.assert_close(one_by_one, graph, rtol=1e-4, atol=1e-5)
+    assert trainers[1].tensors.updates == 20 and trainers[1].tensors.skipped == 0
