@@ -1129,8 +1129,8 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
     generated = to_int16((x_TBX.double() * corpus.std + corpus.mean).transpose(0, 1).reshape(count, -1).cpu().numpy())
     for i, samples in enumerate(generated):
         soundfile.write(folder / f"sample_{i}.wav", samples, SAMPLE_RATE)
-    longest = split.offsets[np.argsort(np.diff(split.offsets))[::-1][:2]]
-    real = split.read(longest, min(generated.shape[1], int(np.diff(split.offsets).max())))
+    lengths = np.diff(split.offsets)
+    real = [split.read(split.offsets[i:i + 1], min(lengths[i], generated.shape[1]))[0] for i in lengths.argsort()[-2:]]
     draw_speech([("real", samples) for samples in real] + [("generated", samples) for samples in generated[:2]],
                 folder / "samples.png")
 
@@ -1495,7 +1495,7 @@ def train(h, objective, particles, replays=1, as_published=False):
     """
     keep_freed_memory()
     run = Run(h)
-    if h.demo and not Path(h.data).exists():
+    if h.data == DEMO["data"] and not Path(h.data).exists():
         print(f"making synthetic demo data in {h.data}", flush=True)
         make_demo_data(h.data)
     trainer = Trainer(h, objective, particles, replays, as_published)

@@ -2,8 +2,8 @@
 
     python tests/benchmark.py [--repeats 5] [--device cpu]
 
-Variants alternate within one run after a warm-up, every timing waits for the device, and medians are reported. `plain` is
-tests/plain.py, every network inside the loop over frames, in the same trainer.
+Variants alternate within one run after a warm-up, every timing waits for the device, and medians are reported. `plain`
+is tests/plain.py, every network inside the loop over frames, in the same trainer.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def seconds(device, function):
 
 
 def alternate(device, functions, repeats, warm_up=3):
-    """{name: median seconds} of functions that take turns."""
+    """{name: seconds of each turn} of functions that take turns."""
     taken = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
@@ -126,7 +126,7 @@ def benchmark_updates(data, device, repeats):
     print(f"K = 5 costs {fastest['IWAE_5'] / fastest['VRNN']:.2f} times K = 1")
     updates = BLIZZARD_HOURS * 3600 / 0.5 / 128
     for objective, time_s in fastest.items():
-        print(f"one epoch of {BLIZZARD_HOURS} hours, {updates:,.0f} updates: {objective} {updates * time_s / 3600:.2f} hours")
+        print(f"an epoch of {BLIZZARD_HOURS} hours, {updates:,.0f} updates: {objective} {updates * time_s / 3600:.2f} h")
     return fastest
 
 
