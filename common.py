@@ -70,7 +70,7 @@ def run_as_script(main):
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
     data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    batch_size=16, lr=1e-3, max_updates=800, monitor_every=50,
+    batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50,
 )
 
 MINIMUM = dict(
@@ -1403,10 +1403,8 @@ class Trainer:
         """Exponential moving average of the parameters: single updates throw the held-out bound up and down by tens of
         nats, their average does not. Early on it is shorter, so that it forgets the initial values."""
         decay = ((1 + self.tensors.updates) / (10 + self.tensors.updates)).clamp(max=self.h.ema)
-        averaged = list(self.averaged.parameters())
-        change = torch._foreach_sub(list(self.model.parameters()), averaged)
-        torch._foreach_mul_(change, 1 - decay)
-        torch._foreach_add_(averaged, change)
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
+            averaged.lerp_(p, 1 - decay)
 
     def capture(self):
         """Record step as one CUDA graph: launching its thousands of small kernels takes longer than running them.

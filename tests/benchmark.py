@@ -75,7 +75,7 @@ def seconds(device, function):
     return time.perf_counter() - start
 
 
-def alternate(device, functions, repeats, warm_up=3):
+def alternate(device, functions, repeats, warm_up=2):
     """{name: seconds of each turn} of functions that take turns."""
     taken = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
@@ -126,7 +126,8 @@ def benchmark_updates(data, device, repeats):
     print(f"K = 5 costs {fastest['IWAE_5'] / fastest['VRNN']:.2f} times K = 1")
     updates = BLIZZARD_HOURS * 3600 / 0.5 / 128
     for objective, time_s in fastest.items():
-        print(f"an epoch of {BLIZZARD_HOURS} hours, {updates:,.0f} updates: {objective} {updates * time_s / 3600:.2f} h")
+        hours = updates * time_s / 3600
+        print(f"an epoch of {BLIZZARD_HOURS} hours, {updates:,.0f} updates: {objective} {hours:.2f} h")
     return fastest
 
 
