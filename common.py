@@ -84,15 +84,15 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
 
     def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; {self.prog} --help lists what is valid")
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)
-            self.error(f"unknown argument {unknown[0]!r}, the nearest valid one is {nearest[0]}")
+            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
         return parsed
 
 

@@ -155,7 +155,8 @@ def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
 
 @pytest.mark.parametrize("arguments, words", (
     (["--rnn_dim=abc"], ["--rnn_dim", "abc"]),
-    (["--rnn_dims=3"], ["--rnn_dims", "nearest", "--rnn_dim"]),
+    (["--rnn_dims=3"], ["--rnn_dims", "did you mean --rnn_dim?"]),
+    (["--qqq"], ["--qqq", "--help"]),
     (["--data=missing.h5"], ["missing.h5", "does not exist", "prepare_blizzard.py"]),
     (["--data=other.h5"], ["other.h5", "not of format"]),
     (["--data=text.h5"], ["text.h5", "not a readable HDF5 file"]),
