@@ -1215,14 +1215,14 @@ def describe(device):
 
 
 def commit():
-    """The commit of this code, with + where files differ from it; None outside a repository."""
-    here = Path(__file__).parent
+    """The commit of this code, with + where a Python file differs from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        run = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-                             capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    is_changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    return head.stdout.strip() + ("+" if is_changed else "")
 
 
 class StopRequest:
