@@ -22,6 +22,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def run_as_script(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
+              file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
               "its permissions and the free space", file=sys.stderr)
@@ -73,11 +80,14 @@ DEMO = dict(
     batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50,
 )
 
+# the least that each number may be; the FRACTIONS need not be whole
 MINIMUM = dict(
     seed=0, x_dim=1, z_dim=1, rnn_dim=1, q_z_dim=1, p_z_dim=1, p_x_dim=1, x2s_dim=1, z2s_dim=1, k=1, seq_frames=1,
     reset_freq=1, batch_size=1, lr=0, max_updates=1, monitor_every=1, monitor_windows=1, grad_clip=0,
     weight_norm=0, ema=0,
 )
+MAXIMUM = 1_000_000_000
+FRACTIONS = ("lr", "grad_clip", "weight_norm", "ema")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -142,24 +152,33 @@ def hyperparameters(script, argv=None):
             if isinstance(value, bool):
                 parser.add_argument(f"--{variable}", action=argparse.BooleanOptionalAction, help=about)
             else:
-                kind = {int: whole_number, tuple: whole_numbers}.get(type(value), type(value))
-                parser.add_argument(f"--{variable}", type=kind, metavar=type(value).__name__.upper(), help=about)
+                kind = whole_numbers if variable == "eval_k" else float if variable in FRACTIONS else (
+                    whole_number if variable in MINIMUM else str)
+                parser.add_argument(f"--{variable}", type=kind, metavar=variable.upper(), help=about)
     parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
     parser.add_argument("--demo", action="store_true", default=False,
                         help="small sizes and synthetic data, for about three minutes on two CPU cores")
 
+    missing = [variable for variable in [*MINIMUM, "data", "out_dir", "device", "eval_k"] if variable not in defaults]
+    if missing:
+        raise UserError(f"{name}.py does not set {missing[0]}; write a line '{missing[0]} = ...' at its top")
     given = vars(parser.parse_args(argv))
     demo = dict(DEMO, out_dir=f"runs/demo/{name}") if given["demo"] else {}
     h = SimpleNamespace(**{"script": name, **defaults, **demo, **given})
     for option, least in MINIMUM.items():
         value = getattr(h, option)
-        if not isinstance(value, (int, float)) or not least <= value < math.inf:
-            raise UserError(f"--{option}={value} is out of range; give a number of at least {least}")
+        if not isinstance(value, (int, float)) or (option not in FRACTIONS and value != int(value)):
+            raise UserError(f"--{option}={value!r} is not a {'' if option in FRACTIONS else 'whole '}number; give one")
+        if not least <= value <= MAXIMUM:
+            raise UserError(f"--{option}={value} is out of range; give a number of at least {least}, at most {MAXIMUM}")
+        setattr(h, option, float(value) if option in FRACTIONS else int(value))
     if not h.lr > 0:
         raise UserError(f"--lr={h.lr} is out of range; give a number above 0")
     if not h.ema < 1:
         raise UserError(f"--ema={h.ema} is out of range; give a number of at least 0 and below 1")
-    if not h.eval_k or any(k < 1 for k in h.eval_k):
+    if not h.out_dir:
+        raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
+    if not isinstance(h.eval_k, tuple) or not h.eval_k or not all(type(k) is int and k >= 1 for k in h.eval_k):
         raise UserError(f"--eval_k={h.eval_k} is out of range; give numbers of particles of at least 1, such as 5,100")
     script.update((name, getattr(h, name)) for name in defaults)
     return h
@@ -180,17 +199,20 @@ class BadAudio(Exception):
 
 def natural_order(text):
     """Sort key that puts data_9 before data_10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split("([0-9]+)", str(text)) if part]
+    parts = re.split("([0-9]+)", str(text))
+    return [(0, int(part), "") if n % 2 else (1, 0, part) for n, part in enumerate(parts) if part]
 
 
 def find_audio(paths):
-    """Files among `paths` and in the folders among them, in natural order, without hidden files.
+    """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
 
     Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type).
     The name is the path below the folder, without its suffix. Raises UserError where a path does not exist.
     """
-    found, ignored = [], {}
+    found, ignored = {}, {}
     for path in map(Path, paths):
+        if path == Path("") and "" in paths:
+            raise UserError("a path is empty; give files or folders of recordings")
         if path.is_dir():
             files = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
             for file in sorted(files, key=natural_order):
@@ -198,25 +220,23 @@ def find_audio(paths):
                 if any(part.startswith(".") for part in below.parts):
                     continue
                 if file.suffix.lower() in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
-                    found.append((file, below.with_suffix("").as_posix()))
+                    found.setdefault(file.resolve(), (file, below.with_suffix("").as_posix()))
                 else:
                     ignored[file.suffix] = ignored.get(file.suffix, 0) + 1
         elif path.exists():
-            found.append((path, path.stem))
+            found.setdefault(path.resolve(), (path, path.stem))
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return found, ignored
-
-
-# what damaged or unreadable files make NumPy, zipfile and soundfile raise
-READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+    return list(found.values()), ignored
 
 
 def guarded(reader):
-    """reader, with whatever a damaged file makes it raise turned into BadAudio."""
+    """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
     try:
         yield from reader
-    except READ_ERRORS as error:
+    except BadAudio:
+        raise
+    except Exception as error:
         raise BadAudio(f"it cannot be read ({first_line(error)})") from None
 
 
@@ -232,9 +252,11 @@ def recordings_in(path, name):
     suffix = path.suffix.lower()
     if suffix == ".npz":
         with zipfile.ZipFile(path) as archive:
-            for member in sorted(archive.namelist(), key=natural_order):
-                if member.endswith(".npy"):
-                    yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
+            members = {member for member in archive.namelist() if member.endswith(".npy")}
+            if not members:
+                raise BadAudio("it holds no arrays")
+            for member in sorted(members, key=natural_order):
+                yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
     elif suffix == ".npy":
         yield from npy_recordings(lambda: open(path, "rb"), name)
     elif suffix in AUDIO_SUFFIXES:
@@ -249,7 +271,7 @@ def npy_recordings(open_file, name):
         with open_file() as file:
             is_ragged = read_npy_header(file)[2].hasobject
             arrays = unpickle_ragged(file) if is_ragged else None
-    except (BadAudio, *READ_ERRORS) as error:
+    except Exception as error:  # a damaged header can raise anything
         yield name, raise_later(error)
         return
     if is_ragged:
@@ -307,7 +329,7 @@ def audio_shape(shape):
     """(samples, channels) of an array that holds one recording."""
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
-    if len(shape) == 2 and shape[1] > shape[0]:
+    if len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} has more channels than samples; transpose it to (samples, channels)")
     return shape[0], 1 if len(shape) == 1 else shape[1]
 
@@ -316,9 +338,10 @@ def pcm16_blocks(dtype, stored_blocks):
     """int16 blocks of stored samples of any real dtype; stored_blocks() starts another pass over them.
 
     int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale otherwise. Floats have full scale 1, or are int16 values where all are whole numbers.
+    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
+    numbers.
     """
-    if dtype.kind not in "iuf":
+    if dtype.kind not in "iuf" or dtype.str[1:] == "u2":
         raise BadAudio(f"its type {dtype} is not audio; save integers or floats")
     if dtype.itemsize == 1:
         offset = 128 if dtype.kind == "u" else 0
@@ -339,7 +362,7 @@ def pcm16_blocks(dtype, stored_blocks):
         scale = 1.0
     elif dtype.kind == "f" and peak <= 2:
         scale = 32768.0
-    elif dtype.kind != "f" and peak <= 1 << 31:
+    elif dtype.kind == "i" and 1 << 23 < peak <= 1 << 31:
         scale = 2.0 ** -16
     else:
         raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
@@ -545,6 +568,8 @@ def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, create
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     files, ignored = find_audio(paths)
@@ -602,6 +627,12 @@ def tolerant(recordings):
         yield "", raise_later(error)
 
 
+def write_durably(path, text):
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    replace_durably(temporary, path)
+
+
 def replace_durably(temporary, final):
     """Rename a complete file into place, after its bytes have reached the disk."""
     with open(temporary, "rb") as file:
@@ -648,10 +679,11 @@ def open_corpus(path):
             audio, offsets = file[name]["audio"], file[name]["offsets"][:]
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(f"data file {path} has no readable split {name} ({first_line(error)}); {remake}") from None
-        if (audio.dtype != np.int16 or audio.ndim != 1 or offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0
-                or offsets[-1] != len(audio) or (np.diff(offsets) <= 0).any()):
+        if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
+                and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
+                and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
             raise UserError(f"data file {path} has inconsistent offsets in split {name}; {remake}")
-        splits[name] = Split(name, audio, offsets.astype(np.int64))
+        splits[name] = Split(name, audio, offsets)
     return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
 
 
@@ -1112,7 +1144,7 @@ def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
     for name, parts in per_window.items():
         nats = torch.cat(parts)
         result[name] = dict(nats_per_frame=nats.mean().item() / seq_frames,
-                            stderr=nats.std().item() / math.sqrt(len(nats)) / seq_frames,
+                            stderr=(nats.std() / len(nats) ** 0.5).item() / seq_frames if len(nats) > 1 else None,
                             nats_per_sequence=nats.mean().item())
         if name != "kl":
             result[name]["bits_per_sample"] = bits_per_sample(nats.mean().item() / seq_frames, model.x_dim, corpus.std)
@@ -1125,7 +1157,7 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
     folder.mkdir(exist_ok=True)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(EVAL_SEED)
-    x_TBX = model.generate(int(seconds * SAMPLE_RATE) // model.x_dim, count, generator)
+    x_TBX = model.generate(math.ceil(seconds * SAMPLE_RATE / model.x_dim), count, generator)
     generated = to_int16((x_TBX.double() * corpus.std + corpus.mean).transpose(0, 1).reshape(count, -1).cpu().numpy())
     for i, samples in enumerate(generated):
         soundfile.write(folder / f"sample_{i}.wav", samples, SAMPLE_RATE)
@@ -1145,7 +1177,8 @@ def draw_speech(titled, path):
     for (title, samples), (wave, spectrum) in zip(titled, axes.T):
         wave.plot(np.arange(len(samples)) / SAMPLE_RATE, samples, linewidth=0.3, color="black")
         wave.set(title=title, xlim=(0, len(samples) / SAMPLE_RATE))
-        pieces = np.lib.stride_tricks.sliding_window_view(samples / 32768, 512)[::128] * np.hanning(512)
+        padded = np.pad(samples / 32768, (0, max(0, 512 - len(samples))))
+        pieces = np.lib.stride_tricks.sliding_window_view(padded, 512)[::128] * np.hanning(512)
         power = 20 * np.log10(np.abs(np.fft.rfft(pieces)).T + 1e-4)
         image = spectrum.imshow(power, origin="lower", aspect="auto", cmap="magma", vmin=-70, vmax=30,
                                 extent=(0, len(samples) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000))
@@ -1164,14 +1197,23 @@ def draw_speech(titled, path):
 def save_checkpoint(path, checkpoint):
     """Write tensors and plain Python to path, so that it holds either the old or the new checkpoint, whole."""
     temporary = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, temporary)
-    replace_durably(temporary, path)
-
-
-def load_checkpoint(path, option):
-    """Read a checkpoint, executing nothing that is in it. Raises UserError, naming the option that asked for it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        torch.save(checkpoint, temporary)
+        replace_durably(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room and go "
+                        "on with --resume") from None
+
+
+def load_checkpoint(path, option, *parts):
+    """Read a checkpoint with these parts, executing nothing in it. Raises UserError, naming the option that asked."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [part for part in parts if part not in checkpoint]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        return checkpoint
     except FileNotFoundError:
         raise UserError(f"{option}: {path} does not exist; name a checkpoint, or start without {option}") from None
     except Exception as error:  # a damaged checkpoint can raise anything
@@ -1191,8 +1233,7 @@ def load_parameters(model, parameters, path, option):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED_IN_A_ROW = 10
-# hyperparameters that a resumed run may change, because nothing in its state depends on them
-FREE_ON_RESUME = {"max_updates", "monitor_every", "monitor_windows", "eval_k", "device", "out_dir"}
+FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
 
 
 def choose_device(name):
@@ -1200,6 +1241,8 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
@@ -1259,16 +1302,26 @@ class Run:
 
     def start(self, header):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(json.dumps(header["config"], indent=1) + "\n")
-        self.log.write_text(json.dumps(header) + "\n")
+        write_durably(self.config, json.dumps(header["config"], indent=1) + "\n")
+        write_durably(self.log, json.dumps(header) + "\n")
 
-    def check_unchanged(self, config):
-        before = json.loads(self.config.read_text())
-        changed = [name for name in config if name not in FREE_ON_RESUME and before.get(name) != config[name]]
-        if changed:
-            name = changed[0]
-            raise UserError(f"--resume: --{name} was {before.get(name)} and is now {config[name]}, which does not fit "
-                            "the saved state; give the old value, or start another --out_dir")
+    def check_unchanged(self, header):
+        """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
+        try:
+            before = json.loads(self.log.read_text().splitlines()[0])
+            for name, value in header["config"].items():
+                if name not in FREE_ON_RESUME and before["config"].get(name) != value:
+                    raise UserError(f"--resume: --{name} was {before['config'].get(name)} and is now {value}, which "
+                                    "does not fit the saved state; give the old value, or start another --out_dir")
+            if before["data"] != header["data"]:
+                raise UserError(f"--resume: {header['config']['data']} is not the file that this run began with; give "
+                                "that file with --data, or start another --out_dir")
+            if before["device"].split(",")[0].split(":")[0] != header["device"].split(",")[0].split(":")[0]:
+                raise UserError(f"--resume: this run began on {before['device']}, whose random numbers "
+                                f"{header['device']} cannot continue; give that --device, or start another --out_dir")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
+                            "(with --init_from best.pt to keep what was learnt)") from None
 
     def append(self, **line):
         with self.log.open("a") as file:
@@ -1276,9 +1329,9 @@ class Run:
 
     def forget_after(self, update):
         """Drop the log lines of updates that the checkpoint has not seen."""
-        lines = self.log.read_text().splitlines()
-        kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["update"] <= update]
-        self.log.write_text("\n".join(kept) + "\n")
+        header, *lines = self.log.read_text().splitlines()
+        kept = [line for line in lines if update_of(line) <= update]
+        write_durably(self.log, "\n".join([header, *kept]) + "\n")
 
 
 def keep_freed_memory():
@@ -1340,21 +1393,22 @@ class Trainer:
         for tensors, values in zip(places, saved):
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])
-        self.progress = checkpoint["progress"]
+        self.progress.update(checkpoint["progress"])
 
     def start_from(self, path):
-        parameters = load_checkpoint(path, "--init_from")["model"]
+        parameters = load_checkpoint(path, "--init_from", "model")["model"]
         for model in (self.model, self.averaged):
             load_parameters(model, parameters, path, "--init_from")
 
     def group(self, index):
         """Windows of group `index`, read ahead by a thread; in pinned memory where a GPU will copy them."""
         if index + 1 not in self.groups:
-            self.groups = {i: self.groups.get(i) or self.reader.submit(self.excerpts.group, i)
-                           for i in (index, index + 1)}
-            if self.device.type == "cuda":
-                return self.groups[index].result().pin_memory()
+            self.groups = {i: self.groups.get(i) or self.reader.submit(self.read_group, i) for i in (index, index + 1)}
         return self.groups[index].result()
+
+    def read_group(self, index):
+        group = self.excerpts.group(index)
+        return group.pin_memory() if self.device.type == "cuda" else group
 
     def update(self):
         """One step of the optimiser on the next window, or once more on the same one where windows are replayed."""
@@ -1482,7 +1536,7 @@ def progress_line(h, line):
 
 
 def resume_command():
-    return " ".join([Path(sys.executable).name, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    return shlex.join([sys.executable, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def train(h, objective, particles, replays=1, as_published=False):
@@ -1498,17 +1552,19 @@ def train(h, objective, particles, replays=1, as_published=False):
         make_demo_data(h.data)
     trainer = Trainer(h, objective, particles, replays, as_published)
     progress, config = trainer.progress, as_config(h)
+    header = dict(
+        config=config, particles=particles, replays=replays, commit=commit(), device=describe(trainer.device),
+        data=describe_corpus(trainer.corpus),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     if h.resume:
-        run.check_unchanged(config)
-        trainer.restore(load_checkpoint(run.last, "--resume"), run.last)
-        progress = trainer.progress
+        run.check_unchanged(header)
+        parts = trainer.checkpoint().keys()
+        trainer.restore(load_checkpoint(run.last, "--resume", *parts), run.last)
         run.forget_after(progress["update"])
     else:
         if h.init_from:
             trainer.start_from(h.init_from)
-        run.start(dict(config=config, particles=particles, replays=replays, commit=commit(),
-                       device=describe(trainer.device), data=describe_corpus(trainer.corpus),
-                       versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)))
+        run.start(header)
     if trainer.device.type == "cuda":
         trainer.capture()
     print(f"{h.script}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters on "
@@ -1517,16 +1573,17 @@ def train(h, objective, particles, replays=1, as_published=False):
 
     bar = tqdm(total=h.max_updates, initial=progress["update"], unit=" updates", disable=not sys.stderr.isatty())
     with StopRequest() as stop, bar:
+        began = time.monotonic()
         while progress["update"] < h.max_updates:
-            began = time.monotonic()
             trainer.update()
-            progress["seconds"] += time.monotonic() - began
             bar.update()
             if progress["update"] % MAX_SKIPPED_IN_A_ROW == 0 and (
                     trainer.tensors.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW):
                 raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row, "
                                 f"up to update {progress['update']}; start again with a lower --lr or --grad_clip")
-            if progress["update"] % h.monitor_every == 0 or progress["update"] == h.max_updates:
+            if progress["update"] % h.monitor_every == 0 or progress["update"] >= h.max_updates:
+                trainer.tensors.updates.item()  # wait for the device
+                progress["seconds"] += time.monotonic() - began
                 line = trainer.monitor()
                 run.append(**line)
                 bar.write(progress_line(h, line)) if not bar.disable else print(progress_line(h, line), flush=True)
@@ -1536,11 +1593,21 @@ def train(h, objective, particles, replays=1, as_published=False):
                     save_checkpoint(run.best, dict(model=trainer.averaged.state_dict(), config=config,
                                                    update=progress["update"]))
                 save_checkpoint(run.last, trainer.checkpoint())
+                began = time.monotonic()
             if stop.signal:
+                progress["seconds"] += time.monotonic() - began
                 save_checkpoint(run.last, trainer.checkpoint())
                 print(f"stopped after update {progress['update']}; go on with: {resume_command()}", flush=True)
                 sys.exit(128 + stop.signal)
     finish(h, run, trainer)
+
+
+def update_of(line):
+    """The update of a log line; infinity for one that was torn when the machine stopped."""
+    try:
+        return json.loads(line)["update"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def as_config(h):
@@ -1556,14 +1623,17 @@ def describe_corpus(corpus):
 def finish(h, run, trainer):
     """Evaluate best.pt on every window of the test split, write eval.json, and generate speech from it."""
     model, corpus = trainer.averaged, trainer.corpus
-    best = load_checkpoint(run.best, "--resume")
+    if not run.best.exists():
+        raise UserError(f"{run.folder} has no best.pt, because no held-out bound was finite; start again with a lower "
+                        "--lr")
+    best = load_checkpoint(run.best, "--resume", "model", "update")
     load_parameters(model, best["model"], run.best, "--resume")
     print(f"evaluating {run.best} (update {best['update']:,}) on the test split", flush=True)
     bounds = evaluate(model, corpus, corpus.test, h.eval_k, h.seq_frames)
     windows = len(window_starts(corpus.test, h.seq_frames * h.x_dim))
     result = dict(script=h.script, split="test", update=best["update"], windows=windows, frames=h.seq_frames,
                   bounds=bounds)
-    run.eval.write_text(json.dumps(result, indent=1) + "\n")
+    write_durably(run.eval, json.dumps(result, indent=1) + "\n")
     for name, bound in bounds.items():
         bits = f", {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
         print(f"test {name:8} {bound['nats_per_frame']:8.2f} +- {bound['stderr']:.2f} nats/frame, "

@@ -48,12 +48,22 @@ def read_run(folder):
         header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         bound = common.tracked_bound(header["config"]["eval_k"])
         curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
-        evaluation = folder / "eval.json"
-        test = json.loads(evaluation.read_text()) if evaluation.exists() else None
-        return dict(name=folder.name, label=label(header["config"]), header=header, bound=bound, test=test,
-                    curve=np.array(curve).reshape(-1, 2))
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(name=folder.name, label=label(header["config"]), bound=bound, title=title(header["data"]),
+                    data=header["data"], window=(header["config"]["x_dim"], header["config"]["seq_frames"]),
+                    order=SCRIPTS.index(header["config"]["script"]), test=read_test(folder / "eval.json"),
+                    curve=np.array(curve, float).reshape(-1, 2))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise common.UserError(f"{folder} holds no readable log of a run ({error}); remove it or run again") from None
+
+
+def read_test(path):
+    """{"windows": n, bound: (nats per frame, standard error)} on the test split; None before it was evaluated."""
+    if not path.exists():
+        return None
+    evaluation = json.loads(path.read_text())
+    bounds = {name: (float(bound["nats_per_frame"]), float(bound["stderr"] or 0))
+              for name, bound in evaluation["bounds"].items() if name == "elbo" or name.startswith("iwae")}
+    return {"windows": int(evaluation["windows"]), **bounds}
 
 
 def read_runs(folder):
@@ -61,12 +71,11 @@ def read_runs(folder):
     if not runs:
         raise common.UserError(f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo")
     for run in runs[1:]:
-        for what, key in (("monitored bound", lambda r: r["bound"]), ("data", lambda r: r["header"]["data"]),
-                          ("window", lambda r: (r["header"]["config"]["x_dim"], r["header"]["config"]["seq_frames"]))):
-            if key(run) != key(runs[0]):
+        for what in ("bound", "data", "window"):
+            if run[what] != runs[0][what]:
                 raise common.UserError(f"{folder / run['name']} and {folder / runs[0]['name']} differ in their {what}, "
                                        "so their nats cannot be compared; put them into different folders")
-    return sorted(runs, key=lambda run: (SCRIPTS.index(run["header"]["config"]["script"]), run["label"]))
+    return sorted(runs, key=lambda run: (run["order"], run["label"]))
 
 
 def title(data):
@@ -75,7 +84,7 @@ def title(data):
     return f"Variational RNN on raw audio: {what} ({minutes:.3g} minutes of training recordings)"
 
 
-def draw(runs, heading, out):
+def draw(runs, out):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2), layout="constrained")
     labels = list(dict.fromkeys(run["label"] for run in runs))
     colours = {name: f"C{i}" for i, name in enumerate(labels)}
@@ -95,14 +104,14 @@ def draw(runs, heading, out):
     left.grid(alpha=0.25)
 
     tested = [run for run in runs if run["test"]]
-    bounds = [name for name in (tested[0]["test"]["bounds"] if tested else ())
-              if name == "elbo" or name.startswith("iwae")]
+    bounds = [name for name in (tested[0]["test"] if tested else ())
+              if name != "windows" and all(name in run["test"] for run in tested)]
     for i, name in enumerate(bounds):
         for run in tested:
-            value = run["test"]["bounds"][name]
+            nats, stderr = run["test"][name]
             siblings = [r for r in tested if r["label"] == run["label"]]
             x = labels.index(run["label"]) + 0.22 * (i - (len(bounds) - 1) / 2) + 0.05 * siblings.index(run)
-            right.errorbar(x, -value["nats_per_frame"], value["stderr"], fmt=MARKERS[i % len(MARKERS)], capsize=3,
+            right.errorbar(x, -nats, stderr, fmt=MARKERS[i % len(MARKERS)], capsize=3,
                            color=colours[run["label"]], markersize=5)
         right.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=bound_name(name))
     right.set_xticks(range(len(labels)), labels)
@@ -117,7 +126,7 @@ def draw(runs, heading, out):
                      title_fontsize=8)
     else:
         right.text(0.5, 0.5, "no run has an eval.json yet", transform=right.transAxes, ha="center", color="0.4")
-    figure.suptitle(heading)
+    figure.suptitle(runs[0]["title"])
     figure.savefig(out, dpi=150)
 
 
@@ -138,8 +147,8 @@ def robust_limits(points):
 
 
 def is_half_second(runs):
-    config = runs[0]["header"]["config"]
-    return config["x_dim"] * config["seq_frames"] == common.SAMPLE_RATE // 2
+    x_dim, seq_frames = runs[0]["window"]
+    return x_dim * seq_frames == common.SAMPLE_RATE // 2
 
 
 def main():
@@ -149,11 +158,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("recon.png"), help="picture to write (%(default)s)")
     parser.add_argument("--demo", action="store_true", help="train the three scripts on synthetic data first")
     options = parser.parse_args()
+    if options.out.suffix not in (".png", ".pdf", ".svg"):
+        raise common.UserError(f"--out={options.out} is no picture; give a name that ends in .png, .pdf or .svg")
     folder = options.folder or Path("runs/demo" if options.demo else "runs")
     if options.demo:
         train_demo_runs(folder)
     runs = read_runs(folder)
-    draw(runs, title(runs[0]["header"]["data"]), options.out)
+    draw(runs, options.out)
     print(f"{options.out}: {', '.join(run['name'] for run in runs)}")
 
 

@@ -25,6 +25,8 @@ def main():
                         help="write five minutes of synthetic speech-like recordings to data/demo, and convert them")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)")
     options = parser.parse_args()
+    if not 0 <= options.seed < 2 ** 32:
+        parser.error(f"--seed={options.seed} is out of range")
     if options.demo == bool(options.paths):
         parser.error("give files or folders of recordings, or --demo alone")
     out = options.out or ("data/demo.h5" if options.demo else "data/blizzard.h5")
@@ -45,7 +47,7 @@ def main():
     print(f"ignored, of other types: {ignored or 'none'}")
     print(f"skipped: {len(summary.skipped)}")
     for reason in summary.skipped:
-        print(f"  {reason}")
+        print(f"  {reason}".encode("utf-8", "backslashreplace").decode())
 
 
 if __name__ == "__main__":

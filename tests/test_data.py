@@ -116,7 +116,8 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
     (np.array(["a"] * 9), "not audio"),
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
     (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
-    (np.zeros(9, [("a", "i2")]), "not audio"),
+    (np.zeros(9, [("a", "i2")]), "not audio"), (np.full(9, 32768, np.uint16), "not audio"),
+    (np.full(9, 1 << 20), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
 ))
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
     skipped = converted_array(tmp_path, array)
@@ -213,6 +214,27 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
         convert(folder, tmp_path, force=True, strict=True)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}  # the old file stays
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_recording_named_twice_is_taken_once(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **recordings())
+    summary = common.convert([folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2)
+    assert sum(count for count, _ in summary.splits.values()) == 12
+
+
+@pytest.mark.parametrize("header", (
+    "{'descr': '<i2', 'shape': (", "{[]: 1}", "{'descr': '<i2', 'fortran_order': False, 'shape': (1099511627776, 9), }",
+))
+def test_a_hostile_header_costs_its_own_file_only(tmp_path, header):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "good.npz", **recordings())
+    text = header.encode().ljust(117) + b"\n"
+    (folder / "it\u00b2.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    _, summary = convert(folder, tmp_path)
+    assert len(summary.skipped) == 1 and "it\u00b2.npy" in summary.skipped[0]
 
 
 def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):

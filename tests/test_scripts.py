@@ -1,7 +1,10 @@
 """The scripts as a user runs them: as processes, on tiny data."""
 
+import copy
 import importlib
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import soundfile
 import torch
 
 import common
+import vrnn_gauss
 import vrnn_gauss_iwae
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +137,41 @@ def test_stopping_and_resuming_equals_never_stopping(folder, script, flags):
     assert_same_run(whole, parts)
 
 
+def copy_of_a_run(runs, tmp_path):
+    shutil.copytree(runs / "vrnn_gauss", tmp_path / "copy")
+    flags = f"--data=data/tiny.h5 --out_dir={tmp_path / 'copy'} --monitor_every=10 --resume --max_updates=40"
+    return tmp_path / "copy", flags.split()
+
+
+def test_a_torn_log_line_is_dropped_on_resume(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    with (folder_copy / "log.jsonl").open("a") as log:
+        log.write('{"update": 31, "sequ')
+    trained("vrnn_gauss", *flags, cwd=folder)
+    assert [line["update"] for line in log_of(folder_copy)[1:]] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("file, content", (
+    ("log.jsonl", b""), ("log.jsonl", b"{}\n"), ("last.pt", b"no checkpoint"), ("last.pt", None),
+))
+def test_damaged_run_files_are_refused_on_resume(folder, runs, tmp_path, file, content):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    (folder_copy / file).write_bytes((folder_copy / "best.pt").read_bytes() if content is None else content)
+    result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and file in result.stderr
+
+
+def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    shutil.copy(folder / "data/tiny.h5", tmp_path / "tiny.h5")
+    lines = (folder_copy / "log.jsonl").read_text().replace("data/tiny.h5", str(tmp_path / "tiny.h5"))
+    (folder_copy / "log.jsonl").write_text(lines)
+    with h5py.File(tmp_path / "tiny.h5", "a") as file:
+        file.attrs["mean"] = 1.0
+    result = run("vrnn_gauss", *SIZES, *flags, f"--data={tmp_path / 'tiny.h5'}", cwd=folder)
+    assert result.returncode == 2 and "not the file that this run began with" in result.stderr
+
+
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
 def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
     flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=300", "--monitor_every=50"]
@@ -147,9 +186,9 @@ def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    command = output.splitlines()[-1].split("go on with: ")[1].split()
+    command = shlex.split(output.splitlines()[-1].split("go on with: ")[1])
     assert command[-1] == "--resume"
-    assert subprocess.run([sys.executable, *command[1:]], cwd=folder, capture_output=True).returncode == 0
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
     assert_same_run(whole, stopped)
 
 
@@ -169,6 +208,10 @@ def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
     (["--resume"], ["--resume", "last.pt"]),
     (["--out_dir=runs/vrnn_gauss"], ["runs/vrnn_gauss", "--resume"]),
     (["--out_dir=runs/vrnn_gauss", "--resume", "--rnn_dim=13"], ["--rnn_dim was 12 and is now 13"]),
+    (["--out_dir=runs/vrnn_gauss", "--resume", "--eval_k=3"], ["--eval_k was", "is now"]),
+    (["--seed=1e30"], ["--seed", "at most"]),
+    (["--device=meta"], ["--device=meta", "--device=cpu"]),
+    (["--out_dir="], ["--out_dir is empty"]),
 ))
 def test_bad_input_gets_one_sentence_and_status_2(folder, runs, arguments, words):
     (folder / "text.h5").write_text("not HDF5")
@@ -234,6 +277,19 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(folder, tmp_pa
     assert trainer.tensors.skipped == 2 and trainer.tensors.skipped_in_a_row == 0
     assert trainer.monitor()["skipped"] == 2
     assert all(p.isfinite().all() for p in kept[-1])
+
+
+def test_restoring_leaves_a_trainer_and_its_progress_in_place(folder, tmp_path):
+    trainer = common.Trainer(tiny_hyperparameters(folder, f"--out_dir={tmp_path}"), vrnn_gauss.objective, 1, 1, False)
+    progress, before = trainer.progress, copy.deepcopy(trainer.checkpoint())
+    places = [*trainer.model.parameters(), *vars(trainer.tensors).values()]
+    for _ in range(3):
+        trainer.update()
+    trainer.restore(before, None)
+    assert trainer.progress is progress and progress["update"] == 0
+    assert all(map(torch.equal, before["model"].values(), trainer.model.state_dict().values()))
+    assert all(a is b for a, b in zip(places, [*trainer.model.parameters(), *vars(trainer.tensors).values()]))
+    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in trainer.optimiser.state.values())
 
 
 def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(folder, tmp_path):
