@@ -29,7 +29,6 @@ import sys
 import time
 import tokenize
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +166,7 @@ def hyperparameters(script, argv=None):
     h = SimpleNamespace(**{"script": name, **defaults, **demo, **given})
     for option, least in MINIMUM.items():
         value = getattr(h, option)
-        if not isinstance(value, (int, float)) or (option not in FRACTIONS and value != int(value)):
+        if not isinstance(value, (int, float)) or (option not in FRACTIONS and value % 1 != 0):
             raise UserError(f"--{option}={value!r} is not a {'' if option in FRACTIONS else 'whole '}number; give one")
         if not least <= value <= MAXIMUM:
             raise UserError(f"--{option}={value} is out of range; give a number of at least {least}, at most {MAXIMUM}")
@@ -210,9 +209,9 @@ def find_audio(paths):
     The name is the path below the folder, without its suffix. Raises UserError where a path does not exist.
     """
     found, ignored = {}, {}
+    if "" in paths:
+        raise UserError("a path is empty; give files or folders of recordings")
     for path in map(Path, paths):
-        if path == Path("") and "" in paths:
-            raise UserError("a path is empty; give files or folders of recordings")
         if path.is_dir():
             files = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
             for file in sorted(files, key=natural_order):
@@ -330,7 +329,7 @@ def audio_shape(shape):
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
     if len(shape) == 2 and shape[1] > min(shape[0], 1024):
-        raise BadAudio(f"its shape {shape} has more channels than samples; transpose it to (samples, channels)")
+        raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
     return shape[0], 1 if len(shape) == 1 else shape[1]
 
 
@@ -342,7 +341,7 @@ def pcm16_blocks(dtype, stored_blocks):
     numbers.
     """
     if dtype.kind not in "iuf" or dtype.str[1:] == "u2":
-        raise BadAudio(f"its type {dtype} is not audio; save integers or floats")
+        raise BadAudio(f"its type {dtype} is not audio; save int16, int32 or floats")
     if dtype.itemsize == 1:
         offset = 128 if dtype.kind == "u" else 0
         yield from ((block.astype(np.int16) - offset) * 256 for block in stored_blocks())
@@ -1316,7 +1315,7 @@ class Run:
             if before["data"] != header["data"]:
                 raise UserError(f"--resume: {header['config']['data']} is not the file that this run began with; give "
                                 "that file with --data, or start another --out_dir")
-            if before["device"].split(",")[0].split(":")[0] != header["device"].split(",")[0].split(":")[0]:
+            if before["device"].startswith("cuda") != header["device"].startswith("cuda"):
                 raise UserError(f"--resume: this run began on {before['device']}, whose random numbers "
                                 f"{header['device']} cannot continue; give that --device, or start another --out_dir")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -1586,7 +1585,8 @@ def train(h, objective, particles, replays=1, as_published=False):
                 progress["seconds"] += time.monotonic() - began
                 line = trainer.monitor()
                 run.append(**line)
-                bar.write(progress_line(h, line)) if not bar.disable else print(progress_line(h, line), flush=True)
+                tqdm.write(progress_line(h, line))  # above the bar, where there is one
+                sys.stdout.flush()
                 tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
                 if tracked > progress["best"]:
                     progress["best"] = tracked
@@ -1636,7 +1636,8 @@ def finish(h, run, trainer):
     write_durably(run.eval, json.dumps(result, indent=1) + "\n")
     for name, bound in bounds.items():
         bits = f", {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
-        print(f"test {name:8} {bound['nats_per_frame']:8.2f} +- {bound['stderr']:.2f} nats/frame, "
+        stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
+        print(f"test {name:8} {bound['nats_per_frame']:8.2f}{stderr} nats/frame, "
               f"{bound['nats_per_sequence']:.0f} nats/sequence{bits}")
     write_samples(model, corpus, corpus.test, run.folder / "samples")
     print(f"{run.eval}, {run.folder / 'samples'}", flush=True)
