@@ -31,6 +31,7 @@ eval_k = (5, 100)                     # particles of the iwae_k bounds on the te
 grad_clip = 5.0                       # largest norm of the gradient; 0 = no limit
 weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
 ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
+bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
 dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
 as_published = False                  # reproduce what the 2016 script computed (see objective_as_published)
 init_from = ""                        # best.pt of another run to start from

@@ -5,13 +5,19 @@ Slow and simple on purpose; the tests hold common.VRNN against it.
 
 import torch
 from torch.distributions import Normal, kl_divergence
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 from common import Rollout
 
 
-def gaussian(layers, first):
-    mean, sigma = layers(first).chunk(2, dim=-1)
+def through(network, x):
+    for layer in network:
+        x = linear(x, layer.weight, layer.bias) if hasattr(layer, "weight") else x.relu()
+    return x
+
+
+def gaussian(network, *inputs):
+    mean, sigma = through(network, sum(inputs)).chunk(2, dim=-1)
     return Normal(mean, softplus(sigma) + 1e-4)
 
 
@@ -21,13 +27,13 @@ def plain_rollout(model, x_TBX, state, noise, k):
     h, c = state
     frames = []
     for x, eps in zip(x_TRX, noise):
-        phi_x = model.phi_x(x)
+        phi_x = through(model.phi_x, x)
         prior = gaussian(model.prior, h)
-        posterior = gaussian(model.posterior, model.posterior_x(phi_x) + model.posterior_h(h))
+        posterior = gaussian(model.posterior, through([model.posterior_x], phi_x), through([model.posterior_h], h))
         z = posterior.mean + posterior.stddev * eps
-        phi_z = model.phi_z(z)
-        decoder = gaussian(model.decoder, model.decoder_z(phi_z) + model.decoder_h(h))
-        gates = model.lstm_x(phi_x) + model.lstm_z(phi_z) + model.lstm_h(h)
+        phi_z = through(model.phi_z, z)
+        decoder = gaussian(model.decoder, through([model.decoder_z], phi_z), through([model.decoder_h], h))
+        gates = through([model.lstm_x], phi_x) + through([model.lstm_z], phi_z) + through([model.lstm_h], h)
         candidate, i, f, o = gates.chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
         h = torch.sigmoid(o) * torch.tanh(c)

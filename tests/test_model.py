@@ -21,6 +21,16 @@ def inputs(frames=6, batch=4, k=1):
     return draw(frames, batch, 5), (draw(batch * k, 8).tanh(), draw(batch * k, 8)), draw(frames, batch * k, 3)
 
 
+def test_the_faster_product_equals_the_plain_one_with_its_gradients():
+    torch.manual_seed(0)
+    layer, x = common.Linear(30, 20), torch.randn(6, 4, 30, requires_grad=True)
+    assert common.by_onednn(x)
+    results = []
+    for y in (layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)):
+        results.append((y, *torch.autograd.grad((y ** 2).sum(), (x, layer.weight, layer.bias))))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("k", (1, 5))
 def test_rollout_and_gradients_equal_the_plain_implementation(model, k):
     x_TBX, state, noise = inputs(k=k)
@@ -32,6 +42,22 @@ def test_rollout_and_gradients_equal_the_plain_implementation(model, k):
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     for fast, plain in zip(*gradients):
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", (1, 5))
+def test_rollout_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(k):
+    torch.manual_seed(0)
+    model = common.VRNN(20, 10, 64, 48, 48, 48, 48, 48)
+    x_TBX, noise = torch.randn(10, 8, 20), torch.randn(10, 8 * k, 10)
+    losses, gradients = [], []
+    for model.bf16 in (False, True):
+        rollout = model(x_TBX, None, noise, k)
+        assert all(getattr(rollout, field).dtype == torch.float32 for field in FIELDS)
+        losses.append(vrnn_gauss_iwae.objective(rollout))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], list(model.parameters()))]))
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()  # autocast of the plain one differs by 0.05
 
 
 @pytest.mark.parametrize("k", (1, 3))
