@@ -15,21 +15,27 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
+import fcntl
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +197,9 @@ def hyperparameters(script, argv=None):
 BLOCK = 1 << 16  # samples read at a time, so that memory does not depend on the length of a recording
 ARRAY_SUFFIXES = (".npz", ".npy")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+MIN_FREE = 16 << 20      # bytes of the disk that a conversion leaves free
+MAX_EXPANSION = 100      # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+MAX_PICKLED = 4 << 30    # bytes of a pickled array of arrays, which must be read whole
 
 
 class BadAudio(Exception):
@@ -206,28 +215,48 @@ def natural_order(text):
 def find_audio(paths):
     """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
 
-    Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type).
-    The name is the path below the folder, without its suffix. Raises UserError where a path does not exist.
+    Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type, reasons why files
+    or folders cannot be used). The name is the path below the folder, without its suffix. Linked folders are followed,
+    each once. Raises UserError where a path does not exist.
     """
-    found, ignored = {}, {}
+    found, ignored, unusable = {}, {}, []
     if "" in paths:
         raise UserError("a path is empty; give files or folders of recordings")
     for path in map(Path, paths):
         if path.is_dir():
-            files = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
-            for file in sorted(files, key=natural_order):
+            for file in sorted(files_below(path, unusable), key=natural_order):
                 below = file.relative_to(path)
-                if any(part.startswith(".") for part in below.parts):
-                    continue
-                if file.suffix.lower() in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
-                    found.setdefault(file.resolve(), (file, below.with_suffix("").as_posix()))
-                else:
+                if file.suffix.lower() not in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
                     ignored[file.suffix] = ignored.get(file.suffix, 0) + 1
-        elif path.exists():
+                elif not file.is_file():
+                    unusable.append(f"{file}: it is no regular file, or a broken link")
+                else:
+                    found.setdefault(file.resolve(), (file, below.with_suffix("").as_posix()))
+        elif path.is_file():
             found.setdefault(path.resolve(), (path, path.stem))
+        elif path.exists():
+            raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return list(found.values()), ignored
+    return list(found.values()), ignored, unusable
+
+
+def files_below(folder, unusable):
+    """Files in a folder and the folders below it, without hidden ones; what cannot be listed goes into unusable."""
+    files, seen = [], set()
+
+    def cannot_list(error):
+        unusable.append(f"{error.filename}: it cannot be listed ({error.strerror})")
+
+    for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+        else:
+            files += [Path(where, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return files
 
 
 def guarded(reader):
@@ -244,10 +273,11 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def recordings_in(path, name):
+def recordings_in(path, name, sound_blocks):
     """Yield (name, blocks) for each recording in a file; blocks iterates over 1-D int16 arrays at 16 kHz.
 
-    What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
+    sound_blocks(path) are those of a sound file: sound_file_blocks, or Decoders.blocks. What makes the whole file
+    unusable is raised here, what makes one recording unusable by its blocks.
     """
     suffix = path.suffix.lower()
     if suffix == ".npz":
@@ -255,12 +285,16 @@ def recordings_in(path, name):
             members = {member for member in archive.namelist() if member.endswith(".npy")}
             if not members:
                 raise BadAudio("it holds no arrays")
+            expanded = sum(member.file_size for member in archive.infolist())
+            if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
+                raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
+                               "should hold with numpy.savez")
             for member in sorted(members, key=natural_order):
                 yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
     elif suffix == ".npy":
         yield from npy_recordings(lambda: open(path, "rb"), name)
     elif suffix in AUDIO_SUFFIXES:
-        yield name, audio_file_blocks(path)
+        yield name, sound_blocks(path)
     else:
         raise BadAudio(f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
 
@@ -270,7 +304,7 @@ def npy_recordings(open_file, name):
     try:
         with open_file() as file:
             is_ragged = read_npy_header(file)[2].hasobject
-            arrays = unpickle_ragged(file) if is_ragged else None
+            arrays = unpickle_ragged(Bounded(file)) if is_ragged else None
     except Exception as error:  # a damaged header can raise anything
         yield name, raise_later(error)
         return
@@ -374,6 +408,25 @@ def to_int16(samples):
     return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
+class Bounded:
+    """A file that refuses to give more than MAX_PICKLED bytes."""
+
+    def __init__(self, file):
+        self.file, self.left = file, MAX_PICKLED
+
+    def spend(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise BadAudio(f"its pickled arrays exceed {MAX_PICKLED >> 30} GiB, and must be read whole")
+        return data
+
+    def read(self, size):
+        return self.spend(self.file.read(min(size, self.left + 1)))
+
+    def readline(self):
+        return self.spend(self.file.readline(self.left + 1))
+
+
 class PickledDtype:
     """Stands in for numpy.dtype in a pickle: keeps the name of a plain numeric or object type, builds nothing."""
 
@@ -399,8 +452,11 @@ class PickledArray:
             self.array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if fortran_order else "C")
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits the three names that a pickled NumPy array needs, as stand-ins above; none of NumPy's own code runs."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Admits the three names that a pickled NumPy array needs, as stand-ins above; none of NumPy's own code runs.
+
+    The unpickler in Python, because the one in C allocates whatever size a damaged file states.
+    """
 
     def find_class(self, module, name):
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -413,13 +469,105 @@ class ArrayUnpickler(pickle.Unpickler):
 def unpickle_ragged(file):
     """The arrays in a pickled array of arrays, the form in which the 2015 Blizzard files were stored."""
     try:
-        return [np.asarray(element.array) for element in ArrayUnpickler(file, encoding="latin1").load().array]
+        arrays = [np.asarray(element.array) for element in ArrayUnpickler(file, encoding="latin1").load().array]
+        if sum(array.nbytes for array in arrays) > MAX_PICKLED:
+            raise BadAudio("one of them is repeated beyond measure")
+        return arrays
     except Exception as error:  # a damaged pickle can raise anything
         raise BadAudio(f"its pickled arrays were refused ({first_line(error)}); "
                        "re-save every recording as an int16 array of its own with numpy.savez") from None
 
 
-def audio_file_blocks(path):
+class Decoders:
+    """Sound files decoded by as many processes as there are cores, some files ahead of the one asked for.
+
+    Their samples come through files in `folder`, so that memory depends neither on the length of a recording nor on
+    how many are ahead. A file that crashes its decoder costs nothing but itself.
+    """
+
+    def __init__(self, paths, folder):
+        """paths: in the order in which blocks will be asked for them."""
+        self.folder, self.waiting, self.decoding = folder, paths[::-1], {}
+        self.targets = {path: folder / str(n) for n, path in enumerate(paths)}
+        self.ahead = 2 * os.cpu_count()
+
+    def __enter__(self):
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by a conversion that was killed
+        self.folder.mkdir()
+        self.pool = new_processes()
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def restart(self):
+        self.pool.shutdown(cancel_futures=True)
+        self.pool = new_processes()
+
+    def submit(self, path):
+        try:
+            self.decoding[path] = self.pool.submit(decode, path, self.targets[path])
+        except BrokenProcessPool:
+            self.restart()
+            self.submit(path)
+
+    def blocks(self, path):
+        """int16 blocks at 16 kHz of the first channel."""
+        while self.waiting and len(self.decoding) <= self.ahead:
+            self.submit(self.waiting.pop())
+        try:
+            try:
+                self.decoding.pop(path).result()
+            except BrokenProcessPool:
+                self.decode_alone(path)
+            with open(self.targets[path], "rb") as file:
+                while len(block := np.fromfile(file, np.int16, BLOCK)):
+                    yield block
+        finally:
+            self.targets[path].unlink(missing_ok=True)
+
+    def decode_alone(self, path):
+        """Once more, because a decoder crashed, on this file or on another; those ahead of it begin again."""
+        ahead = list(self.decoding)
+        self.restart()
+        try:
+            self.pool.submit(decode, path, self.targets[path]).result()
+        except BrokenProcessPool:
+            raise BadAudio("it crashes its decoder") from None
+        finally:
+            for other in ahead:
+                self.submit(other)
+
+
+def new_processes():
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context.set_forkserver_preload(["common"])
+    return ProcessPoolExecutor(mp_context=context, initializer=end_with_parent)
+
+
+def decode(path, target):
+    """Write the samples of a sound file to target, as int16."""
+    with open(target, "wb") as file:
+        for block in guarded(sound_file_blocks(path)):
+            require_space(target.parent)
+            file.write(block)
+
+
+def require_space(folder):
+    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
+    if shutil.disk_usage(folder).free < MIN_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def end_with_parent():
+    """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def sound_file_blocks(path):
     """int16 blocks at 16 kHz of the first channel of a sound file."""
     import soundfile
     import soxr
@@ -529,6 +677,7 @@ class SplitWriter:
 
     def __init__(self, group):
         self.group, self.offsets, self.names = group, [0], []
+        self.folder = Path(group.file.filename).parent
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
@@ -536,6 +685,7 @@ class SplitWriter:
         end, total, squares = self.offsets[-1], 0, 0
         try:
             for block in blocks:
+                require_space(self.folder)
                 self.audio.resize((end + len(block),))
                 self.audio[end:] = block
                 end += len(block)
@@ -544,6 +694,8 @@ class SplitWriter:
                 squares += int((wide * wide).sum())
             if end == self.offsets[-1]:
                 raise BadAudio("it holds no samples")
+            if squares * (end - self.offsets[-1]) == total ** 2:
+                raise BadAudio(f"every sample of it is {total // (end - self.offsets[-1])}")
         except BadAudio:
             self.audio.resize((self.offsets[-1],))
             raise
@@ -572,51 +724,72 @@ def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, create
         raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
-    files, ignored = find_audio(paths)
+    files, ignored, skipped = find_audio(paths)
+    if strict and skipped:
+        raise UserError(f"{skipped[0]}; mend or remove it, or do without --strict")
     shares = dict(train=1 - valid - test, valid=valid, test=test)
-    short, skipped, train_sums = [], [], [0, 0, 0]
+    short, train_sums = [], [0, 0, 0]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            writers = {split: SplitWriter(file.create_group(split)) for split in SPLITS}
-            for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
-                for recording, blocks in tolerant(recordings_in(path, name)):
-                    so_far = {split: writer.offsets[-1] for split, writer in writers.items()}
-                    split = max(SPLITS, key=lambda s: shares[s] * sum(so_far.values()) - so_far[s])
-                    try:
-                        sums = writers[split].append(recording, guarded(blocks))
-                    except BadAudio as why:
-                        where = "" if recording in ("", name) else f" ({recording})"
-                        skipped.append(f"{path}{where}: {why}")
-                        if strict:
-                            raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-                        continue
-                    if split == "train":
-                        train_sums = [a + b for a, b in zip(train_sums, sums)]
-                    if sums[0] < EXCERPT_SECONDS * SAMPLE_RATE:
-                        short.append(sums[0] / SAMPLE_RATE)
-            summary = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-            for split, (recordings, _) in summary.items():
-                if recordings == 0:
-                    taken = sum(n for n, _ in summary.values())
-                    why = f" (skipped: {skipped[0]})" if skipped else ""
-                    raise UserError(f"{taken} usable recordings leave none for the split {split}{why}; "
-                                    "give more recordings or a larger --valid and --test")
-            samples, total, squares = train_sums
-            mean = total / samples
-            std = math.sqrt(max(0.0, squares / samples - mean * mean))
-            if std == 0:
-                raise UserError(f"every training sample equals {mean:g}, so nothing can be learnt; give others")
-            for writer in writers.values():
-                writer.close()
-            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                              created_by=created_by)
+    sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    with (only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
+          Decoders(sound_files, out.with_name(out.name + ".decoded")) as decoders):
+        writers = {split: SplitWriter(file.create_group(split)) for split in SPLITS}
+        for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
+            for recording, blocks in tolerant(recordings_in(path, name, decoders.blocks)):
+                so_far = {split: writer.offsets[-1] for split, writer in writers.items()}
+                split = max(SPLITS, key=lambda s: shares[s] * sum(so_far.values()) - so_far[s])
+                try:
+                    sums = writers[split].append(recording, guarded(blocks))
+                except BadAudio as why:
+                    where = "" if recording in ("", name) else f" ({recording})"
+                    skipped.append(f"{path}{where}: {why}")
+                    if strict:
+                        raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+                    continue
+                if split == "train":
+                    train_sums = [a + b for a, b in zip(train_sums, sums)]
+                if sums[0] < EXCERPT_SECONDS * SAMPLE_RATE:
+                    short.append(sums[0] / SAMPLE_RATE)
+        summary = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+        for split, (recordings, _) in summary.items():
+            if recordings == 0:
+                taken = sum(n for n, _ in summary.values())
+                why = f" (skipped: {skipped[0]})" if skipped else ""
+                raise UserError(f"{taken} usable recordings leave none for the split {split}{why}; "
+                                "give more recordings or a larger --valid and --test")
+        samples, total, squares = train_sums
+        mean = total / samples
+        std = math.sqrt(max(0.0, squares / samples - mean * mean))
+        for writer in writers.values():
+            writer.close()
+        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                          created_by=created_by)
+        file.close()
         replace_durably(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return SimpleNamespace(splits=summary, mean=mean, std=std, short=(len(short), sum(short)), skipped=skipped,
                            ignored=ignored)
+
+
+@contextlib.contextmanager
+def only_writer(path):
+    """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
+    with open(path, "ab") as file:
+        lock(file.fileno(), path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock(descriptor, path):
+    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
+    except OSError:  # some network file systems know no locks
+        pass
 
 
 def tolerant(recordings):

@@ -133,7 +133,7 @@ def ragged(arrays):
 def test_published_ragged_object_arrays_are_read(tmp_path):
     arrays = [noise(900), noise(1_000, 1), noise(1_100, 2).astype(np.float32) / 32768]
     np.save(tmp_path / "data_0.npy", ragged(arrays), allow_pickle=True)
-    read = [np.concatenate(list(blocks)) for _, blocks in common.recordings_in(tmp_path / "data_0.npy", "data_0")]
+    read = [np.concatenate(list(blocks)) for _, blocks in common.recordings_in(tmp_path / "data_0.npy", "data_0", None)]
     assert len(read) == 3
     np.testing.assert_array_equal(read[0], arrays[0])
     np.testing.assert_array_equal(read[1], arrays[1])
@@ -179,7 +179,7 @@ def test_sound_files_are_resampled_to_16_khz_mono(tmp_path, suffix):
     rate, hertz = 44_100, 440.0
     tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
     soundfile.write(tmp_path / f"tone.{suffix}", np.stack([tone, 0 * tone], 1), rate)
-    (name, blocks), = common.recordings_in(tmp_path / f"tone.{suffix}", "tone")
+    (name, blocks), = common.recordings_in(tmp_path / f"tone.{suffix}", "tone", common.sound_file_blocks)
     audio = np.concatenate(list(blocks)) / 32768
     assert len(audio) == pytest.approx(2 * RATE, abs=0.1 * RATE if suffix == "mp3" else 2)
     middle = audio[RATE // 2:RATE // 2 + RATE]
@@ -191,7 +191,7 @@ def test_16_khz_pcm16_sound_files_are_taken_exactly(tmp_path):
     x = noise(3 * common.BLOCK)
     for suffix in ("wav", "flac"):
         soundfile.write(tmp_path / f"x.{suffix}", x, RATE)
-        (_, blocks), = common.recordings_in(tmp_path / f"x.{suffix}", "x")
+        (_, blocks), = common.recordings_in(tmp_path / f"x.{suffix}", "x", common.sound_file_blocks)
         np.testing.assert_array_equal(np.concatenate(list(blocks)), x)
 
 
@@ -214,6 +214,85 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
         convert(folder, tmp_path, force=True, strict=True)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}  # the old file stays
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    np.savez(elsewhere / "a.npz", **recordings())
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    (folder / "dangling.wav").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "fifo.wav")
+    _, summary = convert(folder, tmp_path)
+    assert sum(count for count, _ in summary.splits.values()) == 12
+    assert [why.split(": ")[0] for why in summary.skipped] == [str(folder / "dangling.wav"), str(folder / "fifo.wav")]
+    with pytest.raises(common.UserError, match="dangling.wav.*without --strict"):
+        convert(folder, tmp_path, force=True, strict=True)
+
+
+def test_archives_and_pickles_that_expand_beyond_measure_are_refused(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "good.npz", **recordings())
+    np.savez_compressed(folder / "bomb.npz", a=np.zeros(20_000_000, np.int16), b=noise(1_000))
+    same = np.zeros(1 << 24, np.int16)
+    np.save(folder / "repeated.npy", ragged([same] * 200), allow_pickle=True)
+    (folder / "bytes.npy").write_bytes((folder / "repeated.npy").read_bytes()[:128] + b"\x8e" + b"\xff" * 7 + b"\x0f")
+    _, summary = convert(folder, tmp_path)
+    reasons = {re.search(r"(\w+)\.np", why)[1]: why for why in summary.skipped}
+    assert set(reasons) == {"bomb", "repeated", "bytes"}
+    assert "-fold" in reasons["bomb"] and "repeated beyond measure" in reasons["repeated"]
+
+
+def test_constant_recordings_are_skipped(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "a.npz", silence=np.zeros(5_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings())
+    _, summary = convert(folder, tmp_path)
+    assert [why.split(": ")[1] for why in summary.skipped] == ["every sample of it is 7", "every sample of it is 0"]
+
+
+def decode_or_crash(path, target):
+    os.abort() if path.stem == "13" else common.decode(path, target)
+
+
+@pytest.mark.parametrize("crash", (False, True))
+def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_one_of_them(tmp_path, monkeypatch, crash):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lengths = {str(i): 2 * common.BLOCK if i == 0 else 2_000 + i for i in range(40)}
+    for name, length in lengths.items():
+        soundfile.write(folder / f"{name}.wav", noise(length, int(name)), RATE)
+    if crash:
+        monkeypatch.setattr(common, "decode", decode_or_crash)
+        del lengths["13"]
+    out, summary = convert(folder, tmp_path)
+    assert summary.skipped == [f"{folder}/13.wav: it crashes its decoder"] * crash
+    audio, splits = read_back(out)
+    assert all(names == sorted(names, key=int) for names in splits.values()) and audio.keys() == lengths.keys()
+    for name, samples in audio.items():
+        np.testing.assert_array_equal(samples, noise(lengths[name], int(name)))
+    assert [path.name for path in tmp_path.iterdir() if path != folder] == ["out.h5"]
+
+
+def test_conversion_ends_with_a_sentence_before_the_disk_is_full_and_leaves_no_file(tmp_path, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    np.savez(folder / "a.npz", **recordings())
+    monkeypatch.setattr(common, "MIN_FREE", 1 << 60)
+    with pytest.raises(OSError, match="No space left"):
+        common.convert([folder], out / "out.h5")
+    assert not list(out.iterdir())
+
+
+def test_two_conversions_cannot_write_the_same_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.savez(tmp_path / "in/a.npz", **recordings())
+    with common.only_writer(tmp_path / "out.h5.partial"):
+        with pytest.raises(common.UserError, match="out.h5.partial is being written by another process"):
+            convert(tmp_path / "in", tmp_path)
+    convert(tmp_path / "in", tmp_path)
 
 
 def test_a_recording_named_twice_is_taken_once(tmp_path):
@@ -248,7 +327,7 @@ def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):
     with pytest.raises(common.UserError, match="must be above 0"):
         convert(folder, tmp_path, valid=0.6, test=0.5)
     np.savez(folder / "a.npz", **{f"silence_{i}": np.zeros(5_000, np.int16) for i in range(9)})
-    with pytest.raises(common.UserError, match="nothing can be learnt"):
+    with pytest.raises(common.UserError, match="every sample of it is 0"):
         convert(folder, tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
