@@ -42,9 +42,11 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
@@ -61,12 +63,18 @@ def run_as_script(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
+                  file=sys.stderr)
+        elif dist.is_initialized():
+            print(f"error: process {dist.get_rank()} of {dist.get_world_size()} lost the others "
+                  f"({first_line(error)}); see what the first of them to end said, and go on with --resume",
+                  file=sys.stderr)
+        else:
             raise
-        print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
-              file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # no clean-up that would wait for processes that are gone
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
               "its permissions and the free space", file=sys.stderr)
@@ -811,6 +819,9 @@ def replace_durably(temporary, final):
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name as well
+    os.close(folder)
 
 
 @dataclasses.dataclass
@@ -823,39 +834,55 @@ class Split:
     def read(self, starts, samples):
         """(B, samples) int16 from B starting points."""
         out = np.empty((len(starts), samples), np.int16)
-        for row, start in zip(out, starts):
-            self.audio.read_direct(row, np.s_[start:start + samples])
+        try:
+            for row, start in zip(out, starts):
+                self.audio.read_direct(row, np.s_[start:start + samples])
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
+                            f"({first_line(error)}); {REMAKE}") from None
         return out
+
+
+REMAKE = "make it again with prepare_blizzard.py"
 
 
 def open_corpus(path):
     """The three Splits of an HDF5 file, with its mean and std (int16 units, of train). Raises UserError."""
-    remake = "make it again with prepare_blizzard.py"
     if not Path(path).exists():
         raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
                         f"{path}', name another with --data, or try --demo")
     try:
-        file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-        attributes = dict(file.attrs)
-    except OSError as error:
-        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {remake}") from None
-    if (attributes.get("format"), attributes.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"data file {path} is HDF5 but not of format {FORMAT} version {VERSION}; {remake}")
-    if attributes.get("sample_rate") != SAMPLE_RATE:
-        raise UserError(f"data file {path} is not sampled at {SAMPLE_RATE:,} Hz; {remake}")
+        return read_corpus(path)
+    except BadCorpus as why:
+        raise UserError(f"data file {path} {why}; {REMAKE}") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {REMAKE}") from None
+
+
+class BadCorpus(Exception):
+    """What is wrong with an HDF5 file."""
+
+
+def read_corpus(path):
+    file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+    attributes = dict(file.attrs)
+    if (str(attributes.get("format")), str(attributes.get("version"))) != (FORMAT, str(VERSION)):
+        raise BadCorpus(f"is HDF5 but not of format {FORMAT} version {VERSION}")
+    if str(attributes.get("sample_rate")) != str(SAMPLE_RATE):
+        raise BadCorpus(f"is not sampled at {SAMPLE_RATE:,} Hz")
     mean, std = float(attributes.get("mean", math.nan)), float(attributes.get("std", math.nan))
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise UserError(f"data file {path} has no usable mean and std; {remake}")
+        raise BadCorpus("has no usable mean and std")
     splits = {}
     for name in SPLITS:
         try:
             audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise UserError(f"data file {path} has no readable split {name} ({first_line(error)}); {remake}") from None
+        except Exception as error:
+            raise BadCorpus(f"has no readable split {name} ({first_line(error)})") from None
         if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
                 and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
                 and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
-            raise UserError(f"data file {path} has inconsistent offsets in split {name}; {remake}")
+            raise BadCorpus(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
     return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
 
@@ -864,16 +891,36 @@ def open_corpus(path):
 # excerpts
 # ---------------------------------------------------------------------------------------------------------------------
 
+def job():
+    """(rank of this process, number of processes) under torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(count):
+    """The slice of `count` things that falls to this process."""
+    rank, processes = job()
+    return slice(count * rank // processes, count * (rank + 1) // processes)
+
+
+def from_all(value):
+    """[value of every process], in the order of their ranks."""
+    values = [value] * job()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 class Excerpts:
     """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
 
     Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that
-    all of it is seen. A group is batch_size excerpts; what an epoch holds beyond whole groups is left out of it.
+    all of it is seen. A group is batch_size excerpts, of which each process of a job reads its share; what an epoch
+    holds beyond whole groups is left out of it.
     """
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.shape = (batch_size, reset_freq, seq_frames, x_dim)
+        self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
         lengths = np.diff(split.offsets)
         self.counts, self.slack = lengths // self.samples, lengths % self.samples
@@ -892,10 +939,10 @@ class Excerpts:
             self.shift = random.integers(0, self.slack, endpoint=True)
 
     def group(self, index):
-        """Windows of group `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
+        """This process's windows of group `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
         epoch, index = divmod(index, self.groups_per_epoch)
         self.shuffle(epoch)
-        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
+        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size][share(self.batch_size)]
         recording = np.searchsorted(self.first + self.counts, chosen, side="right")
         starts = (self.split.offsets[recording] + self.shift[recording]
                   + (chosen - self.first[recording]) * self.samples)
@@ -916,11 +963,9 @@ def window_starts(split, samples, at_most=None):
     return starts
 
 
-def normalise(pcm, corpus, generator=None):
-    """int16 samples to zero mean and unit variance; with a generator, dequantised by uniform(-1/2, 1/2) LSB."""
-    x = pcm.float()
-    if generator is not None:
-        x += torch.rand(x.shape, generator=generator, device=x.device) - 0.5
+def normalise(pcm, corpus, uniform=None):
+    """int16 samples to zero mean and unit variance; with uniform noise on [0, 1), dequantised by +-1/2 LSB."""
+    x = pcm.float() if uniform is None else pcm + (uniform - 0.5)
     return (x - corpus.mean) / corpus.std
 
 
@@ -1355,21 +1400,26 @@ def bits_per_sample(nats_per_frame, x_dim, std):
 def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
     """Bounds on the non-overlapping windows of a split, each from a zero state.
 
-    The windows, the dequantisation noise and the latent noise are the same for every model of one size. Returns {bound:
-    {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}; stderr is over windows, in nats per frame.
+    The windows, the dequantisation noise and the latent noise are the same for every model of one size, and for any
+    number of processes, which share the work. Returns {bound: {nats_per_frame, stderr, nats_per_sequence,
+    bits_per_sample}}; stderr is over windows, in nats per frame.
     """
     device = next(model.parameters()).device
     starts = window_starts(split, seq_frames * model.x_dim, at_most)
-    per_window = {}
-    for batch, first in enumerate(range(0, len(starts), EVAL_BATCH)):
+    rank, processes = job()
+    mine = {}
+    for batch in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + batch)
+        first = batch * EVAL_BATCH
         pcm = torch.from_numpy(split.read(starts[first:first + EVAL_BATCH], seq_frames * model.x_dim)).to(device)
-        x_TBX = normalise(pcm.view(len(pcm), seq_frames, model.x_dim).transpose(0, 1), corpus, generator)
-        for name, bound in estimate_bounds(model, x_TBX, ks, generator).items():
-            per_window.setdefault(name, []).append(bound.cpu())
+        pcm = pcm.view(len(pcm), seq_frames, model.x_dim).transpose(0, 1)
+        x_TBX = normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=device))
+        bounds = estimate_bounds(model, x_TBX, ks, generator)
+        mine[batch] = {name: bound.cpu() for name, bound in bounds.items()}
+    by_batch = dict(sorted(item for part in from_all(mine) for item in part.items()))
     result = {}
-    for name, parts in per_window.items():
-        nats = torch.cat(parts)
+    for name in by_batch[0]:
+        nats = torch.cat([bounds[name] for bounds in by_batch.values()])
         result[name] = dict(nats_per_frame=nats.mean().item() / seq_frames,
                             stderr=(nats.std() / len(nats) ** 0.5).item() / seq_frames if len(nats) > 1 else None,
                             nats_per_sequence=nats.mean().item())
@@ -1421,14 +1471,15 @@ def draw_speech(titled, path):
 # checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(path, checkpoint):
-    """Write tensors and plain Python to path, so that it holds either the old or the new checkpoint, whole."""
-    temporary = path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def written_whole(path):
+    """A name to write a checkpoint under, which then becomes path: it holds the old or the new checkpoint, whole."""
+    partial = path.with_name(path.name + ".partial")
     try:
-        torch.save(checkpoint, temporary)
-        replace_durably(temporary, path)
+        yield partial
+        replace_durably(partial, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room and go "
                         "on with --resume") from None
 
@@ -1436,6 +1487,9 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, option, *parts):
     """Read a checkpoint with these parts, executing nothing in it. Raises UserError, naming the option that asked."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = [part for part in parts if part not in checkpoint]
         if missing:
@@ -1451,7 +1505,9 @@ def load_checkpoint(path, option, *parts):
 def load_parameters(model, parameters, path, option):
     try:
         model.load_state_dict(parameters)
-    except (TypeError, RuntimeError):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"{option}: {path} holds parameters that are not finite; name another")
+    except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{option}: {path} holds a model of other sizes; give the sizes it was trained with") from None
 
 
@@ -1460,18 +1516,22 @@ def load_parameters(model, parameters, path, option):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED_IN_A_ROW = 10
+BATCH_AXIS = dict(pcm=1, h=0, c=0, next_h=0, next_c=0)  # of the tensors that the processes of a job hold parts of
 FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
 
 
 def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and job()[1] > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
         if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
@@ -1499,7 +1559,7 @@ class StopRequest:
     """Remembers the first Ctrl-C or SIGTERM, so that training can finish its update; the second one kills."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = 0
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1516,19 +1576,27 @@ class StopRequest:
 
 
 class Run:
-    """A run folder: config.json, log.jsonl, last.pt, best.pt, eval.json, samples/."""
+    """A run folder: config.json, log.jsonl, last.pt, previous.pt (the last.pt before), best.pt, eval.json, samples/."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.best, self.eval = (
-            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json"))
-        if self.last.exists() and not h.resume:
+        self.config, self.log, self.last, self.previous, self.best, self.eval = (
+            self.folder / name
+            for name in ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json"))
+        has_state = self.last.exists() or self.previous.exists()
+        if has_state and not h.resume:
             raise UserError(f"{self.folder} already holds a run; pass --resume to go on with it, or another --out_dir")
-        if h.resume and not self.last.exists():
+        if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
+
+    def keep_others_out(self):
+        """Lock the folder for as long as this process lives."""
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        lock(self.descriptor, self.folder)
 
     def start(self, header):
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.keep_others_out()
         write_durably(self.config, json.dumps(header["config"], indent=1) + "\n")
         write_durably(self.log, json.dumps(header) + "\n")
 
@@ -1553,6 +1621,27 @@ class Run:
     def append(self, **line):
         with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, checkpoint):
+        """Write last.pt, and keep the one before as previous.pt."""
+        with written_whole(self.last) as partial:
+            torch.save(checkpoint, partial)
+            if self.last.exists():
+                os.replace(self.last, self.previous)
+
+    def restore(self, trainer):
+        """Restore the state in last.pt; where that is missing or damaged, the one before."""
+        parts = trainer.checkpoint().keys()
+        try:
+            trainer.restore(load_checkpoint(self.last, "--resume", *parts), self.last)
+        except UserError:
+            if not self.previous.exists():
+                raise
+            trainer.restore(load_checkpoint(self.previous, "--resume", *parts), self.previous)
+            if job()[0] == 0:
+                print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
 
     def forget_after(self, update):
         """Drop the log lines of updates that the checkpoint has not seen."""
@@ -1581,6 +1670,11 @@ class Trainer:
     def __init__(self, h, objective, particles, replays, as_published):
         self.h, self.objective, self.particles = h, objective, particles
         self.replays, self.as_published = replays, as_published
+        self.processes = job()[1]
+        if h.batch_size % self.processes or as_published and self.processes > 1:
+            raise UserError(f"{self.processes} processes cannot share --batch_size={h.batch_size} evenly"
+                            f"{' as published' * as_published}; start as many as divide it"
+                            f"{', or one' * as_published}")
         self.device = choose_device(h.device)
         self.corpus = open_corpus(h.data)
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
@@ -1590,6 +1684,7 @@ class Trainer:
         self.model.to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.model.bf16 = h.bf16
+        self.forward = DistributedDataParallel(self.model) if self.processes > 1 else self.model
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=h.lr, fused=True,
                                           capturable=self.device.type == "cuda")
         create_state(self.optimiser)
@@ -1599,29 +1694,50 @@ class Trainer:
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        rows = h.batch_size * particles
+        batch = h.batch_size // self.processes
+        rows = batch * particles
         self.tensors = SimpleNamespace(
-            pcm=zeros(h.seq_frames, h.batch_size, h.x_dim, dtype=torch.int16),
+            pcm=zeros(h.seq_frames, batch, h.x_dim, dtype=torch.int16),
             h=zeros(rows, h.rnn_dim), c=zeros(rows, h.rnn_dim),             # before the window
             next_h=zeros(rows, h.rnn_dim), next_c=zeros(rows, h.rnn_dim),   # after it
             updates=zeros(dtype=torch.int64), skipped=zeros(dtype=torch.int64),
             skipped_in_a_row=zeros(dtype=torch.int64), loss_sum=zeros(), losses=zeros(), grad_norm=zeros())
 
     def checkpoint(self):
+        """The state of the whole job, however many processes share it; each of them must ask."""
+        tensors = {name: self.whole_batch(name, tensor) for name, tensor in vars(self.tensors).items()}
         return dict(model=self.model.state_dict(), averaged=self.averaged.state_dict(),
                     optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
-                    tensors=vars(self.tensors), progress=self.progress)
+                    tensors=tensors, progress=self.progress)
+
+    def whole_batch(self, name, tensor):
+        if name not in BATCH_AXIS or self.processes == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
+        dist.all_gather([part.view(torch.uint8) for part in parts], tensor.view(torch.uint8))  # gloo knows no int16
+        return torch.cat(parts, BATCH_AXIS[name])
 
     def restore(self, checkpoint, path):
+        """Go on from a state, in place. Raises UserError, naming path, where it is of another model or damaged."""
         load_parameters(self.model, checkpoint["model"], path, "--resume")
         load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
-        self.generator.set_state(checkpoint["generator"])
-        places = [vars(self.tensors), *self.optimiser.state.values()]
-        saved = [checkpoint["tensors"], *checkpoint["optimiser"]["state"].values()]
-        for tensors, values in zip(places, saved):
-            for name, tensor in tensors.items():
-                tensor.copy_(values[name])
-        self.progress.update(checkpoint["progress"])
+        try:
+            self.generator.set_state(checkpoint["generator"])
+            for name, tensor in vars(self.tensors).items():
+                values = checkpoint["tensors"][name]
+                if name in BATCH_AXIS:
+                    rows = share(values.shape[BATCH_AXIS[name]])
+                    values = values[:, rows] if BATCH_AXIS[name] else values[rows]
+                copy_same(values, tensor)
+            saved = checkpoint["optimiser"]["state"]
+            for i, state in enumerate(self.optimiser.state.values()):
+                for name, tensor in state.items():
+                    copy_same(saved[i][name], tensor)
+            for name, value in self.progress.items():
+                self.progress[name] = type(value)(checkpoint["progress"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); give its "
+                            "--out_dir, or start another") from None
 
     def start_from(self, path):
         parameters = load_checkpoint(path, "--init_from", "model")["model"]
@@ -1649,16 +1765,22 @@ class Trainer:
         self.step()
         self.progress["update"] += 1
 
+    def noise(self, distribution, rows, width):
+        """(T, rows of this process, width); drawn for all rows, so that it is the same for any number of processes."""
+        noise = distribution(self.h.seq_frames, rows, width, generator=self.generator, device=self.device)
+        return noise[:, share(rows)]
+
     def step(self):
         """What an update does on the device. A loss or gradient that is not finite changes no parameter."""
         h, model, tensors = self.h, self.model, self.tensors
-        x_TBX = normalise(tensors.pcm, self.corpus, self.generator if h.dequantize else None)
-        noise = torch.randn(h.seq_frames, h.batch_size * self.particles, h.z_dim, generator=self.generator,
-                            device=self.device)
-        rollout = model(x_TBX, (tensors.h, tensors.c), noise, self.particles)
+        uniform = self.noise(torch.rand, h.batch_size, h.x_dim) if h.dequantize else None
+        x_TBX = normalise(tensors.pcm, self.corpus, uniform)
+        noise = self.noise(torch.randn, h.batch_size * self.particles, h.z_dim)
+        rollout = self.forward(x_TBX, (tensors.h, tensors.c), noise, self.particles)
         loss = self.objective(rollout)
         self.optimiser.zero_grad()
         loss.backward()
+        loss = self.mean_of_all(loss.detach())
         with torch.no_grad():
             if self.as_published:
                 divide_gradients(model, h.batch_size)
@@ -1680,6 +1802,11 @@ class Trainer:
             tensors.loss_sum += torch.where(is_finite, loss, 0.0)
             tensors.losses += is_finite
             tensors.grad_norm.copy_(grad_norm)
+
+    def mean_of_all(self, loss):
+        if self.processes > 1:
+            dist.all_reduce(loss)
+        return loss / self.processes
 
     def average(self):
         """Exponential moving average of the parameters: single updates throw the held-out bound up and down by tens of
@@ -1725,6 +1852,12 @@ class Trainer:
         return line
 
 
+def copy_same(values, tensor):
+    if values.shape != tensor.shape or values.dtype != tensor.dtype:
+        raise ValueError(f"{tuple(values.shape)} in place of {tuple(tensor.shape)}")
+    tensor.copy_(values)
+
+
 def create_state(optimiser):
     """Give Adam the state that its first step would create, so that it can be restored in place."""
     for group in optimiser.param_groups:
@@ -1764,7 +1897,9 @@ def progress_line(h, line):
 
 
 def resume_command():
-    return shlex.join([sys.executable, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", f"--nproc_per_node={processes}"] if job()[1] > 1 else [sys.executable]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def train(h, objective, particles, replays=1, as_published=False):
@@ -1774,32 +1909,43 @@ def train(h, objective, particles, replays=1, as_published=False):
     on each window, all from the same state. as_published: gradients treated as in the 2016 scripts. Raises UserError.
     """
     keep_freed_memory()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    writes = job()[0] == 0  # one process of a job writes and speaks for all
     run = Run(h)
-    if h.data == DEMO["data"] and not Path(h.data).exists():
+    if h.data == DEMO["data"] and not Path(h.data).exists() and writes:
         print(f"making synthetic demo data in {h.data}", flush=True)
         make_demo_data(h.data)
+    from_all("ready")  # all have looked at the run folder, and the data is there
     trainer = Trainer(h, objective, particles, replays, as_published)
     progress, config = trainer.progress, as_config(h)
     header = dict(
-        config=config, particles=particles, replays=replays, commit=commit(), device=describe(trainer.device),
-        data=describe_corpus(trainer.corpus),
+        config=config, particles=particles, replays=replays, processes=trainer.processes, commit=commit(),
+        device=describe(trainer.device), data=describe_corpus(trainer.corpus),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     if h.resume:
         run.check_unchanged(header)
-        parts = trainer.checkpoint().keys()
-        trainer.restore(load_checkpoint(run.last, "--resume", *parts), run.last)
-        run.forget_after(progress["update"])
+        if writes:
+            run.keep_others_out()
+        run.restore(trainer)
+        from_all("restored")
+        if writes:
+            run.forget_after(progress["update"])
     else:
         if h.init_from:
             trainer.start_from(h.init_from)
-        run.start(header)
-    if trainer.device.type == "cuda":
+        if writes:
+            run.start(header)
+    if trainer.device.type == "cuda" and trainer.processes == 1:
         trainer.capture()
-    print(f"{h.script}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters on "
-          f"{describe(trainer.device)}; {trainer.excerpts.groups_per_epoch} groups of {h.batch_size} excerpts of "
-          f"{trainer.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {run.log}", flush=True)
+    if writes:
+        print(f"{h.script}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters on "
+              f"{trainer.processes} x {describe(trainer.device)}; {trainer.excerpts.groups_per_epoch} groups of "
+              f"{h.batch_size} excerpts of {trainer.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {run.log}",
+              flush=True)
 
-    bar = tqdm(total=h.max_updates, initial=progress["update"], unit=" updates", disable=not sys.stderr.isatty())
+    bar = tqdm(total=h.max_updates, initial=progress["update"], unit=" updates",
+               disable=not (writes and sys.stderr.isatty()))
     with StopRequest() as stop, bar:
         began = time.monotonic()
         while progress["update"] < h.max_updates:
@@ -1813,22 +1959,31 @@ def train(h, objective, particles, replays=1, as_published=False):
                 trainer.tensors.updates.item()  # wait for the device
                 progress["seconds"] += time.monotonic() - began
                 line = trainer.monitor()
-                run.append(**line)
-                tqdm.write(progress_line(h, line))  # above the bar, where there is one
-                sys.stdout.flush()
                 tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
-                if tracked > progress["best"]:
+                is_best = tracked > progress["best"]
+                if is_best:
                     progress["best"] = tracked
-                    save_checkpoint(run.best, dict(model=trainer.averaged.state_dict(), config=config,
-                                                   update=progress["update"]))
-                save_checkpoint(run.last, trainer.checkpoint())
+                checkpoint = trainer.checkpoint()
+                if writes:
+                    run.append(**line)
+                    tqdm.write(progress_line(h, line))  # above the bar, where there is one
+                    sys.stdout.flush()
+                    if is_best:
+                        with written_whole(run.best) as partial:
+                            torch.save(dict(model=trainer.averaged.state_dict(), config=config,
+                                            update=progress["update"]), partial)
+                    run.save(checkpoint)
                 began = time.monotonic()
-            if stop.signal:
+            if signal_number := max(from_all(stop.signal)):
                 progress["seconds"] += time.monotonic() - began
-                save_checkpoint(run.last, trainer.checkpoint())
-                print(f"stopped after update {progress['update']}; go on with: {resume_command()}", flush=True)
-                sys.exit(128 + stop.signal)
-    finish(h, run, trainer)
+                checkpoint = trainer.checkpoint()
+                if writes:
+                    run.save(checkpoint)
+                    print(f"stopped after update {progress['update']}; go on with: {resume_command()}", flush=True)
+                sys.exit(128 + signal_number)
+    finish(h, run, trainer, writes)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def update_of(line):
@@ -1849,7 +2004,7 @@ def describe_corpus(corpus):
                 samples={split: len(getattr(corpus, split).audio) for split in SPLITS})
 
 
-def finish(h, run, trainer):
+def finish(h, run, trainer, writes):
     """Evaluate best.pt on every window of the test split, write eval.json, and generate speech from it."""
     model, corpus = trainer.averaged, trainer.corpus
     if not run.best.exists():
@@ -1857,8 +2012,11 @@ def finish(h, run, trainer):
                         "--lr")
     best = load_checkpoint(run.best, "--resume", "model", "update")
     load_parameters(model, best["model"], run.best, "--resume")
-    print(f"evaluating {run.best} (update {best['update']:,}) on the test split", flush=True)
+    if writes:
+        print(f"evaluating {run.best} (update {best['update']:,}) on the test split", flush=True)
     bounds = evaluate(model, corpus, corpus.test, h.eval_k, h.seq_frames)
+    if not writes:
+        return
     windows = len(window_starts(corpus.test, h.seq_frames * h.x_dim))
     result = dict(script=h.script, split="test", update=best["update"], windows=windows, frames=h.seq_frames,
                   bounds=bounds)

@@ -3,13 +3,14 @@
 import copy
 import importlib
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -17,20 +18,15 @@ import pytest
 import soundfile
 import torch
 
+from kill import kill_and_compare
+from tiny import ROOT, SIZES, assert_same_run, command, log_of, run, smooth_noise
+
 import common
 import vrnn_gauss
 import vrnn_gauss_iwae
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
-         "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu").split()
-RUN_FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "samples"}
-
-
-def run(script, *arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=120)
+RUN_FILES = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json", "samples"}
 
 
 def trained(script, *arguments, cwd):
@@ -39,27 +35,13 @@ def trained(script, *arguments, cwd):
     return result
 
 
-def log_of(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "config")} for line in lines]
-
-
-def assert_same_run(one, other):
-    assert log_of(one) == log_of(other)
-    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
-    for part in ("model", "averaged"):
-        for name, tensor in ours[part].items():
-            assert torch.equal(tensor, theirs[part][name])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working folder with data/tiny.h5, converted by the script from smooth noise in data/in."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "data/in").mkdir(parents=True)
     random = np.random.default_rng(0)
-    walk = lambda: np.convolve(random.normal(0, 2_000, 3_000), np.ones(8) / 8, "valid")  # noqa: E731
-    np.savez(folder / "data/in/tiny.npz", **{f"rec_{i}": walk().astype(np.int16) for i in range(12)})
+    np.savez(folder / "data/in/tiny.npz", **{f"rec_{i}": smooth_noise(random, 3_000) for i in range(12)})
     result = run("prepare_blizzard", "data/in", "--out=data/tiny.h5", "--valid=.2", "--test=.2", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "total           12" in result.stdout
@@ -151,14 +133,74 @@ def test_a_torn_log_line_is_dropped_on_resume(folder, runs, tmp_path):
     assert [line["update"] for line in log_of(folder_copy)[1:]] == [10, 20, 30, 40]
 
 
+def test_a_damaged_state_is_noticed_and_the_one_before_is_used(folder, runs, tmp_path):
+    whole, torn, missing = tmp_path / "whole", tmp_path / "torn", tmp_path / "missing"
+    for out in (whole, torn, missing):
+        shutil.copytree(runs / "vrnn_gauss", out)
+    state = bytearray((torn / "last.pt").read_bytes())
+    state[len(state) // 2] ^= 1  # in the middle of a tensor
+    (torn / "last.pt").write_bytes(state)
+    (missing / "last.pt").unlink()
+    for out in (whole, torn, missing):
+        result = trained("vrnn_gauss", "--data=data/tiny.h5", f"--out_dir={out}", "--monitor_every=10", "--resume",
+                         "--max_updates=40", cwd=folder)
+        assert ("going on from" in result.stdout) == (out != whole)
+        assert_same_run(whole, out)
+
+
 @pytest.mark.parametrize("file, content", (
     ("log.jsonl", b""), ("log.jsonl", b"{}\n"), ("last.pt", b"no checkpoint"), ("last.pt", None),
 ))
 def test_damaged_run_files_are_refused_on_resume(folder, runs, tmp_path, file, content):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    (folder_copy / "previous.pt").unlink()
     (folder_copy / file).write_bytes((folder_copy / "best.pt").read_bytes() if content is None else content)
     result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and file in result.stderr
+
+
+def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    state = torch.load(folder_copy / "last.pt", weights_only=True)
+    for part, value in (("tensors", {}), ("generator", torch.zeros(3)), ("progress", {"update": "x"})):
+        torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
+        (folder_copy / "previous.pt").unlink(missing_ok=True)
+        result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
+
+
+def test_a_run_folder_is_written_by_one_process_at_a_time(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    other = common.Run(SimpleNamespace(out_dir=folder_copy, resume=True))
+    other.keep_others_out()
+    result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
+    assert result.returncode == 2 and "is being written by another process" in result.stderr
+    os.close(other.descriptor)
+    trained("vrnn_gauss", *flags, cwd=folder)
+
+
+def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkeypatch):
+    folder_copy, _ = copy_of_a_run(runs, tmp_path)
+    before = {name: (folder_copy / name).read_bytes() for name in ("last.pt", "previous.pt")}
+
+    def disk_full(checkpoint, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(common.UserError, match="last.pt cannot be written"):
+        common.Run(SimpleNamespace(out_dir=folder_copy, resume=True)).save({})
+    assert before == {name: (folder_copy / name).read_bytes() for name in before}
+    assert not list(folder_copy.glob("*.partial"))
+
+
+def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
+    assert kill_and_compare(tmp_path, kills=2) == [True] * 2
+
+
+def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
+    result = subprocess.run([sys.executable, ROOT / "tests/fuzz.py", "--cases=70", "--seed=1"], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_path):
@@ -178,17 +220,17 @@ def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
     whole, stopped = folder / "unstopped", folder / f"stopped-{status}"
     if not whole.exists():
         assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
-    process = subprocess.Popen([sys.executable, ROOT / "vrnn_gauss.py", *flags, f"--out_dir={stopped}"], cwd=folder,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command("vrnn_gauss", *flags, f"--out_dir={stopped}"), cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (stopped / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    command = shlex.split(output.splitlines()[-1].split("go on with: ")[1])
-    assert command[-1] == "--resume"
-    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+    resume = shlex.split(output.splitlines()[-1].split("go on with: ")[1])
+    assert resume[-1] == "--resume"
+    assert subprocess.run(resume, cwd=folder, capture_output=True).returncode == 0
     assert_same_run(whole, stopped)
 
 

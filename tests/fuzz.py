@@ -1,0 +1,258 @@
+"""Damage inputs of every kind at random, read them, and count what happens.
+
+    python tests/fuzz.py [--cases 2400] [--seed 0]
+
+An input may be accepted (what was damaged does not matter, or is sound) or refused with a sentence. Everything else is a
+failure: another exception, a crash, more than 60 seconds, a file left behind, or code from the input that ran. Each kind
+of input is read by a process of its own. Prints a table; exit status 1 if there is a failure.
+"""
+
+import argparse
+import collections
+import io
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common  # noqa: E402
+import plot_recon  # noqa: E402
+import vrnn_gauss  # noqa: E402
+from tiny import SIZES, smooth_noise, write_tiny_data  # noqa: E402
+
+TIME_LIMIT = 60  # seconds for one input
+SOUND = ("wav", "flac", "mp3", "ogg")
+KINDS = ("npz", "npz_members", "npy", "ragged_npy", "pickle_npy", *SOUND, "h5", "last_pt", "init_pt", "log", "eval")
+
+
+class Payload:
+    """Leaves a file behind if it is unpickled by anything that executes."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+# ---- whole inputs, to be damaged ----
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def ragged(elements):
+    array = np.empty(len(elements), object)
+    array[:] = elements
+    return array
+
+
+def whole_input(kind, random, run):
+    """The bytes of a sound input of this kind; of `pickle_npy`, of one that would execute."""
+    arrays = [smooth_noise(random, 500) for _ in range(3)]
+    if kind in ("npz", "npz_members"):
+        file = io.BytesIO()
+        np.savez(file, a=arrays[0], b=arrays[1].astype(np.float32) / 32768, c=arrays[2].astype(np.int32))
+        return file.getvalue()
+    if kind == "npy":
+        return npy([arrays[0], np.stack(arrays[:2], 1), arrays[2] / 32768][random.integers(3)])
+    if kind == "ragged_npy":
+        return npy(ragged(arrays))
+    if kind == "pickle_npy":
+        header = npy(ragged(arrays))[:128]
+        return header + pickle.dumps(Payload(), protocol=int(random.integers(6)))
+    if kind in SOUND:
+        file = io.BytesIO()
+        soundfile.write(file, arrays[0], int(random.choice([16_000, 44_100])), format=kind.upper())
+        return file.getvalue()
+    name = dict(h5="../tiny.h5", last_pt="last.pt", init_pt="best.pt", log="log.jsonl", eval="eval.json")[kind]
+    return (run / name).read_bytes()
+
+
+# ---- damage ----
+
+EXTREME = [value.to_bytes(size, "little", signed=True) for size in (2, 4, 8)
+           for value in (0, -1, 1, 2 ** (8 * size - 1) - 1, -2 ** (8 * size - 1), 1 << (8 * size - 3))]
+
+
+def damaged(data, random):
+    """data after one to three random changes, half of them near its beginning or its end."""
+    for _ in range(random.integers(1, 4)):
+        if not data:
+            break
+        spread = [len(data), min(len(data), 200)][random.integers(2)]
+        at = int(random.integers(spread))
+        at = len(data) - 1 - at if random.random() < 0.25 else at
+        length = int(random.integers(1, 64))
+        change = random.integers(8)
+        if change == 0:
+            data = data[:at]
+        elif change == 1:
+            data = data[:at] + bytes([data[at] ^ (1 << random.integers(8))]) + data[at + 1:]
+        elif change == 2:
+            data = data[:at] + random.bytes(length) + data[at + length:]
+        elif change == 3:
+            data = data[:at] + bytes(length) + data[at + length:]
+        elif change == 4:
+            data = data[:at] + data[at + length:]
+        elif change == 5:
+            data = data[:at] + data[at:at + length] * int(random.integers(2, 5)) + data[at + length:]
+        elif change == 6:
+            data = data[:at] + random.bytes(length) + data[at:]
+        else:
+            field = EXTREME[random.integers(len(EXTREME))]
+            data = data[:at] + field + data[at + len(field):]
+    return data
+
+
+def damaged_members(data, random):
+    """An archive whose members are damaged, each with a correct checksum."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(file, "w") as out:
+        for name in archive.namelist():
+            out.writestr(name, damaged(archive.read(name), random))
+    return file.getvalue()
+
+
+# ---- reading ----
+
+def convert_beside_good_recordings(path):
+    random = np.random.default_rng(1)
+    np.savez(path.parent / "good.npz", **{f"rec_{i}": smooth_noise(random, 2_000) for i in range(12)})
+    summary = common.convert([path.parent], path.parent / "out.h5", 0.2, 0.2)
+    (path.parent / "good.npz").unlink()
+    (path.parent / "out.h5").unlink()
+    return "refused" if summary.skipped else "accepted"
+
+
+def read_corpus_whole(path):
+    corpus = common.open_corpus(path)
+    excerpts = common.Excerpts(corpus.train, 20, 5, 2, 4, 0)
+    for group in range(min(excerpts.groups_per_epoch, 50)):
+        excerpts.group(group)
+    common.window_starts(corpus.valid, 100, 8)
+    common.window_starts(corpus.test, 100, 8)
+
+
+def restore_from(path, option, run):
+    flags = [*SIZES, f"--data={run.parent / 'tiny.h5'}", f"--out_dir={path.parent / 'out'}"]
+    trainer = common.Trainer(common.hyperparameters(dict(vars(vrnn_gauss)), flags), vrnn_gauss.objective, 1, 1, False)
+    if option == "--init_from":
+        trainer.start_from(path)
+    else:
+        trainer.restore(common.load_checkpoint(path, option, *trainer.checkpoint().keys()), path)
+    trainer.update()
+
+
+def draw_run(name, data, folder, run):
+    copy = folder / "runs/one"
+    shutil.copytree(run, copy)
+    (copy / name).write_bytes(data)
+    try:
+        plot_recon.draw(plot_recon.read_runs(folder / "runs"), folder / "it.png")
+    finally:
+        (folder / "it.png").unlink(missing_ok=True)
+        shutil.rmtree(folder / "runs")
+
+
+def read_input(kind, data, folder, run):
+    """`accepted` or `refused`."""
+    try:
+        if kind in ("log", "eval"):
+            draw_run(dict(log="log.jsonl", eval="eval.json")[kind], data, folder, run)
+            return "accepted"
+        path = folder / f"it.{kind.rsplit('_')[-1].replace('members', 'npz')}"
+        path.write_bytes(data)
+        if kind == "h5":
+            read_corpus_whole(path)
+        elif kind.endswith("_pt"):
+            restore_from(path, dict(last_pt="--resume", init_pt="--init_from")[kind], run)
+        else:
+            return convert_beside_good_recordings(path)
+        return "accepted"
+    except common.UserError as error:
+        assert str(error) and "\n" not in str(error), "not one sentence"
+        return "refused"
+
+
+def read_inputs(kind, first, last, seed, run):
+    """Print `index outcome` for each case; `index ...` alone where the process ends in the middle of one."""
+    for case in range(first, last):
+        random = np.random.default_rng((seed, KINDS.index(kind), case))
+        data = whole_input(kind, random, run)
+        if kind == "npz_members":
+            data = damaged_members(data, random)
+        elif kind != "pickle_npy" or random.random() < 0.5:
+            data = damaged(data, random)
+        print(case, end=" ", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            signal.alarm(TIME_LIMIT)
+            try:
+                outcome = read_input(kind, data, Path(folder), run)
+            except BaseException as error:  # whatever it is, it is what this script looks for
+                outcome = f"{type(error).__name__}: {common.first_line(error)}"
+            signal.alarm(0)
+            left = {path.name for path in Path(folder).iterdir()} - {f"it.{suffix}" for suffix in (
+                "npz", "npy", *SOUND, "h5", "pt")} - {"good.npz"}
+            if left:
+                outcome += f", left {sorted(left)}"
+            os.chdir("/")
+        print(outcome, flush=True)
+
+
+def outcomes(kind, cases, seed, run):
+    """Outcome of each case; a process that dies costs the case it was at."""
+    found = []
+    while len(found) < cases:
+        command = [sys.executable, __file__, "--kind", kind, "--first", str(len(found)), "--cases", str(cases), "--seed",
+                   str(seed), "--run", str(run)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
+        found += [outcome for _, outcome in lines if outcome]
+        if result.returncode:
+            reason = "hang" if result.returncode == -signal.SIGALRM else f"crash {result.returncode}"
+            found.append(f"{reason} {result.stderr[-300:]}")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2400, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.kind:
+        return read_inputs(options.kind, options.first, options.cases, options.seed, options.run)
+
+    failures, total = [], collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        write_tiny_data(Path(folder) / "tiny.h5")
+        subprocess.run([sys.executable, vrnn_gauss.__file__, *SIZES, f"--data={folder}/tiny.h5", f"--out_dir={run}",
+                        "--max_updates=4", "--monitor_every=2"], check=True, stdout=subprocess.DEVNULL)
+        print(f"{'kind':14}{'accepted':>9}{'refused':>9}{'failed':>9}")
+        for kind in KINDS:
+            found = outcomes(kind, -(-options.cases // len(KINDS)), options.seed, run)
+            failures += [f"{kind} {case}: {outcome}" for case, outcome in enumerate(found)
+                         if outcome not in ("accepted", "refused")]
+            count = collections.Counter(outcome if outcome in ("accepted", "refused") else "failed" for outcome in found)
+            total += count
+            print(f"{kind:14}{count['accepted']:9}{count['refused']:9}{count['failed']:9}", flush=True)
+    print(f"{'total':14}{total['accepted']:9}{total['refused']:9}{total['failed']:9}", *failures, sep="\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Kill a training process at random moments, resume it, and compare it with a run that was never killed.
+
+    python tests/kill.py [--kills 30] [--seed 0]
+
+Every second kill waits for a checkpoint that is being written. Prints a line per kill; exit status 1 if a run differs.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tiny import SIZES, assert_same_run, command, write_tiny_data  # noqa: E402
+
+UPDATES = 300
+
+
+def training(out, data, *more):
+    return command("vrnn_gauss_iwae", *SIZES, f"--data={data}", f"--out_dir={out}", f"--max_updates={UPDATES}",
+                   "--monitor_every=5", "--k=3", *more)
+
+
+def train(out, data, *more):
+    subprocess.run(training(out, data, *more), check=True, stdout=subprocess.DEVNULL)
+
+
+def kill_once(out, data, in_checkpoint, fraction):
+    """Start or resume the run in out, kill it, and return (lines of its log, files left half-written)."""
+    resume = ["--resume"] if (out / "last.pt").exists() or (out / "previous.pt").exists() else []
+    process = subprocess.Popen(training(out, data, *resume), stdout=subprocess.DEVNULL)
+    lines = 0
+    while process.poll() is None and lines < fraction * UPDATES / 5:
+        lines = (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+    while process.poll() is None and in_checkpoint and not (out / "last.pt.partial").exists():
+        pass
+    if not in_checkpoint:
+        time.sleep(random.random() * 0.02)
+    process.kill()
+    process.wait()
+    return lines, [path.name for path in out.glob("*.partial")]
+
+
+def kill_and_compare(folder, kills, seed=0):
+    """Whether each of `kills` runs, killed once and resumed, equals the undisturbed one."""
+    random.seed(seed)
+    data, whole = folder / "tiny.h5", folder / "whole"
+    write_tiny_data(data)
+    train(whole, data)
+    same = []
+    for i in range(kills):
+        out = folder / f"killed-{i}"
+        lines, partial = kill_once(out, data, in_checkpoint=i % 2 == 1, fraction=random.random())
+        has_state = (out / "last.pt").exists() or (out / "previous.pt").exists()
+        train(out, data, *["--resume"] * has_state)
+        try:
+            assert_same_run(whole, out)
+            same.append(True)
+        except AssertionError as error:
+            print(error)
+            same.append(False)
+        print(f"kill {i + 1}: after {lines} log lines, half-written: {', '.join(partial) or 'nothing'}; resumed "
+              f"{'to an identical run' if same[-1] else 'to ANOTHER RUN'}", flush=True)
+    return same
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        same = kill_and_compare(Path(folder), options.kills, options.seed)
+    print(f"{sum(same)} of {len(same)} identical")
+    sys.exit(not all(same))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Several processes, and a corpus of 283 hours."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny import SIZES, command, log_of, write_tiny_data
+
+import common
+
+HOURS_283 = 283 * 3600 * common.SAMPLE_RATE
+
+
+def torchrun(processes, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+            *command(*arguments)[1:]]
+
+
+def finished(arguments):
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scale") / "tiny.h5"
+    write_tiny_data(path)
+    return path
+
+
+def flags(data, out, *more):
+    return ["vrnn_gauss_iwae", *SIZES, "--k=3", f"--data={data}", f"--out_dir={out}", *more]
+
+
+def state(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_two_processes_compute_the_gradient_of_one(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    first_update = ["--max_updates=1", "--grad_clip=0"]
+    finished(command(*flags(data, one, *first_update)))
+    finished(torchrun(2, *flags(data, two, *first_update)))
+    gradients = [torch.cat([moments["exp_avg"].flatten() * 10 for moments in state(out)["optimiser"]["state"].values()])
+                 for out in (one, two)]
+    assert gradients[0].norm() > 1
+    assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
+    nats = [log_of(out)[1]["valid"]["elbo"]["nats_per_frame"] for out in (one, two)]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
+    """From two processes to one and back, in the middle of an excerpt, against one process throughout."""
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    finished(command(*flags(data, whole, "--max_updates=9", "--monitor_every=3")))
+    finished(torchrun(2, *flags(data, mixed, "--max_updates=3", "--monitor_every=3")))
+    finished(command(*flags(data, mixed, "--max_updates=6", "--monitor_every=3", "--resume")))
+    finished(torchrun(2, *flags(data, mixed, "--max_updates=9", "--monitor_every=3", "--resume")))
+    for part in ("model", "averaged", "tensors"):
+        for name, tensor in state(whole)[part].items():
+            torch.testing.assert_close(tensor, state(mixed)[part][name], rtol=1e-3, atol=1e-4)
+    assert [line.get("update") for line in log_of(mixed)] == [None, 3, 6, 9]
+
+
+def start_job(data, out):
+    """A job of two processes that has saved its state, and the processes."""
+    job = subprocess.Popen(torchrun(2, *flags(data, out, "--max_updates=100_000", "--monitor_every=20")),
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    return job, [int(pid) for pid in children]
+
+
+def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_resumed(data, tmp_path):
+    out = tmp_path / "run"
+    job, processes = start_job(data, out)
+    os.kill(processes[-1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode != 0
+    assert sum(line.startswith("error: process 0 of 2 lost the others") for line in errors.splitlines()) == 1
+    last = state(out)["progress"]["update"]
+    finished(command(*flags(data, out, f"--max_updates={last + 20}", "--monitor_every=20", "--resume")))
+    assert [line["update"] for line in log_of(out)[1:]] == list(range(20, last + 21, 20))
+
+
+def test_a_job_that_is_asked_to_stop_saves_its_state(data, tmp_path):
+    out = tmp_path / "run"
+    job, processes = start_job(data, out)
+    for process in processes:
+        os.kill(process, signal.SIGTERM)
+    output, _ = job.communicate(timeout=100)
+    assert "go on with: torchrun --nproc_per_node=2 " in output
+    stopped = int(output.split("stopped after update ")[1].split(";")[0])
+    assert state(out)["progress"]["update"] == stopped
+
+
+def write_corpus(path, samples):
+    """An HDF5 file whose chunks are all allocated and never written: it takes no room on the disk."""
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format=common.FORMAT, version=common.VERSION, sample_rate=common.SAMPLE_RATE, mean=0.0,
+                          std=1000.0, created_by="test")
+        for split, length in dict(train=samples, valid=160_000, test=160_000).items():
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            settings.set_chunk((common.BLOCK,))
+            settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            group = file.create_group(split)
+            h5py.h5d.create(group.id, b"audio", h5py.h5t.NATIVE_INT16, h5py.h5s.create_simple((length,)), settings)
+            file[f"{split}/audio"][:160_000] = np.random.default_rng(0).normal(0, 1_000, 160_000)
+            group["offsets"] = np.arange(0, length + 1, 160_000)
+
+
+def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
+    peaks = []
+    for name, samples in dict(minutes=160_000 * 100, hours=HOURS_283 // 160_000 * 160_000).items():
+        write_corpus(tmp_path / f"{name}.h5", samples)
+        published_excerpts = ["--x_dim=200", "--seq_frames=40", "--reset_freq=4", "--batch_size=32"]
+        process = subprocess.Popen(command(*flags(tmp_path / f"{name}.h5", tmp_path / name, *published_excerpts,
+                                                  "--max_updates=40", "--monitor_every=20")), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert (tmp_path / "hours.h5").stat().st_size > 2 * 16e9
+    print(f"peak memory: {peaks[0] / 1024:.0f} MB with 17 minutes, {peaks[1] / 1024:.0f} MB with 283 hours")
+    assert peaks[1] < 1.05 * peaks[0]

@@ -1,0 +1,61 @@
+"""Tiny recordings, tiny models and runs of the scripts as processes, for tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
+         "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu").split()
+
+
+def smooth_noise(random, samples):
+    return np.convolve(random.normal(0, 2_000, samples), np.ones(8) / 8, "valid").astype(np.int16)
+
+
+def write_tiny_data(path):
+    """An HDF5 file of twelve recordings."""
+    folder = path.parent / "in"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    np.savez(folder / "tiny.npz", **{f"rec_{i}": smooth_noise(random, 3_000) for i in range(12)})
+    common.convert([folder], path, valid=0.2, test=0.2)
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+
+
+def run(script, *arguments, cwd):
+    return subprocess.run(command(script, *arguments), cwd=cwd, text=True, capture_output=True, timeout=120)
+
+
+def log_of(folder):
+    """The lines of a log without what differs between equal runs."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "config")} for line in lines]
+
+
+def assert_same_run(one, other):
+    """The same log, and the same state at the end, bit for bit."""
+    assert log_of(one) == log_of(other)
+    assert (one / "eval.json").read_text() == (other / "eval.json").read_text()
+    for file in ("last.pt", "best.pt"):
+        ours, theirs = (flat(torch.load(folder / file, weights_only=True)) for folder in (one, other))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+            assert name.endswith(("seconds", "out_dir", "max_updates")) or same(value, theirs[name]), name
+
+
+def flat(tree, path=""):
+    """{path: leaf} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {name: leaf for key, part in tree.items() for name, leaf in flat(part, f"{path}/{key}").items()}
