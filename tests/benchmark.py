@@ -122,7 +122,8 @@ def benchmark_updates(data, device, repeats):
             rate, peak = flop(trainer) / time_s, product[precision][1] / median[f"products {precision}"]
             ratios = [slow / quick for slow, quick in zip(taken["plain"], taken[f"ours {precision}"])]
             print(f"{objective:10}{precision:>9}{128 * trainer.particles:6}{time_s:9.4f}{median['plain']:9.4f}"
-                  f"{statistics.median(ratios):12.2f}{min(ratios):14.2f}{rate / 1e9:9.0f}{rate / peak:13.3f}", flush=True)
+                  f"{statistics.median(ratios):12.2f}{min(ratios):14.2f}{rate / 1e9:9.0f}{rate / peak:13.3f}",
+                  flush=True)
         if device.type == "cuda":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 plain.update()

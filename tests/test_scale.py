@@ -57,16 +57,15 @@ def test_two_processes_compute_the_gradient_of_one(data, tmp_path):
 
 
 def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
-    """From two processes to one and back, in the middle of an excerpt, against one process throughout."""
+    """From two processes to one, in the middle of an excerpt, against one process throughout."""
     whole, mixed = tmp_path / "whole", tmp_path / "mixed"
-    finished(command(*flags(data, whole, "--max_updates=9", "--monitor_every=3")))
+    finished(command(*flags(data, whole, "--max_updates=6", "--monitor_every=3")))
     finished(torchrun(2, *flags(data, mixed, "--max_updates=3", "--monitor_every=3")))
     finished(command(*flags(data, mixed, "--max_updates=6", "--monitor_every=3", "--resume")))
-    finished(torchrun(2, *flags(data, mixed, "--max_updates=9", "--monitor_every=3", "--resume")))
     for part in ("model", "averaged", "tensors"):
         for name, tensor in state(whole)[part].items():
             torch.testing.assert_close(tensor, state(mixed)[part][name], rtol=1e-3, atol=1e-4)
-    assert [line.get("update") for line in log_of(mixed)] == [None, 3, 6, 9]
+    assert [line.get("update") for line in log_of(mixed)] == [None, 3, 6]
 
 
 def start_job(data, out):
@@ -119,17 +118,19 @@ def write_corpus(path, samples):
             group["offsets"] = np.arange(0, length + 1, 160_000)
 
 
+# a small process in between, because a child's peak begins with that of its parent
+PEAK = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr); " \
+       "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+
+
 def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
     peaks = []
     for name, samples in dict(minutes=160_000 * 100, hours=HOURS_283 // 160_000 * 160_000).items():
         write_corpus(tmp_path / f"{name}.h5", samples)
         published_excerpts = ["--x_dim=200", "--seq_frames=40", "--reset_freq=4", "--batch_size=32"]
-        process = subprocess.Popen(command(*flags(tmp_path / f"{name}.h5", tmp_path / name, *published_excerpts,
-                                                  "--max_updates=40", "--monitor_every=20")), stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        peaks.append(usage.ru_maxrss)
+        training = command(*flags(tmp_path / f"{name}.h5", tmp_path / name, *published_excerpts, "--max_updates=40",
+                                  "--monitor_every=20"))
+        peaks.append(int(finished([sys.executable, "-c", PEAK, *training]).stdout))
     assert (tmp_path / "hours.h5").stat().st_size > 2 * 16e9
     print(f"peak memory: {peaks[0] / 1024:.0f} MB with 17 minutes, {peaks[1] / 1024:.0f} MB with 283 hours")
     assert peaks[1] < 1.05 * peaks[0]

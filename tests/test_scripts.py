@@ -198,7 +198,7 @@ def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
 
 
 def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
-    result = subprocess.run([sys.executable, ROOT / "tests/fuzz.py", "--cases=70", "--seed=1"], capture_output=True,
+    result = subprocess.run([sys.executable, ROOT / "tests/fuzz.py", "--cases=140", "--seed=1"], capture_output=True,
                             text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -1,14 +1,17 @@
 """Tiny recordings, tiny models and runs of the scripts as processes, for tests."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny products gain nothing from threads, and lose much where cores are shared
 
-import common
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import common  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
