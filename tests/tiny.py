@@ -47,8 +47,9 @@ def log_of(folder):
 
 def assert_same_run(one, other):
     """The same log, and the same state at the end, bit for bit."""
-    assert log_of(one) == log_of(other)
-    assert (one / "eval.json").read_text() == (other / "eval.json").read_text()
+    for line, other_line in zip(log_of(one), log_of(other), strict=True):
+        assert line == other_line, f"{line} is not {other_line}"
+    assert (one / "eval.json").read_text() == (other / "eval.json").read_text(), "eval.json differs"
     for file in ("last.pt", "best.pt"):
         ours, theirs = (flat(torch.load(folder / file, weights_only=True)) for folder in (one, other))
         assert ours.keys() == theirs.keys()
