@@ -816,12 +816,16 @@ def write_durably(path, text):
 
 def replace_durably(temporary, final):
     """Rename a complete file into place, after its bytes have reached the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name as well
-    os.close(folder)
+    sync(final.parent)  # the new name as well
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @dataclasses.dataclass
@@ -1628,6 +1632,7 @@ class Run:
         """Write last.pt, and keep the one before as previous.pt."""
         with written_whole(self.last) as partial:
             torch.save(checkpoint, partial)
+            sync(partial)
             if self.last.exists():
                 os.replace(self.last, self.previous)
 
