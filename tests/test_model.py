@@ -23,12 +23,13 @@ def inputs(frames=6, batch=4, k=1):
 
 def test_the_faster_product_equals_the_plain_one_with_its_gradients():
     torch.manual_seed(0)
-    layer, x = common.Linear(30, 20), torch.randn(6, 4, 30, requires_grad=True)
+    layer, x = common.Linear(300, 200), torch.randn(6, 40, 300, requires_grad=True)
     assert common.by_onednn(x)
     results = []
     for y in (layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)):
         results.append((y, *torch.autograd.grad((y ** 2).sum(), (x, layer.weight, layer.bias))))
-    torch.testing.assert_close(*results)
+    for faster, plain in zip(*results):
+        assert (faster - plain).norm() < 1e-6 * plain.norm()
 
 
 @pytest.mark.parametrize("k", (1, 5))
