@@ -90,17 +90,17 @@ def run_as_script(main):
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
     data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50,
+    batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500,
 )
 
 # the least that each number may be; the FRACTIONS need not be whole
 MINIMUM = dict(
     seed=0, x_dim=1, z_dim=1, rnn_dim=1, q_z_dim=1, p_z_dim=1, p_x_dim=1, x2s_dim=1, z2s_dim=1, k=1, seq_frames=1,
     reset_freq=1, batch_size=1, lr=0, max_updates=1, monitor_every=1, monitor_windows=1, grad_clip=0,
-    weight_norm=0, ema=0,
+    weight_norm=0, ema=0, x_noise=0, x_noise_updates=1, eval_recordings=0,
 )
 MAXIMUM = 1_000_000_000
-FRACTIONS = ("lr", "grad_clip", "weight_norm", "ema")
+FRACTIONS = ("lr", "grad_clip", "weight_norm", "ema", "x_noise")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -173,7 +173,7 @@ def hyperparameters(script, argv=None):
                         help="small sizes and synthetic data, for about three minutes on two CPU cores")
 
     missing = [variable for variable in [*MINIMUM, "data", "out_dir", "device", "eval_k", "bf16", "dequantize",
-                                         "init_from"] if variable not in defaults]
+                                         "mirrored_init", "init_from"] if variable not in defaults]
     if missing:
         raise UserError(f"{name}.py does not set {missing[0]}; write a line '{missing[0]} = ...' at its top")
     given = vars(parser.parse_args(argv))
@@ -990,6 +990,8 @@ class Rollout:
     x_mean: torch.Tensor        # (T, B*K, X)
     x_sigma: torch.Tensor
     state: tuple                # (h, c) after the last frame, (B*K, R) each
+    log_p_fixed_TBK: torch.Tensor = None  # log p(x_t | .) + log p(z_t | .), and log q(z_t | .), as functions of the
+    log_q_fixed_TBK: torch.Tensor = None  # parameters alone: no gradient flows to them through z (only on request)
 
 
 def gaussian_log_density(x, mean, sigma):
@@ -1238,16 +1240,58 @@ class VRNN(nn.Module):
         for block in self.lstm_h.weight.chunk(4):
             nn.init.orthogonal_(block)
 
+    @torch.no_grad()
+    def mirror(self):
+        """Initialise such that z is of use from the first update on.
+
+        Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs with opposite weights, and
+        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591). Sixteen
+        layers lie between x and its reconstruction; with independent weights they map all inputs to nearly the same
+        output. The posterior starts narrow, so that z tells more of x than of noise. Without either, the decoder soon
+        learns to do without z.
+        """
+        def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
+            rows, columns = layer.weight.shape
+            half_rows, half_columns = (rows + 1) // 2 if to_relu else rows, (columns + 1) // 2 if from_relu else columns
+            weight = nn.init.orthogonal_(torch.empty(half_rows, half_columns))
+            weight *= math.sqrt(max(1, half_rows / half_columns))
+            if from_relu:
+                weight = torch.cat((weight, -weight), dim=1)
+            if to_relu:
+                weight = torch.cat((weight, -weight), dim=0)
+            layer.weight.copy_(gain * weight[:rows, :columns])
+
+        for stack, sees_relu in ((self.phi_x, False), (self.phi_z, False), (self.posterior[:-1], True),
+                                 (self.prior[:-1], False), (self.decoder[:-1], True)):
+            first, *others = (layer for layer in stack if isinstance(layer, Linear))
+            mirrored(first, from_relu=sees_relu)
+            for layer in others:
+                mirrored(layer)
+        for layer in (self.posterior_x, self.decoder_z):
+            mirrored(layer)
+        for layer in (self.posterior_h, self.decoder_h):
+            mirrored(layer, from_relu=False)
+        for layer in (self.lstm_x, self.lstm_z):
+            mirrored(layer, to_relu=False)
+        for head in (self.posterior[-1], self.prior[-1], self.decoder[-1]):
+            mirrored(head, to_relu=False, gain=0.3)
+            head.weight.chunk(2)[1].mul_(0.1)
+        self.posterior[-1].bias.chunk(2)[1].fill_(-1.5)  # a sigma of 0.2
+
     def zero_state(self, rows):
         zeros = self.lstm_h.weight.new_zeros(rows, self.rnn_dim)
         return zeros, zeros
 
-    def forward(self, x_TBX, state=None, noise=None, k=1):
+    def forward(self, x_TBX, state=None, noise=None, k=1, fixed_z=False, uniform_TB=None):
         """Sample z from the posterior along x and score both.
 
         x_TBX: (T, B, X). state: (h, c) of (B*k, R), zeros if None. noise: standard normal (T, B*k, Z), drawn if None.
         Only what depends on h_{t-1} or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
+        fixed_z: whether the Rollout holds log_p_fixed_TBK and log_q_fixed_TBK. With uniform_TB, (T, B) on [0, 1), the
+        particles are resampled by it along the way, and what returns is the Filtering of particle_filter.
         """
+        if uniform_TB is not None:
+            return particle_filter(self, x_TBX, state, noise, uniform_TB, k)
         frames, batch, _ = x_TBX.shape
         h, c = self.zero_state(batch * k) if state is None else state
         if noise is None:
@@ -1259,8 +1303,9 @@ class VRNN(nn.Module):
                    torch.cat((self.posterior_h.weight, self.lstm_h.weight)),
                    self.lstm_z.weight, *layers, *self.phi_z.parameters()]
         x_weight, x_bias, h_weight, z_weight, *layers = (weight.to(x.dtype) for weight in weights)
-        h_before, phi_z, q_mean, q_sigma, h, c = Recurrence.apply(
-            k, torch.is_grad_enabled(), Product.apply(self.phi_x(x), x_weight, x_bias), noise, h, c, h_weight, z_weight,
+        phi_x = self.phi_x(x)
+        h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
+            k, torch.is_grad_enabled(), Product.apply(phi_x, x_weight, x_bias), noise, h, c, h_weight, z_weight,
             *layers[:6], head, head_bias, *layers[6:])
         prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
         x_mean, x_sigma = mean_and_sigma(self.decoder, self.decoder_z(phi_z) + self.decoder_h(h_before))
@@ -1268,10 +1313,37 @@ class VRNN(nn.Module):
         log_px = gaussian_log_density(x_TBX.unsqueeze(2), x_mean.view(*by_particle, -1), x_sigma.view(*by_particle, -1))
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        fixed = {}
+        if fixed_z:
+            z = (q_mean + q_sigma * noise).detach()
+            fixed["log_p_fixed_TBK"], fixed["log_q_fixed_TBK"] = self.at_fixed_z(x_TBX, phi_x, z, (h, c), k)
         return Rollout(
             nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view(by_particle),
             log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
-            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma, state=(h, c))
+            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma, state=(next_h, next_c),
+            **fixed)
+
+    def at_fixed_z(self, x_TBX, phi_x, z, state, k):
+        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
+
+        phi_x: of x_TBX, (T, B, .), which the k particles share.
+        """
+        def for_each_particle(shared):
+            return shared.repeat_interleave(k, dim=1)
+
+        by_particle = (*x_TBX.shape[:2], k)
+        h, c = state
+        phi_z = self.phi_z(z.to(phi_x.dtype))
+        gates, h_before = for_each_particle(self.lstm_x(phi_x)) + self.lstm_z(phi_z), []
+        for t in range(len(gates)):
+            h_before.append(h)
+            h, c = lstm_cell(gates[t] + self.lstm_h(h), c)
+        h_before = torch.stack(h_before).to(phi_x.dtype)
+        q = mean_and_sigma(self.posterior, for_each_particle(self.posterior_x(phi_x)) + self.posterior_h(h_before))
+        x_mean, x_sigma = mean_and_sigma(self.decoder, self.decoder_z(phi_z) + self.decoder_h(h_before))
+        log_p = (gaussian_log_density(for_each_particle(x_TBX), x_mean, x_sigma)
+                 + gaussian_log_density(z, *mean_and_sigma(self.prior, h_before)))
+        return log_p.view(by_particle), gaussian_log_density(z, *q).view(by_particle)
 
     @torch.no_grad()
     def generate(self, frames, batch, generator=None):
@@ -1356,19 +1428,23 @@ def load_published_parameters(model, arrays):
 # bounds
 # ---------------------------------------------------------------------------------------------------------------------
 
+EVAL_ROWS = 1280    # particles at once in an evaluation
+
+
 def importance_weighted(log_w_BK):
     """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
     return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
 
 
 @torch.no_grad()
-def estimate_bounds(model, x_TBX, ks, generator, max_rows=1280):
+def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     """Lower bounds on log p(x) of each sequence from a zero state, by max(ks) particles each.
 
     model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
     tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
-    bound by sampled log-weights, K = max(ks)); and for k in ks `iwae_k`, averaged over the K // k disjoint groups of k
-    particles, so that it never falls as k grows through divisors of K. Memory is bounded by max_rows particles.
+    bound by sampled log-weights, K = max(ks)) and `log_w_std` (their standard deviation over the particles); and for k
+    in ks `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
+    divisors of K, and `ess_iwae_k`, the effective sample size in these groups. Memory is bounded by max_rows particles.
     """
     frames, batch, _ = x_TBX.shape
     particles = max(ks)
@@ -1382,11 +1458,79 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=1280):
         kl.append(rollout.kl_TBK.double().sum(0))
         elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
     log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1) for parts in (log_w, elbo, kl))
-    bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1)}
+    bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
+              "log_w_std": log_w_BK.std(1, correction=0)}
     for k in sorted(ks):
         groups = log_w_BK[:, :particles // k * k].reshape(-1, k)
         bounds[f"iwae_{k}"] = importance_weighted(groups).view(batch, -1).mean(1)
+        bounds[f"ess_iwae_{k}"] = effective_sample_size(groups).view(batch, -1).mean(1)
     return bounds
+
+
+def effective_sample_size(log_w_BK):
+    """(sum_k w_k)^2 / sum_k w_k^2 of each sequence, (B,): K for equal weights, 1 where one particle has them all."""
+    return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
+
+
+def systematic_ancestors(log_w_BK, uniform_B):
+    """Whom each of K new particles copies, (B, K): particle j comes up floor or ceil of K w_j / sum w times."""
+    k = log_w_BK.shape[1]
+    points = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
+    return torch.searchsorted(log_w_BK.softmax(dim=1).cumsum(dim=1), points).clamp(max=k - 1)
+
+
+@dataclasses.dataclass
+class Filtering:
+    """What a particle filter says of T frames of B sequences."""
+    log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), nats
+    ess_TB: torch.Tensor             # effective sample size of the weights gathered since the last resampling
+    state: tuple                     # (h, c) of the particles after the last frame, (B*K, R) each
+
+
+def particle_filter(model, x_TBX, state, noise, uniform_TB, k):
+    """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
+
+    The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
+    arXiv 1705.09279, algorithm 1); without a resampling it is the importance-weighted bound. Gradients flow through
+    weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
+    VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling.
+    """
+    first_rows = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
+    log_w_BK = gathered_B = 0.0
+    log_likelihood, effective = [], []
+    for x, frame_noise, uniform_B in zip(x_TBX.split(1), noise, uniform_TB):
+        rollout = model(x, state, frame_noise.unsqueeze(0), k)
+        log_w_BK = log_w_BK + rollout.log_w_TBK[0]
+        log_likelihood.append(gathered_B + importance_weighted(log_w_BK))
+        effective.append(effective_sample_size(log_w_BK.detach()))
+        collapsed_B = effective[-1] < k / 2
+        gathered_B = torch.where(collapsed_B, log_likelihood[-1], gathered_B)
+        collapsed_B1 = collapsed_B.unsqueeze(1)
+        ancestors = torch.where(collapsed_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
+                                torch.arange(k, device=x.device))
+        log_w_BK = torch.where(collapsed_B1, 0.0, log_w_BK)
+        state = tuple(part[(first_rows + ancestors).flatten()] for part in rollout.state)
+    return Filtering(torch.stack(log_likelihood), torch.stack(effective), state)
+
+
+@torch.no_grad()
+def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
+    """The particle filter's log of an unbiased estimate of p(x_1..x_t) from a zero state, nats; its mean is a bound.
+
+    model: as in estimate_bounds. Returns two float64 tensors (T, B): the estimate, and the effective sample size of the
+    k particles. Memory is bounded by max_rows particles, but no less than k.
+    """
+    frames = len(x_TBX)
+    estimates, effective = [], []
+    for x in x_TBX.split(max(1, max_rows // k), dim=1):
+        def draw(distribution, *shape):
+            return distribution(shape, generator=generator, dtype=x.dtype, device=x.device)
+
+        noise = (draw(torch.randn, x.shape[1] * k, model.z_dim) for _ in range(frames))
+        filtering = particle_filter(model, x, None, noise, draw(torch.rand, frames, x.shape[1]), k)
+        estimates.append(filtering.log_likelihood_TB.double())
+        effective.append(filtering.ess_TB.double())
+    return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1402,12 +1546,19 @@ def bits_per_sample(nats_per_frame, x_dim, std):
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
-def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
-    """Bounds on the non-overlapping windows of a split, each from a zero state.
+def frames_at(split, starts, frames, model, corpus, generator):
+    """Dequantised audio from each start on, normalised, on the device of the model: (frames, len(starts), X)."""
+    pcm = torch.from_numpy(split.read(starts, frames * model.x_dim)).to(generator.device)
+    pcm = pcm.view(len(pcm), frames, model.x_dim).transpose(0, 1)
+    return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
-    The windows, the dequantisation noise and the latent noise are the same for every model of one size, and for any
-    number of processes, which share the work. Returns {bound: {nats_per_frame, stderr, nats_per_sequence,
-    bits_per_sample}}; stderr is over windows, in nats per frame.
+
+def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
+    """Bounds on each non-overlapping window of a split, from a zero state: {name: (windows,) tensor}.
+
+    Names and units are those of estimate_bounds; with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over
+    frames). The windows, the dequantisation noise and the latent noise are the same for every model of one size, and
+    for any number of processes, which share the work.
     """
     device = next(model.parameters()).device
     starts = window_starts(split, seq_frames * model.x_dim, at_most)
@@ -1416,21 +1567,67 @@ def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
     for batch in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + batch)
         first = batch * EVAL_BATCH
-        pcm = torch.from_numpy(split.read(starts[first:first + EVAL_BATCH], seq_frames * model.x_dim)).to(device)
-        pcm = pcm.view(len(pcm), seq_frames, model.x_dim).transpose(0, 1)
-        x_TBX = normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=device))
+        x_TBX = frames_at(split, starts[first:first + EVAL_BATCH], seq_frames, model, corpus, generator)
         bounds = estimate_bounds(model, x_TBX, ks, generator)
+        if smc:
+            estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
+            bounds |= {f"smc_{smc}": estimate_TB[-1], f"ess_smc_{smc}": ess_TB.mean(0)}
         mine[batch] = {name: bound.cpu() for name, bound in bounds.items()}
     by_batch = dict(sorted(item for part in from_all(mine) for item in part.items()))
+    return {name: torch.cat([bounds[name] for bounds in by_batch.values()]) for name in by_batch[0]}
+
+
+def evaluate(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
+    """Means of the window bounds: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}.
+
+    stderr is over windows, in nats per frame. What is no bound is {mean, stderr} (effective sample sizes, in particles)
+    or has no bits (kl and log_w_std).
+    """
+    return summarise(window_bounds(model, corpus, split, ks, seq_frames, at_most, smc), seq_frames, model.x_dim, corpus)
+
+
+def summarise(by_window, seq_frames, x_dim, corpus):
     result = {}
-    for name in by_batch[0]:
-        nats = torch.cat([bounds[name] for bounds in by_batch.values()])
-        result[name] = dict(nats_per_frame=nats.mean().item() / seq_frames,
-                            stderr=(nats.std() / len(nats) ** 0.5).item() / seq_frames if len(nats) > 1 else None,
-                            nats_per_sequence=nats.mean().item())
-        if name != "kl":
-            result[name]["bits_per_sample"] = bits_per_sample(nats.mean().item() / seq_frames, model.x_dim, corpus.std)
+    for name, values in by_window.items():
+        mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+        if name.startswith("ess"):
+            result[name] = dict(mean=mean, stderr=stderr)
+            continue
+        result[name] = dict(nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames,
+                            nats_per_sequence=mean)
+        if name not in ("kl", "log_w_std"):
+            result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
+
+
+def evaluate_recordings(model, corpus, split, k, at_most):
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread.
+
+    Returns {recordings, frames, nats_per_frame, stderr, bits_per_sample, ess}: means over all frames; stderr over
+    recordings, of the ratio of their nats to their frames.
+    """
+    device = next(model.parameters()).device
+    lengths = np.diff(split.offsets) // model.x_dim
+    usable = np.flatnonzero(lengths)
+    chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
+    chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
+    generator = torch.Generator(device).manual_seed(EVAL_SEED)
+    nats, ess = [], []
+    for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
+        ends = torch.from_numpy(lengths[batch])
+        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
+        for i, recording in enumerate(batch):
+            start, end = split.offsets[[recording]], int(ends[i])
+            x_TBX[:end, i:i + 1] = frames_at(split, start, end, model, corpus, generator)
+        estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
+        nats += estimate_TB[ends - 1, range(len(batch))].tolist()
+        ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
+    nats, frames = np.array(nats), lengths[chosen]
+    mean = nats.sum() / frames.sum()
+    deviations = (nats - mean * frames) / frames.mean()
+    return dict(recordings=len(chosen), frames=int(frames.sum()), nats_per_frame=mean,
+                stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
+                bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std), ess=sum(ess) / frames.sum())
 
 
 def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
@@ -1581,13 +1778,14 @@ class StopRequest:
 
 
 class Run:
-    """A run folder: config.json, log.jsonl, last.pt, previous.pt (the last.pt before), best.pt, eval.json, samples/."""
+    """A run folder: config.json, log.jsonl, last.pt, previous.pt (the last.pt before), best.pt, eval.json, windows.csv
+    (bounds of every test window), samples/."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.previous, self.best, self.eval = (
-            self.folder / name
-            for name in ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json"))
+        self.config, self.log, self.last, self.previous, self.best, self.eval, self.windows = (
+            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt",
+                                            "eval.json", "windows.csv"))
         has_state = self.last.exists() or self.previous.exists()
         if has_state and not h.resume:
             raise UserError(f"{self.folder} already holds a run; pass --resume to go on with it, or another --out_dir")
@@ -1673,9 +1871,10 @@ class Trainer:
     the whole update is one CUDA graph.
     """
 
-    def __init__(self, h, objective, particles, replays, as_published):
+    def __init__(self, h, objective, particles, replays, as_published, fixed_z, resample):
         self.h, self.objective, self.particles = h, objective, particles
         self.replays, self.as_published = replays, as_published
+        self.fixed_z, self.resample = fixed_z, resample
         self.processes = job()[1]
         if h.batch_size % self.processes or as_published and self.processes > 1:
             raise UserError(f"{self.processes} processes cannot share --batch_size={h.batch_size} evenly"
@@ -1687,6 +1886,8 @@ class Trainer:
         self.reader, self.groups = ThreadPoolExecutor(max_workers=1), {}
         torch.manual_seed(h.seed)
         self.model = VRNN(h.x_dim, h.z_dim, h.rnn_dim, h.q_z_dim, h.p_z_dim, h.p_x_dim, h.x2s_dim, h.z2s_dim)
+        if h.mirrored_init:
+            self.model.mirror()
         self.model.to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.model.bf16 = h.bf16
@@ -1781,8 +1982,11 @@ class Trainer:
         h, model, tensors = self.h, self.model, self.tensors
         uniform = self.noise(torch.rand, h.batch_size, h.x_dim) if h.dequantize else None
         x_TBX = normalise(tensors.pcm, self.corpus, uniform)
+        if h.x_noise:
+            x_TBX = x_TBX + self.x_noise() * self.noise(torch.randn, h.batch_size, h.x_dim)
         noise = self.noise(torch.randn, h.batch_size * self.particles, h.z_dim)
-        rollout = self.forward(x_TBX, (tensors.h, tensors.c), noise, self.particles)
+        uniform_TB = self.noise(torch.rand, h.batch_size, 1).squeeze(2) if self.resample else None
+        rollout = self.forward(x_TBX, (tensors.h, tensors.c), noise, self.particles, self.fixed_z, uniform_TB)
         loss = self.objective(rollout)
         self.optimiser.zero_grad()
         loss.backward()
@@ -1808,6 +2012,11 @@ class Trainer:
             tensors.loss_sum += torch.where(is_finite, loss, 0.0)
             tensors.losses += is_finite
             tensors.grad_norm.copy_(grad_norm)
+
+    def x_noise(self):
+        """Standard deviation of the noise on x: from h.x_noise down to a hundredth of it, then none."""
+        done = self.tensors.updates / self.h.x_noise_updates
+        return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
 
     def mean_of_all(self, loss):
         if self.processes > 1:
@@ -1908,13 +2117,16 @@ def resume_command():
     return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
-def train(h, objective, particles, replays=1, as_published=False):
+def train(h, objective, particles, replays=1, as_published=False, fixed_z=False, resample=False):
     """Train a VRNN on excerpts of h.data, then evaluate its best checkpoint on the test split; all goes to h.out_dir.
 
     objective: Rollout -> scalar loss in nats per frame. particles: copies of each sequence. replays: updates in a row
-    on each window, all from the same state. as_published: gradients treated as in the 2016 scripts. Raises UserError.
+    on each window, all from the same state. as_published: gradients treated as in the 2016 scripts. fixed_z: the
+    rollout holds the densities at fixed z. resample: the objective gets the Filtering of particles that are resampled
+    in place of a rollout. Raises UserError.
     """
     keep_freed_memory()
+    torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
     writes = job()[0] == 0  # one process of a job writes and speaks for all
@@ -1923,7 +2135,7 @@ def train(h, objective, particles, replays=1, as_published=False):
         print(f"making synthetic demo data in {h.data}", flush=True)
         make_demo_data(h.data)
     from_all("ready")  # all have looked at the run folder, and the data is there
-    trainer = Trainer(h, objective, particles, replays, as_published)
+    trainer = Trainer(h, objective, particles, replays, as_published, fixed_z, resample)
     progress, config = trainer.progress, as_config(h)
     header = dict(
         config=config, particles=particles, replays=replays, processes=trainer.processes, commit=commit(),
@@ -2010,6 +2222,13 @@ def describe_corpus(corpus):
                 samples={split: len(getattr(corpus, split).audio) for split in SPLITS})
 
 
+def windows_table(by_window, seq_frames):
+    """A line per window of the test split, in order: its bounds in nats per frame, for paired comparisons of runs."""
+    names = [name for name in by_window if name == "kl" or name.startswith(("elbo", "iwae", "smc"))]
+    rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1).tolist()
+    return "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)]) + "\n"
+
+
 def finish(h, run, trainer, writes):
     """Evaluate best.pt on every window of the test split, write eval.json, and generate speech from it."""
     model, corpus = trainer.averaged, trainer.corpus
@@ -2020,17 +2239,26 @@ def finish(h, run, trainer, writes):
     load_parameters(model, best["model"], run.best, "--resume")
     if writes:
         print(f"evaluating {run.best} (update {best['update']:,}) on the test split", flush=True)
-    bounds = evaluate(model, corpus, corpus.test, h.eval_k, h.seq_frames)
+    smc = max(h.eval_k)
+    by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
     if not writes:
         return
-    windows = len(window_starts(corpus.test, h.seq_frames * h.x_dim))
-    result = dict(script=h.script, split="test", update=best["update"], windows=windows, frames=h.seq_frames,
-                  bounds=bounds)
+    bounds = summarise(by_window, h.seq_frames, h.x_dim, corpus)
+    result = dict(script=h.script, split="test", update=best["update"], windows=len(by_window["elbo"]),
+                  frames=h.seq_frames, bounds=bounds)
+    if h.eval_recordings:
+        whole = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
+        result["whole_recordings"] = {f"smc_{smc}": whole}
+    write_durably(run.windows, windows_table(by_window, h.seq_frames))
     write_durably(run.eval, json.dumps(result, indent=1) + "\n")
     for name, bound in bounds.items():
         bits = f", {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
-        stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
-        print(f"test {name:8} {bound['nats_per_frame']:8.2f}{stderr} nats/frame, "
-              f"{bound['nats_per_sequence']:.0f} nats/sequence{bits}")
+        mean, stderr = bound.get("nats_per_frame", bound.get("mean")), bound["stderr"]
+        stderr = "" if stderr is None else f" +- {stderr:.2f}"  # one window has none
+        nats = f" nats/frame, {bound['nats_per_sequence']:.0f} nats/sequence" if "nats_per_sequence" in bound else ""
+        print(f"test {name:12} {mean:8.2f}{stderr}{nats}{bits}")
+    if h.eval_recordings:
+        print(f"test smc_{smc} of {whole['recordings']} whole recordings: {whole['nats_per_frame']:.2f} nats/frame, "
+              f"{whole['bits_per_sample']:.3f} bits/sample")
     write_samples(model, corpus, corpus.test, run.folder / "samples")
     print(f"{run.eval}, {run.folder / 'samples'}", flush=True)

@@ -28,10 +28,14 @@ max_updates = 100_000                 # about six epochs of the 283-hour Blizzar
 monitor_every = 500                   # updates between evaluations on the valid split
 monitor_windows = 512                 # windows of the valid split in each, spread evenly
 eval_k = (5, 100)                     # particles of the iwae_k bounds on the test split; the first is monitored too
+eval_recordings = 100                 # recordings of the test split that are also evaluated whole; 0 = none
 grad_clip = 5.0                       # largest norm of the gradient; 0 = no limit
 weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
 ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
 bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
+mirrored_init = True                  # start with linear maps and a narrow posterior; off = uniform weights, as published
+x_noise = 0.3                         # initial noise on the normalised samples in training; 0 = none, as published
+x_noise_updates = 2000                # updates in which it falls to a hundredth, and ends
 dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
 as_published = False                  # reproduce what the 2016 script computed (see objective_as_published)
 init_from = ""                        # best.pt of another run to start from

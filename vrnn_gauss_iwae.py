@@ -28,13 +28,20 @@ max_updates = 100_000                 # about six epochs of the 283-hour Blizzar
 monitor_every = 500                   # updates between evaluations on the valid split
 monitor_windows = 512                 # windows of the valid split in each, spread evenly
 eval_k = (5, 100)                     # particles of the iwae_k bounds on the test split; the first is monitored too
+eval_recordings = 100                 # recordings of the test split that are also evaluated whole; 0 = none
 grad_clip = 5.0                       # largest norm of the gradient; 0 = no limit
 weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
 ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
 bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
+mirrored_init = True                  # start with linear maps and a narrow posterior; off = uniform weights, as published
+x_noise = 0.3                         # initial noise on the normalised samples in training; 0 = none, as published
+x_noise_updates = 2000                # updates in which it falls to a hundredth, and ends
 dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
 as_published = False                  # reproduce what the 2016 script computed (see objective_as_published)
 init_from = ""                        # best.pt of another run to start from
+dreg = False                          # doubly reparameterised gradient (see objective_dreg)
+resample = False                      # resample the particles within a window (see objective_resampled)
+corrections = ""                      # to as_published, any of sign,time,gradient,batch (see objective_as_published)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -44,17 +51,64 @@ def objective(rollout):
     return -common.importance_weighted(log_w_BK).mean() / len(rollout.log_w_TBK)
 
 
-def objective_as_published(rollout):
+def objective_dreg(rollout):
+    """The same loss with the doubly reparameterised gradient of Tucker et al. 2018 (arXiv 1810.04152, equation 8).
+
+    With v_k = w_k / sum w, the parameters get sum_k v_k d log p(x, z_k) at fixed z_k in their part as a model, and
+    sum_k v_k^2 (d log w_k / d z_k) (d z_k / d parameters) in their part as a posterior, whose whole path z_1..z_T
+    counts. Networks that play both parts get both. Here v_k^2 log w_k gives the second term, and besides it
+    v_k^2 d log p - v_k^2 d log q at fixed z_k, which the other two terms complete and cancel.
+    """
+    log_w_BK = rollout.log_w_TBK.sum(0)
+    v_BK = log_w_BK.detach().softmax(dim=1)
+    surrogate_BK = (v_BK ** 2 * (log_w_BK + rollout.log_q_fixed_TBK.sum(0))
+                    + (v_BK - v_BK ** 2) * rollout.log_p_fixed_TBK.sum(0))
+    gradient_only = (surrogate_BK - surrogate_BK.detach()).sum(1).mean() / len(rollout.log_w_TBK)
+    return objective(rollout).detach() - gradient_only
+
+
+def objective_resampled(filtering):
+    """Minus the mean over sequences of the bound of a particle filter (FIVO, Maddison et al. 2017, arXiv 1705.09279),
+    nats per frame: the particles are resampled when their effective sample size falls under k / 2."""
+    return -filtering.log_likelihood_TB[-1].mean() / len(filtering.log_likelihood_TB)
+
+
+def objective_as_published(rollout, corrections=()):
     """The 2016 script: weights inverted (the worst particle gets the most), flattened by the mean over time, with
-    gradient through them, and summed over the batch."""
+    gradient through them, and summed over the batch. corrections undo single ones of these four."""
     s_BK = -rollout.log_w_TBK.mean(0)
-    return (s_BK.softmax(dim=1) * s_BK).sum()
+    logits_BK = -s_BK if "sign" in corrections else s_BK
+    if "time" in corrections:
+        logits_BK = logits_BK * len(rollout.log_w_TBK)
+    weights_BK = logits_BK.softmax(dim=1)
+    if "gradient" in corrections:
+        weights_BK = weights_BK.detach()
+    loss_B = (weights_BK * s_BK).sum(1)
+    return loss_B.mean() if "batch" in corrections else loss_B.sum()
+
+
+def chosen_corrections(h):
+    chosen = [part.strip() for part in h.corrections.split(",") if part.strip()]
+    for part in chosen:
+        if part not in ("sign", "time", "gradient", "batch"):
+            raise common.UserError(f"--corrections={h.corrections}: {part!r} is none of sign,time,gradient,batch; give "
+                                   "those of them that are to be corrected")
+    if chosen and not h.as_published:
+        raise common.UserError(f"--corrections={h.corrections} corrects what was published; add --as_published")
+    return chosen
 
 
 def main():
     h = common.hyperparameters(globals())
+    chosen = chosen_corrections(h)
+    if h.as_published + h.dreg + h.resample > 1:
+        raise common.UserError("--as_published, --dreg and --resample exclude each other; give one of them")
     if h.as_published:
-        common.train(h, objective_as_published, particles=h.k, as_published=True)
+        common.train(h, lambda rollout: objective_as_published(rollout, chosen), particles=h.k, as_published=True)
+    elif h.dreg:
+        common.train(h, objective_dreg, particles=h.k, fixed_z=True)
+    elif h.resample:
+        common.train(h, objective_resampled, particles=h.k, resample=True)
     else:
         common.train(h, objective, particles=h.k)
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -55,6 +56,137 @@ def test_importance_weights_are_unbiased_in_the_likelihood():
     bounds = common.estimate_bounds(LinearGaussian("prior"), x_TBX, (20_000,), generator(1), max_rows=100_000)
     ratio = (bounds["iwae_20000"] - kalman_log_likelihood(x_TBX)).exp()
     assert abs(ratio.mean() - 1) < 0.02
+
+
+@pytest.mark.parametrize("proposal, largest_gap", (("filtering", 0.08), ("prior", 1.2)))
+def test_the_particle_filter_is_far_tighter_than_iwae_over_many_frames(proposal, largest_gap):
+    x_TBX = sample(40, 64, generator())
+    exact, model = kalman_log_likelihood(x_TBX), LinearGaussian(proposal)
+    smc = exact - common.estimate_smc(model, x_TBX, 100, generator(1))[0][-1]
+    iwae = exact - common.estimate_bounds(model, x_TBX, (100,), generator(1))["iwae_100"]
+    assert 0 < smc.mean() < largest_gap
+    assert smc.mean() < iwae.mean() / 4
+
+
+def test_the_particle_filter_is_unbiased_in_the_likelihood_of_every_prefix():
+    x_TBX = sample(1, 1, generator()).new_zeros(20, 4000, 1) + sample(20, 1, generator())
+    estimate_TB, ess_TB = common.estimate_smc(LinearGaussian("prior"), x_TBX, 10, generator(1), max_rows=40_000)
+    assert (ess_TB >= 1).all() and (ess_TB <= 10).all() and (ess_TB < 5).any()
+    for frames in (1, 5, 20):
+        exact = kalman_log_likelihood(x_TBX[:frames])
+        ratio = (estimate_TB[frames - 1] - exact).exp()
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / 4000 ** 0.5
+
+
+def test_the_particle_filter_approaches_the_kalman_likelihood_of_a_long_recording():
+    x_TBX = sample(1000, 16, generator())
+    exact, model = kalman_log_likelihood(x_TBX), LinearGaussian("filtering")
+    gaps = [(exact - common.estimate_smc(model, x_TBX, k, generator(1), max_rows=16_000)[0][-1]).mean()
+            for k in (10, 100, 1000)]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[0] > 5 and abs(gaps[2]) < 0.5
+
+
+def plain_particle_filter(model, x_TBX, noise, uniform_TB, k):
+    """One sequence and one particle at a time, by lists and numbers."""
+    result = []
+    for b in range(x_TBX.shape[1]):
+        states, log_w, total = [None] * k, [0.0] * k, 0.0
+        for t in range(len(x_TBX)):
+            for j in range(k):
+                rollout = model(x_TBX[t:t + 1, b:b + 1], states[j], noise[t:t + 1, b * k + j:b * k + j + 1], 1)
+                states[j], log_w[j] = rollout.state, log_w[j] + rollout.log_w_TBK.item()
+            w = [math.exp(value - max(log_w)) for value in log_w]
+            if sum(w) ** 2 / sum(value ** 2 for value in w) < k / 2:
+                total += math.log(sum(w) / k) + max(log_w)
+                ancestors, passed, i = [], w[0] / sum(w), 0
+                for j in range(k):
+                    while passed < (j + uniform_TB[t, b].item()) / k:
+                        i += 1
+                        passed += w[i] / sum(w)
+                    ancestors.append(i)
+                states, log_w = [states[i] for i in ancestors], [0.0] * k
+        total += math.log(sum(math.exp(value - max(log_w)) for value in log_w) / k) + max(log_w)
+        result.append(total)
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def test_the_particle_filter_equals_a_plain_one():
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
+    x_TBX, k = 3 * torch.randn(12, 4, 5, dtype=torch.float64), 6
+    noise, uniform_TB = torch.randn(12, 4 * k, 3, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
+    with torch.no_grad():
+        filtering = model(x_TBX, None, noise, k, uniform_TB=uniform_TB)
+        plain = plain_particle_filter(model, x_TBX, noise, uniform_TB, k)
+    assert (filtering.ess_TB[:-1] < k / 2).any(), "nothing was resampled"
+    torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain)
+
+
+def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
+    x_TBX, noise = torch.randn(9, 4, 5, dtype=torch.float64), torch.randn(9, 4 * 2, 3, dtype=torch.float64)
+    uniform_TB = torch.rand(9, 4, dtype=torch.float64)
+    resampled = vrnn_gauss_iwae.objective_resampled(model(x_TBX, None, noise, 2, uniform_TB=uniform_TB))
+    weighted = vrnn_gauss_iwae.objective(model(x_TBX, None, noise, 2))  # of two particles the size is never under 1
+    torch.testing.assert_close(resampled, weighted)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (resampled, weighted))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_densities_at_fixed_z_are_those_of_the_rollout():
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
+    state = torch.randn(2, 4 * 3, 8, dtype=torch.float64).unbind()
+    rollout = model(torch.randn(6, 4, 5, dtype=torch.float64), state, k=3, fixed_z=True)
+    torch.testing.assert_close(rollout.log_p_fixed_TBK - rollout.log_q_fixed_TBK, rollout.log_w_TBK)
+
+
+def gradients(loss, model):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
+                                                                     materialize_grads=True)])
+
+
+def test_the_doubly_reparameterised_gradient_equals_its_definition():
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
+    x_TBX, noise = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(6, 4 * 3, 3, dtype=torch.float64)
+    rollout = model(x_TBX, None, noise, 3, fixed_z=True)
+    doubly = gradients(vrnn_gauss_iwae.objective_dreg(rollout), model)
+
+    rollout = model(x_TBX, None, noise, 3)
+    z = rollout.q_mean + rollout.q_sigma * noise
+    weights = rollout.log_w_TBK.detach().sum(0).softmax(1)
+    given = z.detach().requires_grad_()
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    def log_p_and_q(network):
+        return network.at_fixed_z(x_TBX, network.phi_x(x_TBX), given, network.zero_state(12), 3)
+
+    log_p, log_q = log_p_and_q(frozen)
+    (d_z,) = torch.autograd.grad((log_p - log_q).sum(), given)
+    of_posterior = gradients((z * d_z * weights.flatten().unsqueeze(1) ** 2).sum(), model)
+    of_model = gradients((weights * log_p_and_q(model)[0].sum(0)).sum(), model)
+    torch.testing.assert_close(doubly, -(of_posterior + of_model) / 4 / 6)
+
+
+def test_the_doubly_reparameterised_gradient_has_the_mean_of_the_ordinary_one_and_less_variance():
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
+    x_TBX = torch.randn(4, 1, 5, dtype=torch.float64).expand(4, 500, 5)
+    doubly, ordinary = [], []
+    for _ in range(40):
+        rollout = model(x_TBX, k=4, fixed_z=True)
+        ordinary.append(gradients(vrnn_gauss_iwae.objective(rollout), model))
+        doubly.append(gradients(vrnn_gauss_iwae.objective_dreg(model(x_TBX, k=4, fixed_z=True)), model))
+    ordinary, doubly = torch.stack(ordinary), torch.stack(doubly)
+    error = ((ordinary.var(0) + doubly.var(0)) / 40).sqrt()
+    assert (ordinary.mean(0) - doubly.mean(0)).norm() < 1.5 * error.norm()
+    assert ordinary.mean(0).norm() > 10 * error.norm()
+    of_posterior = torch.cat([torch.full((p.numel(),), name.startswith("posterior"))
+                              for name, p in model.named_parameters()])
+    assert doubly.var(0)[of_posterior].sum() < 0.9 * ordinary.var(0)[of_posterior].sum()
 
 
 def test_iwae_never_falls_as_k_grows_in_any_sequence():
