@@ -1871,7 +1871,7 @@ class Trainer:
     the whole update is one CUDA graph.
     """
 
-    def __init__(self, h, objective, particles, replays, as_published, fixed_z, resample):
+    def __init__(self, h, objective, particles, replays, as_published, fixed_z=False, resample=False):
         self.h, self.objective, self.particles = h, objective, particles
         self.replays, self.as_published = replays, as_published
         self.fixed_z, self.resample = fixed_z, resample

@@ -1,6 +1,6 @@
-"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder.
+"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder, and print it as a table.
 
-    python plot_recon.py [FOLDER]      draws every FOLDER/*/log.jsonl (default: runs)
+    python plot_recon.py [FOLDER ...]  draws every FOLDER/*/log.jsonl (default: runs), a row of panels for each folder
     python plot_recon.py --demo        first trains the three scripts on synthetic data where runs/demo lacks them
 
 Left: held-out NLL while training, by one bound for all runs. Right: bounds on the test split from each eval.json.
@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 MARKERS = "osD^v"
+PERSONAL = {"seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}  # settings that set no run apart
 
 
 def train_demo_runs(folder):
@@ -35,11 +36,27 @@ def train_demo_runs(folder):
                 sys.exit(status)
 
 
-def label(config):
-    """The objective of a run, as the legend names it."""
-    name = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": f"VAE$_{{{config['k']}}}$",
-            "vrnn_gauss_iwae": f"IWAE$_{{{config['k']}}}$"}[config["script"]]
-    return name + (" as published" if config.get("as_published") else "") + (" warm" if config["init_from"] else "")
+def objective(config):
+    """The objective of a run, as the legend and the table name it."""
+    k = config["k"]
+    name = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": f"VAE_{k}", "vrnn_gauss_iwae": f"IWAE_{k}"}[config["script"]]
+    if config.get("as_published"):
+        name += " as published"
+    if config.get("corrections"):
+        name += f" but for {config['corrections']}"
+    for variant, suffix in (("dreg", " DReG"), ("resample", " resampled"), ("init_from", " warm")):
+        name += suffix if config.get(variant) else ""
+    return name
+
+
+def label_apart(runs):
+    """Give each run its label: its objective, and the settings in which runs of that objective differ."""
+    for run in runs:
+        siblings = [other["config"] for other in runs if objective(other["config"]) == objective(run["config"])]
+        settings = sorted({name for config in siblings for name in config} - PERSONAL)
+        differing = [name for name in settings if len({str(config.get(name)) for config in siblings}) > 1]
+        run["label"] = ", ".join([objective(run["config"]),
+                                  *(f"{name} {run['config'].get(name)}" for name in differing)])
 
 
 def read_run(folder):
@@ -48,10 +65,11 @@ def read_run(folder):
         header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         bound = common.tracked_bound(header["config"]["eval_k"])
         curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
-        return dict(name=folder.name, label=label(header["config"]), bound=bound, title=title(header["data"]),
+        objective(header["config"])
+        return dict(name=folder.name, config=header["config"], bound=bound, title=title(header["data"]),
                     data=header["data"], window=(header["config"]["x_dim"], header["config"]["seq_frames"]),
                     order=SCRIPTS.index(header["config"]["script"]), test=read_test(folder / "eval.json"),
-                    curve=np.array(curve, float).reshape(-1, 2))
+                    windows=read_windows(folder / "windows.csv"), curve=np.array(curve, float).reshape(-1, 2))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise common.UserError(f"{folder} holds no readable log of a run ({error}); remove it or run again") from None
 
@@ -62,8 +80,16 @@ def read_test(path):
         return None
     evaluation = json.loads(path.read_text())
     bounds = {name: (float(bound["nats_per_frame"]), float(bound["stderr"] or 0))
-              for name, bound in evaluation["bounds"].items() if name == "elbo" or name.startswith("iwae")}
-    return {"windows": int(evaluation["windows"]), **bounds}
+              for name, bound in evaluation["bounds"].items() if name.startswith(("elbo", "iwae", "smc", "kl"))}
+    return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds}
+
+
+def read_windows(path):
+    """{bound: nats per frame of each test window}; None where a run has not stored them."""
+    if not path.exists():
+        return None
+    names, *rows = path.read_text().splitlines()
+    return dict(zip(names.split(","), np.array([row.split(",") for row in rows], float).T))
 
 
 def read_runs(folder):
@@ -75,59 +101,107 @@ def read_runs(folder):
             if run[what] != runs[0][what]:
                 raise common.UserError(f"{folder / run['name']} and {folder / runs[0]['name']} differ in their {what}, "
                                        "so their nats cannot be compared; put them into different folders")
-    return sorted(runs, key=lambda run: (run["order"], run["label"]))
+    label_apart(runs)
+    return sorted(runs, key=lambda run: (run["order"], len(run["label"]), run["label"]))
 
 
 def title(data):
     minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
     what = "synthetic demo data, not speech" if data["created_by"].startswith(common.SYNTHETIC) else data["file"]
-    return f"Variational RNN on raw audio: {what} ({minutes:.3g} minutes of training recordings)"
+    return f"{what} ({minutes:.3g} minutes of training recordings)"
 
 
-def draw(runs, out):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2), layout="constrained")
-    labels = list(dict.fromkeys(run["label"] for run in runs))
-    colours = {name: f"C{i}" for i, name in enumerate(labels)}
+def labels_of(runs):
+    return list(dict.fromkeys(run["label"] for run in runs))
 
+
+def draw(folders, out):
+    """A row of two panels for the runs of each folder."""
+    heights = [1.6 + 0.34 * max(6, len(labels_of(runs))) for runs in folders]
+    figure, axes = plt.subplots(len(folders), 2, figsize=(11, sum(heights)), width_ratios=(1, 1), squeeze=False,
+                                height_ratios=heights, layout="constrained")
+    for runs, (left, right) in zip(folders, axes):
+        labels = labels_of(runs)
+        colours = dict(zip(labels, [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors] * len(labels)))
+        draw_curves(left, runs, colours)
+        draw_bounds(right, runs, labels, colours)
+    figure.suptitle("Variational RNN on raw audio")
+    figure.savefig(out, dpi=150)
+
+
+def draw_curves(axis, runs, colours):
     for run in runs:
-        first = run is next(r for r in runs if r["label"] == run["label"])
-        left.plot(*run["curve"].T, color=colours[run["label"]], linewidth=1.4, label=run["label"] if first else None)
+        axis.plot(*run["curve"].T, color=colours[run["label"]], linewidth=1.2)
     points = np.concatenate([run["curve"][:, 1] for run in runs])
     low, high = robust_limits(points)
     outside = int((~((points >= low) & (points <= high))).sum())
-    left.set(xlabel="training sequences (0.5 s each)" if is_half_second(runs) else "training sequences",
-             ylabel=f"held-out NLL $\\leq$ {bound_name(runs[0]['bound'])} (nats/frame)", ylim=(low, high),
-             title="valid split while training")
-    left.text(0.02, 0.02, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
-              transform=left.transAxes, fontsize=8, color="0.4")
-    left.legend(frameon=False)
-    left.grid(alpha=0.25)
+    axis.set(xlabel="training sequences (0.5 s each)" if is_half_second(runs) else "training sequences",
+             ylabel=f"NLL $\\leq$ {bound_name(runs[0]['bound'])} (nats/frame)", ylim=(low, high),
+             title=f"valid split while training, {runs[0]['title']}")
+    axis.title.set_fontsize(9)
+    axis.text(0.98, 0.97, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
+              transform=axis.transAxes, fontsize=8, color="0.4", ha="right", va="top")
+    axis.grid(alpha=0.25)
 
+
+def draw_bounds(axis, runs, labels, colours):
     tested = [run for run in runs if run["test"]]
-    bounds = [name for name in (tested[0]["test"] if tested else ())
-              if name != "windows" and all(name in run["test"] for run in tested)]
+    bounds = [name for name in (tested[0]["test"] if tested else ()) if name.startswith(("elbo", "iwae", "smc"))
+              and not name.startswith("elbo_") and all(name in run["test"] for run in tested)]
     for i, name in enumerate(bounds):
         for run in tested:
-            nats, stderr = run["test"][name]
             siblings = [r for r in tested if r["label"] == run["label"]]
-            x = labels.index(run["label"]) + 0.22 * (i - (len(bounds) - 1) / 2) + 0.05 * siblings.index(run)
-            right.errorbar(x, -nats, stderr, fmt=MARKERS[i % len(MARKERS)], capsize=3,
-                           color=colours[run["label"]], markersize=5)
-        right.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=bound_name(name))
-    right.set_xticks(range(len(labels)), labels)
-    right.set(xlim=(-0.6, len(labels) - 0.4), title="test split, best checkpoint",
-              ylabel="NLL $\\leq$ (nats/frame)")
-    right.grid(axis="y", alpha=0.25)
+            y = labels.index(run["label"]) + 0.15 * (siblings.index(run) - (len(siblings) - 1) / 2)
+            axis.plot(-run["test"][name][0], y, MARKERS[i % len(MARKERS)], color=colours[run["label"]], markersize=5)
+        axis.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=bound_name(name))
+    axis.set_yticks(range(len(labels)), labels)
+    for tick, name in zip(axis.get_yticklabels(), labels):
+        tick.set_color(colours[name])
+    axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="NLL $\\leq$ (nats/frame)")
+    axis.grid(alpha=0.25)
     if tested:
-        low, high = right.get_ylim()
-        right.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
-        right.legend(loc="upper center", ncols=len(bounds), frameon=False, columnspacing=1, handletextpad=0.2,
-                     title=f"bars: standard error over the same {tested[0]['test']['windows']} windows",
-                     title_fontsize=8)
+        windows, stderr = tested[0]["test"]["windows"], np.mean([run["test"][bounds[0]][1] for run in tested])
+        axis.set_title(f"test split, best checkpoints; a point is a run; all on the same {windows} windows\n"
+                       f"(standard error over windows, common to all: {stderr:.1f})", fontsize=9)
+        axis.legend(loc="best", frameon=True, handletextpad=0.2, fontsize=8)
     else:
-        right.text(0.5, 0.5, "no run has an eval.json yet", transform=right.transAxes, ha="center", color="0.4")
-    figure.suptitle(runs[0]["title"])
-    figure.savefig(out, dpi=150)
+        axis.text(0.5, 0.5, "no run has an eval.json yet", transform=axis.transAxes, ha="center", color="0.4")
+
+
+def table(runs):
+    """The test bounds as Markdown: mean and standard error over the runs of each label.
+
+    The last column is the difference of the last bound to that of the first label on the same windows, both averaged
+    over their runs: mean and standard error over windows.
+    """
+    tested = [run for run in runs if run["test"]]
+    if not tested:
+        return "no run has an eval.json yet"
+    bounds = [name for name in tested[0]["test"] if name not in ("windows", "update")
+              and not name.startswith("elbo_") and all(name in run["test"] for run in tested)]
+    bounds.sort(key=lambda name: (name == "kl", name.split("_")[0], len(name)))
+    tightest = [name for name in bounds if name != "kl"][-1]
+    reference = labels_of(tested)[0]
+    lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
+                         f"{tightest} against {reference} |"]), "|---" * (len(bounds) + 5) + "|"]
+    for name in labels_of(tested):
+        group = [run for run in tested if run["label"] == name]
+        cells = [mean_and_error([run["test"][bound][0] for run in group]) for bound in bounds]
+        bits = [common.bits_per_sample(run["test"][tightest][0], run["window"][0], run["data"]["std"]) for run in group]
+        updates = [run["test"]["update"] for run in group]
+        updates = f"{min(updates)}" if min(updates) == max(updates) else f"{min(updates)} to {max(updates)}"
+        paired = [np.mean([run["windows"][tightest] for run in tested if run["label"] == which], axis=0)
+                  for which in (name, reference)] if all(run["windows"] for run in tested) else None
+        difference = "" if name == reference or not paired else mean_and_error(paired[0] - paired[1])
+        lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
+                                 f"{difference} |"]))
+    return "\n".join(lines)
+
+
+def mean_and_error(values, digits=2):
+    values = np.asarray(values)
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{error}"
 
 
 def bound_name(name):
@@ -154,18 +228,21 @@ def is_half_second(runs):
 def main():
     parser = common.OneLineParser(prog="plot_recon.py", description=__doc__, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of runs (default: runs; runs/demo with --demo)")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER",
+                        help="of runs (default: runs; runs/demo with --demo)")
     parser.add_argument("--out", type=Path, default=Path("recon.png"), help="picture to write (%(default)s)")
     parser.add_argument("--demo", action="store_true", help="train the three scripts on synthetic data first")
     options = parser.parse_args()
     if options.out.suffix not in (".png", ".pdf", ".svg"):
         raise common.UserError(f"--out={options.out} is no picture; give a name that ends in .png, .pdf or .svg")
-    folder = options.folder or Path("runs/demo" if options.demo else "runs")
+    folders = options.folders or [Path("runs/demo" if options.demo else "runs")]
     if options.demo:
-        train_demo_runs(folder)
-    runs = read_runs(folder)
-    draw(runs, options.out)
-    print(f"{options.out}: {', '.join(run['name'] for run in runs)}")
+        train_demo_runs(folders[0])
+    rows = [read_runs(folder) for folder in folders]
+    draw(rows, options.out)
+    for folder, runs in zip(folders, rows):
+        print(f"{folder}: {', '.join(run['name'] for run in runs)}\n\n{table(runs)}\n")
+    print(options.out)
 
 
 if __name__ == "__main__":

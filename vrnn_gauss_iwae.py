@@ -33,7 +33,7 @@ grad_clip = 5.0                       # largest norm of the gradient; 0 = no lim
 weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
 ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
 bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
-mirrored_init = True                  # start with linear maps and a narrow posterior; off = uniform weights, as published
+mirrored_init = True                  # linear at first, with a narrow posterior; off = uniform weights, as published
 x_noise = 0.3                         # initial noise on the normalised samples in training; 0 = none, as published
 x_noise_updates = 2000                # updates in which it falls to a hundredth, and ends
 dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training

@@ -25,7 +25,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny import SIZES, smooth_noise, write_tiny_data  # noqa: E402
+from tiny import SIZES, command, smooth_noise, write_tiny_data  # noqa: E402
 
 import common  # noqa: E402
 import plot_recon  # noqa: E402
@@ -159,7 +159,7 @@ def draw_run(name, data, folder, run):
     shutil.copytree(run, copy)
     (copy / name).write_bytes(data)
     try:
-        plot_recon.draw(plot_recon.read_runs(folder / "runs"), folder / "it.png")
+        plot_recon.draw([plot_recon.read_runs(folder / "runs")], folder / "it.png")
     finally:
         (folder / "it.png").unlink(missing_ok=True)
         shutil.rmtree(folder / "runs")
@@ -219,9 +219,9 @@ def outcomes(cases, seed, run):
     """Outcome of each case; a process that dies costs the case it was at."""
     found = []
     while len(found) < cases:
-        command = [sys.executable, __file__, f"--run={run}", f"--first={len(found)}", f"--cases={cases}",
-                   f"--seed={seed}"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        reader = [sys.executable, __file__, f"--run={run}", f"--first={len(found)}", f"--cases={cases}",
+                  f"--seed={seed}"]
+        result = subprocess.run(reader, capture_output=True, text=True)
         lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
         found += [outcome for _, outcome in lines if outcome]
         if result.returncode:
@@ -243,8 +243,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         write_tiny_data(Path(folder) / "tiny.h5")
-        subprocess.run([sys.executable, vrnn_gauss.__file__, *SIZES, f"--data={folder}/tiny.h5", f"--out_dir={run}",
-                        "--max_updates=4", "--monitor_every=2"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command("vrnn_gauss", *SIZES, f"--data={folder}/tiny.h5", f"--out_dir={run}",
+                               "--max_updates=4", "--monitor_every=2"), check=True, stdout=subprocess.DEVNULL)
         found = outcomes(options.cases, options.seed, run)
     count = collections.Counter((kind_of(case), outcome if outcome in ("accepted", "refused") else "failed")
                                 for case, outcome in enumerate(found))

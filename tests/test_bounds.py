@@ -254,6 +254,28 @@ def test_iwae_gradient_weighs_particles_by_their_normalised_weights():
     torch.testing.assert_close(log_w_TBK.grad, -weights.expand(4, 3, 5))
 
 
+def test_published_weights_on_a_case_small_enough_to_read():
+    """One sequence, two frames, two particles, the second three times as good in each frame: weights 1 and 9."""
+    log_w_TBK = math.log(3) * torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64, requires_grad=True)
+    rollout = common.Rollout(*[None] * 2, log_w_TBK, *[None] * 7)
+
+    def weights(*corrections):
+        """Of the two particles in the gradient."""
+        (gradient,) = torch.autograd.grad(vrnn_gauss_iwae.objective_as_published(rollout, corrections), log_w_TBK)
+        return pytest.approx((-gradient.sum(0).flatten()).tolist())
+
+    assert vrnn_gauss_iwae.objective_as_published(rollout).item() == pytest.approx(-math.log(3) / 4)
+    assert weights("gradient") == [3 / 4, 1 / 4]                  # the worse particle counts three times as much
+    assert weights("gradient", "sign") == [1 / 4, 3 / 4]          # the mean over time flattens 1 : 9 to 1 : 3
+    assert weights("gradient", "sign", "time") == [1 / 10, 9 / 10]
+    assert weights("gradient", "time") == [9 / 10, 1 / 10]
+    (correct,) = torch.autograd.grad(vrnn_gauss_iwae.objective(rollout), log_w_TBK)
+    assert weights("gradient", "sign", "time", "batch") == (-correct.sum(0).flatten()).tolist()
+    s, w = torch.tensor([0.0, -math.log(3)]).tolist(), [3 / 4, 1 / 4]
+    through_weights = [w[i] * (1 + s[i] - (w[0] * s[0] + w[1] * s[1])) for i in range(2)]
+    assert weights() == through_weights                           # 0.96 to 0.04: the gradient through w adds to it
+
+
 def test_analytic_kl_and_densities_equal_torch_distributions():
     q_mean, p_mean, x = torch.randn(3, 10, 6, dtype=torch.float64).unbind(0)
     q_sigma, p_sigma = torch.rand(2, 10, 6, dtype=torch.float64).add(0.01).unbind(0)

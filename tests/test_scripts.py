@@ -17,16 +17,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-
 from kill import kill_and_compare
-from tiny import ROOT, SIZES, assert_same_run, command, log_of, run, smooth_noise
+from tiny import ROOT, SIZES, assert_same_run, command, log_of, run, write_recordings
 
 import common
 import vrnn_gauss
 import vrnn_gauss_iwae
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-RUN_FILES = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json", "samples"}
+RUN_FILES = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json", "windows.csv", "samples"}
 
 
 def trained(script, *arguments, cwd):
@@ -39,9 +38,7 @@ def trained(script, *arguments, cwd):
 def folder(tmp_path_factory):
     """A working folder with data/tiny.h5, converted by the script from smooth noise in data/in."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "data/in").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    np.savez(folder / "data/in/tiny.npz", **{f"rec_{i}": smooth_noise(random, 3_000) for i in range(12)})
+    write_recordings(folder / "data/in")
     result = run("prepare_blizzard", "data/in", "--out=data/tiny.h5", "--valid=.2", "--test=.2", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "total           12" in result.stdout
@@ -63,10 +60,20 @@ def check_run(out):
     assert [line["update"] for line in lines] == [10, 20, 30]
     assert [line["sequences"] for line in lines] == [40, 80, 120]
     assert lines[-1]["valid"]["iwae_2"]["nats_per_frame"] > lines[0]["valid"]["iwae_2"]["nats_per_frame"]
-    bounds = json.loads((out / "eval.json").read_text())["bounds"]
-    assert list(bounds) == ["elbo", "kl", "elbo_6", "iwae_2", "iwae_6"]
+    evaluation = json.loads((out / "eval.json").read_text())
+    bounds = evaluation["bounds"]
+    assert list(bounds) == ["elbo", "kl", "elbo_6", "log_w_std", "iwae_2", "ess_iwae_2", "iwae_6", "ess_iwae_6",
+                            "smc_6", "ess_smc_6"]
     nats = [bounds[name]["nats_per_frame"] for name in ("elbo_6", "iwae_2", "iwae_6")]
     assert nats == sorted(nats)
+    assert 1 <= bounds["ess_iwae_6"]["mean"] <= 6 and 1 <= bounds["ess_smc_6"]["mean"] <= 6
+    whole = evaluation["whole_recordings"]["smc_6"]
+    assert whole["frames"] == whole["recordings"] * (2_993 // 20)
+    assert whole["nats_per_frame"] == pytest.approx(bounds["smc_6"]["nats_per_frame"], abs=5)
+    windows = np.genfromtxt(out / "windows.csv", delimiter=",", names=True)
+    assert len(windows) == evaluation["windows"]
+    for name in ("elbo", "kl", "iwae_2", "smc_6"):
+        assert windows[name].mean() == pytest.approx(bounds[name]["nats_per_frame"], abs=1e-3)
     elbo = bounds["elbo"]
     assert elbo["nats_per_sequence"] == pytest.approx(5 * elbo["nats_per_frame"])
     assert elbo["bits_per_sample"] == pytest.approx(
@@ -89,11 +96,40 @@ def test_a_script_trains_as_published(folder, script):
     check_run(out)
 
 
-def test_recon_png_is_drawn_from_logs_alone(folder, runs):
+@pytest.mark.parametrize("flags", ("--dreg", "--resample", "--as_published --corrections=sign,time"))
+def test_variants_of_iwae_train_and_evaluate(folder, flags):
+    out = folder / f"variant{flags.split()[0]}"
+    trained("vrnn_gauss_iwae", "--data=data/tiny.h5", f"--out_dir={out}", "--max_updates=30", "--monitor_every=10",
+            *flags.split(), cwd=folder)
+    check_run(out)
+
+
+def test_recon_png_and_the_table_are_made_from_logs_alone(folder, runs):
     result = run("plot_recon", "runs", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "recon.png").read_bytes().startswith(b"\x89PNG")
     assert all(script in result.stdout for script in SCRIPTS)
+    for script, name in zip(SCRIPTS, ("VRNN", "VAE_5", "IWAE_5")):
+        bounds = json.loads((runs / script / "eval.json").read_text())["bounds"]
+        row = [f"{bounds[bound]['nats_per_frame']:.2f}" for bound in ("elbo", "iwae_2", "iwae_6", "smc_6", "kl")]
+        assert f"| {name} | 1 | " in result.stdout and " | ".join(row) in result.stdout
+
+
+def test_the_table_tells_runs_apart_and_averages_those_of_one_kind(folder, runs, tmp_path):
+    elbo = json.loads((runs / "vrnn_gauss/eval.json").read_text())["bounds"]["elbo"]["nats_per_frame"]
+    for name, setting, better in (("one", dict(seed=0), 0), ("two", dict(seed=1), 2), ("wide", dict(rnn_dim=24), 0)):
+        out = tmp_path / "three" / name
+        shutil.copytree(runs / "vrnn_gauss", out)
+        header, *lines = (out / "log.jsonl").read_text().splitlines()
+        header, evaluation = json.loads(header), json.loads((out / "eval.json").read_text())
+        header["config"] |= setting
+        evaluation["bounds"]["elbo"]["nats_per_frame"] += better
+        (out / "log.jsonl").write_text("\n".join([json.dumps(header), *lines]))
+        (out / "eval.json").write_text(json.dumps(evaluation))
+    result = run("plot_recon", tmp_path / "three", cwd=tmp_path)
+    assert f"| VRNN, rnn_dim 12 | 2 | 30 | {elbo + 1:.2f} ± 1.00 | " in result.stdout
+    assert f"| VRNN, rnn_dim 24 | 1 | 30 | {elbo:.2f} | " in result.stdout
+    assert result.stdout.count("| 0.00 ± 0.00 |") == 1  # of the wide run to the others on the same windows
 
 
 def test_the_bound_of_a_model_does_not_depend_on_the_script(folder, runs):

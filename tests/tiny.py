@@ -22,13 +22,16 @@ def smooth_noise(random, samples):
     return np.convolve(random.normal(0, 2_000, samples), np.ones(8) / 8, "valid").astype(np.int16)
 
 
-def write_tiny_data(path):
-    """An HDF5 file of twelve recordings."""
-    folder = path.parent / "in"
+def write_recordings(folder):
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     np.savez(folder / "tiny.npz", **{f"rec_{i}": smooth_noise(random, 3_000) for i in range(12)})
-    common.convert([folder], path, valid=0.2, test=0.2)
+
+
+def write_tiny_data(path):
+    """An HDF5 file of twelve recordings."""
+    write_recordings(path.parent / "in")
+    common.convert([path.parent / "in"], path, valid=0.2, test=0.2)
 
 
 def command(script, *arguments):

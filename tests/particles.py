@@ -1,0 +1,137 @@
+"""How the weights of particles collapse, and what is left of the gradient, as K and the length of a sequence grow.
+
+    python tests/particles.py runs/vrnn_gauss/best.pt [--data data/speech.h5] [--out particles.json]
+
+For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
+particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
+filter, and both bounds. Then the signal-to-noise ratio (SNR) of the gradient of each objective with respect to the
+parameters of the posterior and to all others, over draws of z on a fixed batch of the training split:
+
+    SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated without bias as |mean g|^2 - trace Cov g / draws
+
+(Rainforth et al. 2018, arXiv 1802.04537, look at single parameters.) Prints Markdown; --out also keeps the numbers.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import vrnn_gauss  # noqa: E402
+import vrnn_gauss_alt_nll  # noqa: E402
+import vrnn_gauss_iwae  # noqa: E402
+
+FRAMES, PARTICLES = (10, 20, 40, 80, 160), (2, 5, 20, 100)
+GRADIENTS = [(40, k) for k in (1, 2, 5, 20)] + [(frames, 5) for frames in (10, 20, 80)]
+WINDOWS, BATCH, DRAWS = 64, 8, 100
+
+
+def windows(model, corpus, split, frames, count):
+    """The first `frames` frames of windows that are the same for every number of frames, (frames, count, X)."""
+    starts = common.window_starts(split, max(FRAMES) * model.x_dim, count)
+    return common.frames_at(split, starts, frames, model, corpus, torch.Generator().manual_seed(0))
+
+
+def collapse(model, corpus):
+    rows = []
+    for frames in FRAMES:
+        x_TBX = windows(model, corpus, corpus.valid, frames, WINDOWS)
+        bounds = common.estimate_bounds(model, x_TBX, PARTICLES, torch.Generator().manual_seed(1))
+        for k in PARTICLES:
+            estimate_TB, ess_TB = common.estimate_smc(model, x_TBX, k, torch.Generator().manual_seed(2))
+            row = dict(frames=frames, k=k, log_w_std=bounds["log_w_std"], ess_iwae=bounds[f"ess_iwae_{k}"],
+                       ess_smc=ess_TB.mean(0), elbo=bounds["elbo"] / frames, iwae=bounds[f"iwae_{k}"] / frames,
+                       smc=estimate_TB[-1] / frames)
+            rows.append({name: value.mean().item() if isinstance(value, torch.Tensor) else value
+                         for name, value in row.items()})
+    return rows
+
+
+def losses(model, x_TBX, k):
+    """{objective: function that draws z and returns its loss}."""
+    frames, batch, _ = x_TBX.shape
+    if k == 1:
+        return {"VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),
+                "VAE_1 = IWAE_1": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX))}
+    return {
+        f"VAE_{k}": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX, k=k)),
+        f"IWAE_{k}": lambda: vrnn_gauss_iwae.objective(model(x_TBX, k=k)),
+        f"IWAE_{k} DReG": lambda: vrnn_gauss_iwae.objective_dreg(model(x_TBX, k=k, fixed_z=True)),
+        f"IWAE_{k} resampled": lambda: vrnn_gauss_iwae.objective_resampled(
+            model(x_TBX, None, torch.randn(frames, batch * k, model.z_dim), k, uniform_TB=torch.rand(frames, batch))),
+    }
+
+
+def signal_to_noise(model, loss):
+    """SNR of the gradient with respect to the posterior's parameters and to the others."""
+    names, parameters = zip(*model.named_parameters())
+    of_posterior = [name.startswith("posterior") for name in names]
+    sums = SimpleNamespace(g=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
+                           squares=[torch.zeros_like(p, dtype=torch.float64) for p in parameters])
+    for _ in range(DRAWS):
+        for g, total, squares in zip(torch.autograd.grad(loss(), parameters), sums.g, sums.squares):
+            total += g
+            squares += g.double() ** 2
+    ratios = []
+    for wanted in (True, False):
+        signal = noise = 0.0
+        for total, squares, belongs in zip(sums.g, sums.squares, of_posterior):
+            if belongs == wanted:
+                mean = total / DRAWS
+                variance = (squares / DRAWS - mean ** 2) * DRAWS / (DRAWS - 1)
+                signal += (mean ** 2 - variance / DRAWS).sum().item()
+                noise += variance.sum().item()
+        ratios.append((max(0.0, signal) / noise) ** 0.5)
+    return ratios
+
+
+def gradient_quality(model, corpus):
+    rows = []
+    for frames, k in GRADIENTS:
+        x_TBX = windows(model, corpus, corpus.train, frames, BATCH)
+        for name, loss in losses(model, x_TBX, k).items():
+            torch.manual_seed(0)
+            posterior, others = signal_to_noise(model, loss)
+            rows.append(dict(frames=frames, k=k, objective=name, snr_posterior=posterior, snr_others=others))
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def markdown(rows):
+    def cell(value):
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", default="data/speech.h5")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    checkpoint = common.load_checkpoint(options.checkpoint, "checkpoint", "model", "config", "update")
+    sizes = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")
+    model = common.VRNN(**{name: checkpoint["config"][name] for name in sizes})
+    model.load_state_dict(checkpoint["model"])
+    corpus = common.open_corpus(options.data)
+    with torch.no_grad():
+        weights = collapse(model, corpus)
+    gradients = gradient_quality(model, corpus)
+    print(f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
+          f"{markdown(weights)}\n\n{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
+    if options.out:
+        options.out.write_text(json.dumps(dict(
+            checkpoint=options.checkpoint.parent.name, update=checkpoint["update"], commit=common.commit(),
+            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, gradients=gradients), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
