@@ -1,9 +1,11 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import A, C, LinearGaussian, R, S, kalman_log_likelihood, sample
+from tiny import smooth_noise
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import common
@@ -133,6 +135,25 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
     torch.testing.assert_close(resampled, weighted)
     for ours, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (resampled, weighted))):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_whole_recordings_count_every_frame_once(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "in.npz", **{f"rec_{i}": smooth_noise(random, 300 + 170 * i) for i in range(30)})
+    common.convert([tmp_path / "in.npz"], tmp_path / "it.h5", valid=0.2, test=0.4)
+    corpus = common.open_corpus(tmp_path / "it.h5")
+    monkeypatch.setattr(common, "estimate_smc", lambda model, x_TBX, k, generator: (
+        -(x_TBX.double() ** 2).sum(2).cumsum(0), torch.full(x_TBX.shape[:2], 2.0)))
+    found = common.evaluate_recordings(common.VRNN(20, 3, 8, 7, 7, 7, 7, 7), corpus, corpus.test, k=500, at_most=100)
+
+    nats, frames = [], []
+    for start, end in zip(corpus.test.offsets, corpus.test.offsets[1:]):
+        frames.append((end - start) // 20)
+        pcm = corpus.test.read(np.array([start]), frames[-1] * 20)[0]
+        nats.append(-(((pcm - corpus.mean) / corpus.std) ** 2).sum())
+    assert len(set(frames)) > 5
+    assert (found["recordings"], found["frames"], found["ess"]) == (len(frames), sum(frames), 2.0)
+    assert found["nats_per_frame"] == pytest.approx(sum(nats) / sum(frames), rel=1e-3)
 
 
 def test_densities_at_fixed_z_are_those_of_the_rollout():

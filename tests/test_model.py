@@ -117,3 +117,22 @@ def test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width():
         for block in model.lstm_h.weight.chunk(4):
             torch.testing.assert_close(block @ block.T, torch.eye(64), atol=1e-5, rtol=0)
     assert min(spread) > 0.05
+
+
+@pytest.mark.parametrize("odd", (0, 1))
+def test_mirrored_layers_start_as_linear_maps_that_keep_x_apart(odd):
+    """With the last unit of an odd width, which has no partner, only nearly so."""
+    torch.manual_seed(0)
+    model = common.VRNN(12, 6, 32, 40 + odd, 40 + odd, 40 + odd, 40 + odd, 40 + odd).double()
+    model.mirror()
+    one, other = torch.randn(2, 1, 50, 12, dtype=torch.float64)
+    zeros = torch.zeros(1, 50, 6, dtype=torch.float64)
+    mean = [model(x, noise=zeros).q_mean for x in (one, other, one + other)]
+    difference = (mean[0] + mean[1] - mean[2]).norm() / mean[2].norm()
+    assert difference < (0.5 if odd else 1e-12)
+    spread = torch.linalg.svdvals(mean[0][0])
+    assert spread[-1] > 0.2 * spread[0], "some directions of x are lost"
+    sigma = model(one, noise=zeros).q_sigma
+    assert 0.15 < sigma.mean() < 0.25
+    norms = torch.cat([layer.weight.norm(dim=1) for layer in model.modules() if isinstance(layer, common.Linear)])
+    assert odd or norms.max() < 1.9365, "the first update would shrink it"

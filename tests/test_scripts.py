@@ -376,6 +376,16 @@ def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(fol
         common.train(h, lambda rollout: rollout.nll_TBK.mean() * float("nan"), 1)
 
 
+def test_noise_on_x_fades_to_a_hundredth_and_ends(folder, tmp_path):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--x_noise=0.5", "--x_noise_updates=100")
+    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
+    found = []
+    for updates in (0, 50, 99, 100, 1000):
+        trainer.tensors.updates.fill_(updates)
+        found.append(trainer.x_noise().item())
+    assert found == pytest.approx([0.5, 0.05, 0.5 * 0.01 ** 0.99, 0, 0])
+
+
 def test_averaged_weights_follow_the_trained_ones(folder, tmp_path):
     h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--ema=0.5")
     trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
