@@ -27,8 +27,8 @@ import vrnn_gauss_alt_nll  # noqa: E402
 import vrnn_gauss_iwae  # noqa: E402
 
 FRAMES, PARTICLES = (10, 20, 40, 80, 160), (2, 5, 20, 100)
-GRADIENTS = [(40, k) for k in (1, 2, 5, 20)] + [(frames, 5) for frames in (10, 20, 80)]
-WINDOWS, BATCH, DRAWS = 64, 8, 100
+GRADIENTS = [(40, 1), (40, 2), (40, 5), (40, 20), (10, 5), (160, 5)]  # (T, K)
+WINDOWS, BATCH, DRAWS = 64, 8, 50
 
 
 def windows(model, corpus, split, frames, count):
