@@ -1363,7 +1363,9 @@ class VRNN(nn.Module):
         """Rescale the incoming weights of each unit to norm at most max_norm, as published for W (not U, not b)."""
         for name, layer in self.named_modules():
             if isinstance(layer, Linear) and name != "lstm_h":
-                layer.weight.mul_((max_norm / layer.weight.norm(dim=1, keepdim=True)).clamp(max=1))
+                norm = layer.weight.norm(dim=1, keepdim=True)
+                is_longer = norm > max_norm * (1 + 1e-6)  # but for rounding: to constrain twice is to constrain once
+                layer.weight.mul_(torch.where(is_longer, max_norm / norm, 1.0))
 
 
 def sample_gaussian(mean, sigma, generator=None):
@@ -1992,9 +1994,9 @@ class Trainer:
         loss.backward()
         loss = self.mean_of_all(loss.detach())
         with torch.no_grad():
-            if self.as_published:
-                divide_gradients(model, h.batch_size)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), h.grad_clip or math.inf)
+            divisor = h.batch_size if self.as_published else 1
+            divide_gradients(model, divisor)
+            grad_norm = divisor * nn.utils.clip_grad_norm_(model.parameters(), (h.grad_clip or math.inf) / divisor)
             is_finite = grad_norm.isfinite() & loss.isfinite()
             if self.as_published:
                 replace_gradients(model, ~is_finite)
@@ -2084,9 +2086,10 @@ def create_state(optimiser):
 
 
 def divide_gradients(model, divisor):
-    """The 2016 scripts divided the gradient once more by the batch size, before clipping it."""
-    for p in model.parameters():
-        p.grad /= divisor
+    """The 2016 scripts divided the gradient once more by the batch size, before clipping it at 5."""
+    if divisor != 1:
+        for p in model.parameters():
+            p.grad /= divisor
 
 
 def replace_gradients(model, condition):

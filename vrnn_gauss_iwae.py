@@ -29,7 +29,7 @@ monitor_every = 500                   # updates between evaluations on the valid
 monitor_windows = 512                 # windows of the valid split in each, spread evenly
 eval_k = (5, 100)                     # particles of the iwae_k bounds on the test split; the first is monitored too
 eval_recordings = 100                 # recordings of the test split that are also evaluated whole; 0 = none
-grad_clip = 5.0                       # largest norm of the gradient; 0 = no limit
+grad_clip = 640.0                     # largest norm of the gradient (published: 5 times batch_size); 0 = no limit
 weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
 ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
 bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
