@@ -161,8 +161,8 @@ def draw_bounds(axis, runs, labels, colours):
     axis.grid(alpha=0.25)
     if tested:
         windows, stderr = tested[0]["test"]["windows"], np.mean([run["test"][bounds[0]][1] for run in tested])
-        axis.set_title(f"test split, best checkpoints; a point is a run; all on the same {windows} windows\n"
-                       f"(standard error over windows, common to all: {stderr:.1f})", fontsize=9)
+        axis.set_title(f"test split, best checkpoints; a point is a run\nthe same {windows} windows for all: "
+                       f"standard error {stderr:.1f}, common to all", fontsize=9, loc="right")
         axis.legend(loc="best", frameon=True, handletextpad=0.2, fontsize=8)
     else:
         axis.text(0.5, 0.5, "no run has an eval.json yet", transform=axis.transAxes, ha="center", color="0.4")
