@@ -3,7 +3,8 @@
     python tests/experiment.py [--at_once 2] [--updates 2500] [--runs runs/experiment] [--to data/results]
 
 It needs data/speech.h5 (all recordings) and data/reader.h5 (the single reader alone), made by prepare_blizzard.py. Runs
-go one thread each, at_once at a time, in the order below; finished ones are passed over, interrupted ones resumed.
+go one thread each, at_once at a time, in the order below. Those whose logs are in the folder `--to` are passed over,
+interrupted ones resumed; remove the logs to train anew.
 """
 
 import argparse
@@ -53,6 +54,8 @@ def table(runs, updates):
 def train(runs, updates, to, group, name, script, *flags):
     """Train one run, or go on with it, and copy its logs to the folder `to`."""
     folder = runs / name
+    if (to / group / name / "eval.json").exists():
+        return
     if not (folder / "eval.json").exists():
         command = [sys.executable, ROOT / f"{script}.py", *SETTINGS, "--data=data/speech.h5",
                    "--x_noise_updates=1500", f"--max_updates={updates}", f"--out_dir={folder}", *flags]
