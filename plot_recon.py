@@ -171,8 +171,7 @@ def draw_bounds(axis, runs, labels, colours):
 def table(runs):
     """The test bounds as Markdown: mean and standard error over the runs of each label.
 
-    The last column is the difference of the last bound to that of the first label on the same windows, both averaged
-    over their runs: mean and standard error over windows.
+    The last column compares the last bound to that of the first label in runs of the same seed, on the same windows.
     """
     tested = [run for run in runs if run["test"]]
     if not tested:
@@ -183,19 +182,29 @@ def table(runs):
     tightest = [name for name in bounds if name != "kl"][-1]
     reference = labels_of(tested)[0]
     lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
-                         f"{tightest} against {reference} |"]), "|---" * (len(bounds) + 5) + "|"]
+                         f"{tightest} against {reference}, same seeds |"]), "|---" * (len(bounds) + 5) + "|"]
     for name in labels_of(tested):
         group = [run for run in tested if run["label"] == name]
         cells = [mean_and_error([run["test"][bound][0] for run in group]) for bound in bounds]
         bits = [common.bits_per_sample(run["test"][tightest][0], run["window"][0], run["data"]["std"]) for run in group]
         updates = [run["test"]["update"] for run in group]
         updates = f"{min(updates)}" if min(updates) == max(updates) else f"{min(updates)} to {max(updates)}"
-        paired = [np.mean([run["windows"][tightest] for run in tested if run["label"] == which], axis=0)
-                  for which in (name, reference)] if all(run["windows"] for run in tested) else None
-        difference = "" if name == reference or not paired else mean_and_error(paired[0] - paired[1])
+        difference = "" if name == reference else paired(tested, tightest, name, reference)
         lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
                                  f"{difference} |"]))
     return "\n".join(lines)
+
+
+def paired(runs, bound, name, reference):
+    """Mean difference between two labels over the seeds that both have, and its standard errors."""
+    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs if run["label"] == label and run["windows"]}
+               for label in (name, reference)]
+    differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]])
+    if not len(differences):
+        return ""
+    of_windows = differences.mean(0)
+    over_windows = of_windows.std(ddof=1) / len(of_windows) ** 0.5
+    return f"{mean_and_error(differences.mean(1))} (± {over_windows:.2f} over windows)"
 
 
 def mean_and_error(values, digits=2):

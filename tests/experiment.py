@@ -41,14 +41,14 @@ def table(runs, updates):
     yield "variants", "iwae_5_sign-0", IWAE, *SUM_OF_8, "--corrections=sign"
     yield "variants", "iwae_5_dreg-0", IWAE, "--dreg"
     yield "variants", "iwae_5_resample-0", IWAE, "--resample"
-    yield "variants", "iwae_5_time-0", IWAE, *SUM_OF_8, "--corrections=time"
-    yield "variants", "iwae_5_gradient-0", IWAE, *SUM_OF_8, "--corrections=gradient"
-    yield "latents", "uniform-0", VRNN, "--no-mirrored_init", "--x_noise=0"
-    yield "variants", "iwae_5_warm-0", IWAE, *warm
-    yield "variants", "vrnn_warm-0", VRNN, *warm
     yield "objectives", "vrnn_long-0", VRNN, longer
+    yield "latents", "uniform-0", VRNN, "--no-mirrored_init", "--x_noise=0"
     for name, flags in OBJECTIVES.items():
         yield "reader", f"reader_{name}-0", *flags, single_reader
+    yield "variants", "iwae_5_warm-0", IWAE, *warm
+    yield "variants", "vrnn_warm-0", VRNN, *warm
+    yield "variants", "iwae_5_time-0", IWAE, *SUM_OF_8, "--corrections=time"
+    yield "variants", "iwae_5_gradient-0", IWAE, *SUM_OF_8, "--corrections=gradient"
     yield "latents", "uniform_noise-0", VRNN, "--no-mirrored_init"
     yield "latents", "mirrored-0", VRNN, "--x_noise=0"
     for seed in (1, 2):
