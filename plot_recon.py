@@ -197,8 +197,8 @@ def table(runs):
 
 def paired(runs, bound, name, reference):
     """Mean difference between two labels over the seeds that both have, and its standard errors."""
-    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs if run["label"] == label and run["windows"]}
-               for label in (name, reference)]
+    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs if run["windows"]
+                and run["label"] == label} for label in (name, reference)]
     differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]])
     if not len(differences):
         return ""
