@@ -168,10 +168,11 @@ def draw_bounds(axis, runs, labels, colours):
         axis.text(0.5, 0.5, "no run has an eval.json yet", transform=axis.transAxes, ha="center", color="0.4")
 
 
-def table(runs):
+def table(runs, others):
     """The test bounds as Markdown: mean and standard error over the runs of each label.
 
-    The last column compares the last bound to that of the first label in runs of the same seed, on the same windows.
+    The last column compares the last bound to that of the first label of the others, in runs of the same seed, on the
+    same windows.
     """
     tested = [run for run in runs if run["test"]]
     if not tested:
@@ -180,7 +181,7 @@ def table(runs):
               and not name.startswith("elbo_") and all(name in run["test"] for run in tested)]
     bounds.sort(key=lambda name: (name == "kl", name.split("_")[0], len(name)))
     tightest = [name for name in bounds if name != "kl"][-1]
-    reference = labels_of(tested)[0]
+    reference = labels_of(others)[0]
     lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
                          f"{tightest} against {reference}, same seeds |"]), "|---" * (len(bounds) + 5) + "|"]
     for name in labels_of(tested):
@@ -189,7 +190,7 @@ def table(runs):
         bits = [common.bits_per_sample(run["test"][tightest][0], run["window"][0], run["data"]["std"]) for run in group]
         updates = [run["test"]["update"] for run in group]
         updates = f"{min(updates)}" if min(updates) == max(updates) else f"{min(updates)} to {max(updates)}"
-        difference = "" if name == reference else paired(tested, tightest, name, reference)
+        difference = "" if name == reference else paired([*runs, *others], tightest, name, reference)
         lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
                                  f"{difference} |"]))
     return "\n".join(lines)
@@ -250,7 +251,9 @@ def main():
     rows = [read_runs(folder) for folder in folders]
     draw(rows, options.out)
     for folder, runs in zip(folders, rows):
-        print(f"{folder}: {', '.join(run['name'] for run in runs)}\n\n{table(runs)}\n")
+        is_comparable = all(runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window"))
+        print(f"{folder}: {', '.join(run['name'] for run in runs)}\n")
+        print(table(runs, rows[0] if is_comparable else runs), end="\n\n")
     print(options.out)
 
 
