@@ -4,9 +4,8 @@
 
 For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
 particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
-filter, and both bounds; for fewer windows, how far both bounds still rise with many more particles. Then the
-signal-to-noise ratio (SNR) of the gradient of each objective with respect to the parameters of the posterior and to all
-others, over draws of z on a fixed batch of the training split:
+filter, and both bounds. Then the signal-to-noise ratio (SNR) of the gradient of each objective with respect to the
+parameters of the posterior and to all others, over draws of z on a fixed batch of the training split:
 
     SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated without bias as |mean g|^2 - trace Cov g / draws
 
@@ -30,7 +29,6 @@ import vrnn_gauss_iwae  # noqa: E402
 FRAMES, PARTICLES = (10, 20, 40, 80, 160), (2, 5, 20, 100)
 GRADIENTS = [(40, 1), (40, 2), (40, 5), (40, 20), (10, 5), (160, 5)]  # (T, K)
 WINDOWS, BATCH, DRAWS = 64, 8, 50
-MANY, FEW_WINDOWS = (10, 100, 1000), 16  # particles over 40 frames, windows
 
 
 def windows(model, corpus, split, frames, count):
@@ -51,17 +49,6 @@ def collapse(model, corpus):
                        smc=estimate_TB[-1] / frames)
             rows.append({name: value.mean().item() if isinstance(value, torch.Tensor) else value
                          for name, value in row.items()})
-    return rows
-
-
-def tightness(model, corpus):
-    x_TBX = windows(model, corpus, corpus.valid, 40, WINDOWS)[:, :FEW_WINDOWS]
-    bounds = common.estimate_bounds(model, x_TBX, MANY, torch.Generator().manual_seed(1))
-    rows = []
-    for k in MANY:
-        estimate_TB, _ = common.estimate_smc(model, x_TBX, k, torch.Generator().manual_seed(2))
-        rows.append(dict(k=k, elbo=bounds["elbo"].mean().item() / 40, iwae=bounds[f"iwae_{k}"].mean().item() / 40,
-                         smc=estimate_TB[-1].mean().item() / 40))
     return rows
 
 
@@ -136,17 +123,15 @@ def main():
     model.load_state_dict(checkpoint["model"])
     corpus = common.open_corpus(options.data)
     with torch.no_grad():
-        weights, many = collapse(model, corpus), tightness(model, corpus)
+        weights = collapse(model, corpus)
     gradients = gradient_quality(model, corpus)
     print(f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
-          f"{markdown(weights)}\n\n40 frames of {FEW_WINDOWS} of them\n\n{markdown(many)}\n\n"
-          f"{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
+          f"{markdown(weights)}\n\n{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
     if options.out:
         options.out.write_text(json.dumps(dict(
             checkpoint=options.checkpoint.parent.name, update=checkpoint["update"], commit=common.commit(),
-            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, many=many,
-            gradients=gradients), indent=1) + "\n")
+            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, gradients=gradients), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    common.run_as_script(main)
