@@ -66,10 +66,11 @@ def read_run(folder):
         bound = common.tracked_bound(header["config"]["eval_k"])
         curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
         objective(header["config"])
+        test = read_test(folder / "eval.json")
         return dict(name=folder.name, config=header["config"], bound=bound, title=title(header["data"]),
                     data=header["data"], window=(header["config"]["x_dim"], header["config"]["seq_frames"]),
-                    order=SCRIPTS.index(header["config"]["script"]), test=read_test(folder / "eval.json"),
-                    windows=read_windows(folder / "windows.csv"), curve=np.array(curve, float).reshape(-1, 2))
+                    order=SCRIPTS.index(header["config"]["script"]), test=test,
+                    windows=read_windows(folder / "windows.csv", test), curve=np.array(curve, float).reshape(-1, 2))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise common.UserError(f"{folder} holds no readable log of a run ({error}); remove it or run again") from None
 
@@ -84,12 +85,14 @@ def read_test(path):
     return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds}
 
 
-def read_windows(path):
+def read_windows(path, test):
     """{bound: nats per frame of each test window}; None where a run has not stored them."""
     if not path.exists():
         return None
     names, *rows = path.read_text().splitlines()
-    return dict(zip(names.split(","), np.array([row.split(",") for row in rows], float).T))
+    if test and len(rows) != test["windows"]:
+        raise ValueError(f"{path.name} has {len(rows)} windows, eval.json {test['windows']}")
+    return dict(zip(names.split(","), np.array([row.split(",") for row in rows], float).T, strict=True))
 
 
 def read_runs(folder):
@@ -198,8 +201,8 @@ def table(runs, others):
 
 def paired(runs, bound, name, reference):
     """Mean difference between two labels over the seeds that both have, and its standard errors."""
-    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs if run["windows"]
-                and run["label"] == label} for label in (name, reference)]
+    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs
+                if run["label"] == label and bound in (run["windows"] or ())} for label in (name, reference)]
     differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]])
     if not len(differences):
         return ""
