@@ -1579,13 +1579,13 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     return {name: torch.cat([bounds[name] for bounds in by_batch.values()]) for name in by_batch[0]}
 
 
-def evaluate(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
+def evaluate(model, corpus, split, ks, seq_frames, at_most=None):
     """Means of the window bounds: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}.
 
     stderr is over windows, in nats per frame. What is no bound is {mean, stderr} (effective sample sizes, in particles)
     or has no bits (kl and log_w_std).
     """
-    return summarise(window_bounds(model, corpus, split, ks, seq_frames, at_most, smc), seq_frames, model.x_dim, corpus)
+    return summarise(window_bounds(model, corpus, split, ks, seq_frames, at_most), seq_frames, model.x_dim, corpus)
 
 
 def summarise(by_window, seq_frames, x_dim, corpus):
