@@ -96,7 +96,7 @@ DEMO = dict(
 # the least that each number may be; the FRACTIONS need not be whole
 MINIMUM = dict(
     seed=0, x_dim=1, z_dim=1, rnn_dim=1, q_z_dim=1, p_z_dim=1, p_x_dim=1, x2s_dim=1, z2s_dim=1, k=1, seq_frames=1,
-    reset_freq=1, batch_size=1, lr=0, max_updates=1, monitor_every=1, monitor_windows=1, grad_clip=0,
+    reset_freq=1, batch_size=1, lr=0, lr_updates=0, max_updates=1, monitor_every=1, monitor_windows=1, grad_clip=0,
     weight_norm=0, ema=0, x_noise=0, x_noise_updates=1, eval_recordings=0,
 )
 MAXIMUM = 1_000_000_000
@@ -1894,8 +1894,8 @@ class Trainer:
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.model.bf16 = h.bf16
         self.forward = DistributedDataParallel(self.model) if self.processes > 1 else self.model
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=h.lr, fused=True,
-                                          capturable=self.device.type == "cuda")
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=torch.tensor(h.lr, device=self.device),
+                                          fused=True, capturable=self.device.type == "cuda")
         create_state(self.optimiser)
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.progress = dict(update=0, seconds=0.0, best=-math.inf)
@@ -1998,6 +1998,8 @@ class Trainer:
             divide_gradients(model, divisor)
             grad_norm = divisor * nn.utils.clip_grad_norm_(model.parameters(), (h.grad_clip or math.inf) / divisor)
             is_finite = grad_norm.isfinite() & loss.isfinite()
+            if h.lr_updates:
+                self.optimiser.param_groups[0]["lr"].copy_(self.lr())
             if self.as_published:
                 replace_gradients(model, ~is_finite)
             else:
@@ -2019,6 +2021,10 @@ class Trainer:
         """Standard deviation of the noise on x: from h.x_noise down to a hundredth of it, then none."""
         done = self.tensors.updates / self.h.x_noise_updates
         return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
+
+    def lr(self):
+        """Adam's learning rate: from h.lr down in a line to a hundredth of it, and no further."""
+        return self.h.lr * (1 - self.tensors.updates / self.h.lr_updates).clamp(min=0.01)
 
     def mean_of_all(self, loss):
         if self.processes > 1:

@@ -24,6 +24,7 @@ seq_frames = 40                       # frames in a window, through which gradie
 reset_freq = 4                        # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
 batch_size = 128                      # sequences in an update, before they are copied k times
 lr = 3e-4                             # Adam's learning rate
+lr_updates = 0                        # updates in which it falls linearly to a hundredth; 0 = constant, as published
 max_updates = 100_000                 # about six epochs of the 283-hour Blizzard corpus
 monitor_every = 500                   # updates between evaluations on the valid split
 monitor_windows = 512                 # windows of the valid split in each, spread evenly

@@ -386,6 +386,17 @@ def test_noise_on_x_fades_to_a_hundredth_and_ends(folder, tmp_path):
     assert found == pytest.approx([0.5, 0.05, 0.5 * 0.01 ** 0.99, 0, 0])
 
 
+@pytest.mark.parametrize("updates, expected", [(0, 0.02), (50, 0.01), (99, 0.0002), (100, 0.0002), (1000, 0.0002)])
+def test_the_learning_rate_falls_to_a_hundredth(folder, tmp_path, updates, expected):
+    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--lr=0.02", "--lr_updates=100", "--weight_norm=0")
+    trainer = common.Trainer(h, vrnn_gauss.objective, 1, 1, False)
+    trainer.tensors.updates.fill_(updates)
+    before = trainer.model.decoder[-1].bias.detach().clone()
+    trainer.update()  # the first step of Adam has the length of the learning rate in every direction
+    moved = (trainer.model.decoder[-1].bias.detach() - before).abs()
+    assert moved.median().item() == pytest.approx(expected, rel=1e-2)
+
+
 def test_averaged_weights_follow_the_trained_ones(folder, tmp_path):
     h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--ema=0.5")
     trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
