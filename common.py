@@ -1849,10 +1849,12 @@ class Run:
             if job()[0] == 0:
                 print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
 
-    def forget_after(self, update):
-        """Drop the log lines of updates that the checkpoint has not seen."""
+    def go_on(self, config, update):
+        """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen."""
         header, *lines = self.log.read_text().splitlines()
+        header = json.dumps({**json.loads(header), "config": config})
         kept = [line for line in lines if update_of(line) <= update]
+        write_durably(self.config, json.dumps(config, indent=1) + "\n")
         write_durably(self.log, "\n".join([header, *kept]) + "\n")
 
 
@@ -2157,7 +2159,7 @@ def train(h, objective, particles, replays=1, as_published=False, fixed_z=False,
         run.restore(trainer)
         from_all("restored")
         if writes:
-            run.forget_after(progress["update"])
+            run.go_on(config, progress["update"])
     else:
         if h.init_from:
             trainer.start_from(h.init_from)
