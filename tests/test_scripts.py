@@ -153,6 +153,9 @@ def test_stopping_and_resuming_equals_never_stopping(folder, script, flags):
     trained(*common_flags, "--max_updates=7", f"--out_dir={parts}", cwd=folder)
     trained(*common_flags, "--max_updates=21", f"--out_dir={parts}", "--resume", cwd=folder)
     assert_same_run(whole, parts)
+    configs = [json.loads((out / "log.jsonl").read_text().splitlines()[0])["config"] for out in (whole, parts)]
+    assert configs[0] == configs[1] | dict(out_dir=str(whole))
+    assert configs[1] == json.loads((parts / "config.json").read_text())
 
 
 def copy_of_a_run(runs, tmp_path):
