@@ -869,6 +869,7 @@ class BadCorpus(Exception):
 
 def read_corpus(path):
     file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+    keep_metadata_small(file)
     attributes = dict(file.attrs)
     if (str(attributes.get("format")), str(attributes.get("version"))) != (FORMAT, str(VERSION)):
         raise BadCorpus(f"is HDF5 but not of format {FORMAT} version {VERSION}")
@@ -889,6 +890,14 @@ def read_corpus(path):
             raise BadCorpus(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
     return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
+
+
+def keep_metadata_small(file):
+    """Hold HDF5's cache of its chunk index at 128 KB: it would grow by 38 MB over 283 hours, and win no time."""
+    cache = file.id.get_mdc_config()
+    cache.set_initial_size = True
+    cache.initial_size = cache.min_size = cache.max_size = 1 << 17
+    file.id.set_mdc_config(cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

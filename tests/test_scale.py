@@ -135,3 +135,24 @@ def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
     assert (tmp_path / "hours.h5").stat().st_size > 2 * 16e9
     print(f"peak memory: {peaks[0] / 1024:.0f} MB with 17 minutes, {peaks[1] / 1024:.0f} MB with 283 hours")
     assert peaks[1] < 1.05 * peaks[0]
+
+
+READ_ALL_OVER = """
+import sys, numpy as np, common
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+train = common.open_corpus(sys.argv[1]).train
+starts = np.random.default_rng(0).integers(0, len(train.audio) - 32_000, (100, 32))
+found = []
+for some in starts:
+    train.read(some, 32_000)
+    found.append(resident())
+print(found[-1] - found[4])  # after both of the buffers have been there
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_all_over_a_large_corpus_keeps_no_more_of_its_index_in_memory(tmp_path):
+    write_corpus(tmp_path / "hours.h5", HOURS_283 // 160_000 * 160_000)
+    grown = int(finished([sys.executable, "-c", READ_ALL_OVER, tmp_path / "hours.h5"]).stdout)
+    assert grown < 2 << 20
