@@ -8,6 +8,7 @@ Left: held-out NLL while training, by one bound for all runs. Right: bounds on t
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -65,14 +66,16 @@ def read_run(folder):
         header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         bound = common.tracked_bound(header["config"]["eval_k"])
         curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
-        objective(header["config"])
-        test = read_test(folder / "eval.json")
-        return dict(name=folder.name, config=header["config"], bound=bound, title=title(header["data"]),
-                    data=header["data"], window=(header["config"]["x_dim"], header["config"]["seq_frames"]),
-                    order=SCRIPTS.index(header["config"]["script"]), test=test,
+        config, data, test = header["config"], header["data"], read_test(folder / "eval.json")
+        objective(config)
+        common.bits_per_sample(0.0, config["x_dim"], data["std"])
+        return dict(name=folder.name, config=config, seed=int(config["seed"]), bound=bound, title=title(data),
+                    data=data, window=(config["x_dim"], config["seq_frames"]),
+                    order=SCRIPTS.index(config["script"]), test=test, tested=test and test["windows"],
                     windows=read_windows(folder / "windows.csv", test), curve=np.array(curve, float).reshape(-1, 2))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise common.UserError(f"{folder} holds no readable log of a run ({error}); remove it or run again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise common.UserError(f"{folder} holds no readable log of a run ({error}); go on with the run by --resume, "
+                               "which repairs a torn log, or remove it") from None
 
 
 def read_test(path):
@@ -82,6 +85,7 @@ def read_test(path):
     evaluation = json.loads(path.read_text())
     bounds = {name: (float(bound["nats_per_frame"]), float(bound["stderr"] or 0))
               for name, bound in evaluation["bounds"].items() if name.startswith(("elbo", "iwae", "smc", "kl"))}
+    bounds["elbo"], bounds["kl"]  # every evaluation has them
     return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds}
 
 
@@ -99,11 +103,13 @@ def read_runs(folder):
     runs = [read_run(log.parent) for log in sorted(folder.glob("*/log.jsonl"), key=common.natural_order)]
     if not runs:
         raise common.UserError(f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo")
-    for run in runs[1:]:
-        for what in ("bound", "data", "window"):
-            if run[what] != runs[0][what]:
-                raise common.UserError(f"{folder / run['name']} and {folder / runs[0]['name']} differ in their {what}, "
-                                       "so their nats cannot be compared; put them into different folders")
+    tested = [run for run in runs if run["test"]]
+    for some, what in (runs, "bound"), (runs, "data"), (runs, "window"), (tested, "tested"):
+        for run in some[1:]:
+            if run[what] != some[0][what]:
+                raise common.UserError(f"{folder / run['name']} and {folder / some[0]['name']} differ in their {what}"
+                                       f"{' windows' * (what == 'tested')}, so their nats cannot be compared; put them "
+                                       "into different folders")
     label_apart(runs)
     return sorted(runs, key=lambda run: (run["order"], len(run["label"]), run["label"]))
 
@@ -116,6 +122,13 @@ def title(data):
 
 def labels_of(runs):
     return list(dict.fromkeys(run["label"] for run in runs))
+
+
+def shared_bounds(tested):
+    """Bounds on the test split that all runs have, from the loosest to the tightest."""
+    names = [name for name in tested[0]["test"] if name == "elbo" or name.startswith(("iwae", "smc"))]
+    return sorted((name for name in names if all(name in run["test"] for run in tested)),
+                  key=lambda name: (name.split("_")[0], len(name)))
 
 
 def draw(folders, out):
@@ -149,8 +162,7 @@ def draw_curves(axis, runs, colours):
 
 def draw_bounds(axis, runs, labels, colours):
     tested = [run for run in runs if run["test"]]
-    bounds = [name for name in (tested[0]["test"] if tested else ()) if name.startswith(("elbo", "iwae", "smc"))
-              and not name.startswith("elbo_") and all(name in run["test"] for run in tested)]
+    bounds = shared_bounds(tested) if tested else []
     for i, name in enumerate(bounds):
         for run in tested:
             siblings = [r for r in tested if r["label"] == run["label"]]
@@ -180,34 +192,33 @@ def table(runs, others):
     tested = [run for run in runs if run["test"]]
     if not tested:
         return "no run has an eval.json yet"
-    bounds = [name for name in tested[0]["test"] if name not in ("windows", "update")
-              and not name.startswith("elbo_") and all(name in run["test"] for run in tested)]
-    bounds.sort(key=lambda name: (name == "kl", name.split("_")[0], len(name)))
-    tightest = [name for name in bounds if name != "kl"][-1]
-    reference = labels_of(others)[0]
+    *_, tightest = bounds = shared_bounds(tested)
+    bounds.append("kl")
+    reference = [run for run in others if run["label"] == others[0]["label"]]
     lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
-                         f"{tightest} against {reference}, same seeds |"]), "|---" * (len(bounds) + 5) + "|"]
+                         f"{tightest} against {reference[0]['label']}, same seeds |"]), "|---" * (len(bounds) + 5) + "|"]
     for name in labels_of(tested):
         group = [run for run in tested if run["label"] == name]
         cells = [mean_and_error([run["test"][bound][0] for run in group]) for bound in bounds]
         bits = [common.bits_per_sample(run["test"][tightest][0], run["window"][0], run["data"]["std"]) for run in group]
         updates = [run["test"]["update"] for run in group]
         updates = f"{min(updates)}" if min(updates) == max(updates) else f"{min(updates)} to {max(updates)}"
-        difference = "" if name == reference else paired([*runs, *others], tightest, name, reference)
+        is_reference = runs is others and name == reference[0]["label"]
+        difference = "" if is_reference else paired(group, reference, tightest)
         lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
                                  f"{difference} |"]))
     return "\n".join(lines)
 
 
-def paired(runs, bound, name, reference):
-    """Mean difference between two labels over the seeds that both have, and its standard errors."""
-    by_seed = [{run["config"]["seed"]: run["windows"][bound] for run in runs
-                if run["label"] == label and bound in (run["windows"] or ())} for label in (name, reference)]
+def paired(group, reference, bound):
+    """Mean difference of a bound between two groups of runs over the seeds that both have, and its standard errors."""
+    by_seed = [{run["seed"]: run["windows"][bound] for run in runs if bound in (run["windows"] or ())}
+               for runs in (group, reference)]
     differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]])
     if not len(differences):
         return ""
     of_windows = differences.mean(0)
-    over_windows = of_windows.std(ddof=1) / len(of_windows) ** 0.5
+    over_windows = of_windows.std(ddof=1) / len(of_windows) ** 0.5 if len(of_windows) > 1 else math.nan
     return f"{mean_and_error(differences.mean(1))} (± {over_windows:.2f} over windows)"
 
 

@@ -89,18 +89,24 @@ def test_the_particle_filter_approaches_the_kalman_likelihood_of_a_long_recordin
     assert gaps[0] > 5 and abs(gaps[2]) < 0.5
 
 
+def gradients(loss, model):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
+                                                                     materialize_grads=True)])
+
+
 def plain_particle_filter(model, x_TBX, noise, uniform_TB, k):
-    """One sequence and one particle at a time, by lists and numbers."""
+    """One sequence and one particle at a time, by lists; ancestors are chosen by numbers, without a gradient."""
     result = []
     for b in range(x_TBX.shape[1]):
         states, log_w, total = [None] * k, [0.0] * k, 0.0
         for t in range(len(x_TBX)):
             for j in range(k):
                 rollout = model(x_TBX[t:t + 1, b:b + 1], states[j], noise[t:t + 1, b * k + j:b * k + j + 1], 1)
-                states[j], log_w[j] = rollout.state, log_w[j] + rollout.log_w_TBK.item()
-            w = [math.exp(value - max(log_w)) for value in log_w]
+                states[j], log_w[j] = rollout.state, log_w[j] + rollout.log_w_TBK.squeeze()
+            numbers = [value.item() for value in log_w]
+            w = [math.exp(value - max(numbers)) for value in numbers]
             if sum(w) ** 2 / sum(value ** 2 for value in w) < k / 2:
-                total += math.log(sum(w) / k) + max(log_w)
+                total = total + torch.stack(log_w).exp().mean().log()
                 ancestors, passed, i = [], w[0] / sum(w), 0
                 for j in range(k):
                     while passed < (j + uniform_TB[t, b].item()) / k:
@@ -108,21 +114,21 @@ def plain_particle_filter(model, x_TBX, noise, uniform_TB, k):
                         passed += w[i] / sum(w)
                     ancestors.append(i)
                 states, log_w = [states[i] for i in ancestors], [0.0] * k
-        total += math.log(sum(math.exp(value - max(log_w)) for value in log_w) / k) + max(log_w)
-        result.append(total)
-    return torch.tensor(result, dtype=torch.float64)
+        result.append(total + torch.stack([torch.as_tensor(value) for value in log_w]).exp().mean().log())
+    return torch.stack(result)
 
 
-def test_the_particle_filter_equals_a_plain_one():
+def test_the_particle_filter_equals_a_plain_one_and_so_does_its_gradient():
     torch.manual_seed(0)
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, k = 3 * torch.randn(12, 4, 5, dtype=torch.float64), 6
     noise, uniform_TB = torch.randn(12, 4 * k, 3, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
-    with torch.no_grad():
-        filtering = model(x_TBX, None, noise, k, uniform_TB=uniform_TB)
-        plain = plain_particle_filter(model, x_TBX, noise, uniform_TB, k)
+    filtering = model(x_TBX, None, noise, k, uniform_TB=uniform_TB)
+    plain_B = plain_particle_filter(model, x_TBX, noise, uniform_TB, k)
     assert (filtering.ess_TB[:-1] < k / 2).any(), "nothing was resampled"
-    torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain)
+    torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain_B)
+    torch.testing.assert_close(gradients(vrnn_gauss_iwae.objective_resampled(filtering), model),
+                               gradients(-plain_B.mean() / 12, model))
 
 
 def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
@@ -162,11 +168,6 @@ def test_densities_at_fixed_z_are_those_of_the_rollout():
     state = torch.randn(2, 4 * 3, 8, dtype=torch.float64).unbind()
     rollout = model(torch.randn(6, 4, 5, dtype=torch.float64), state, k=3, fixed_z=True)
     torch.testing.assert_close(rollout.log_p_fixed_TBK - rollout.log_q_fixed_TBK, rollout.log_w_TBK)
-
-
-def gradients(loss, model):
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
-                                                                     materialize_grads=True)])
 
 
 def test_the_doubly_reparameterised_gradient_equals_its_definition():

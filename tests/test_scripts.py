@@ -132,6 +132,32 @@ def test_the_table_tells_runs_apart_and_averages_those_of_one_kind(folder, runs,
     assert result.stdout.count("| 0.00 (± 0.00 over windows) |") == 1  # of the wide run and the other of its seed
 
 
+def test_runs_of_two_folders_are_compared_though_their_labels_are_equal(runs, tmp_path):
+    for folder, better in (("one", 0), ("two", 3)):
+        shutil.copytree(runs / "vrnn_gauss", tmp_path / folder / "vrnn")
+        windows = tmp_path / folder / "vrnn/windows.csv"
+        names, *rows = windows.read_text().splitlines()
+        windows.write_text("\n".join([names, *(",".join(str(float(cell) + better) for cell in row.split(","))
+                                               for row in rows)]))
+    result = run("plot_recon", "one", "two", cwd=tmp_path)
+    one, two = (line for line in result.stdout.splitlines() if line.startswith("| VRNN |"))
+    assert one.endswith("|  |") and two.endswith("| 3.00 (± 0.00 over windows) |")
+
+
+@pytest.mark.parametrize("file, text, instead", (
+    ("eval.json", '"elbo": {', '"elbow": {'), ("eval.json", '"windows": ', '"windows": 1'),
+    ("log.jsonl", '"seed"', '"sead"'), ("log.jsonl", '"std"', '"sd"'), ("log.jsonl", '"std": ', '"std": -'),
+    ("log.jsonl", '"update": 30', ""), ("windows.csv", "elbo", "elbo,x"),
+))
+def test_a_damaged_run_is_named_by_the_plot_in_one_sentence(runs, tmp_path, file, text, instead):
+    shutil.copytree(runs / "vrnn_gauss", tmp_path / "runs/damaged")
+    damaged = tmp_path / "runs/damaged" / file
+    assert text in damaged.read_text()
+    damaged.write_text(damaged.read_text().replace(text, instead, 1))
+    result = run("plot_recon", "runs", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "runs/damaged holds no" in result.stderr
+
+
 def test_the_bound_of_a_model_does_not_depend_on_the_script(folder, runs):
     best = runs / "vrnn_gauss/best.pt"
     found = []
