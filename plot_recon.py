@@ -196,7 +196,8 @@ def table(runs, others):
     bounds.append("kl")
     reference = [run for run in others if run["label"] == others[0]["label"]]
     lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
-                         f"{tightest} against {reference[0]['label']}, same seeds |"]), "|---" * (len(bounds) + 5) + "|"]
+                         f"{tightest} against {reference[0]['label']}, same seeds |"]),
+             "|---" * (len(bounds) + 5) + "|"]
     for name in labels_of(tested):
         group = [run for run in tested if run["label"] == name]
         cells = [mean_and_error([run["test"][bound][0] for run in group]) for bound in bounds]

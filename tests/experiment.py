@@ -4,7 +4,8 @@
 
 It needs data/speech.h5 (all recordings) and data/reader.h5 (the single reader alone), made by prepare_blizzard.py. Runs
 go one thread each, at_once at a time, in the order below. Those whose logs are in the folder `--to` are passed over,
-interrupted ones resumed; remove the logs to train anew.
+so name another folder to train all anew; interrupted ones are resumed from `--runs`. The warm starts need the
+checkpoint of vrnn-0 there.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SUM_OF_8 = ["--as_published", "--grad_clip=40"]
 OBJECTIVES = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "vae_5_published": [VAE, "--as_published"],
               "iwae_5_published": [IWAE, *SUM_OF_8]}
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
-KEPT = ("config.json", "log.jsonl", "eval.json", "windows.csv")
+KEPT = ("config.json", "log.jsonl", "windows.csv", "eval.json")  # the last one says that all are there
 
 
 def lengths(updates):
@@ -91,8 +92,10 @@ def main():
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
-        for run in table(options.runs, options.updates):
-            pool.submit(train, options.runs, options.updates, options.to, *run)
+        started = [pool.submit(train, options.runs, options.updates, options.to, *run)
+                   for run in table(options.runs, options.updates)]
+        for run in started:
+            run.result()
 
 
 if __name__ == "__main__":

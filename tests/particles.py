@@ -4,7 +4,8 @@
 
 For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
 particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
-filter, and both bounds. Then the signal-to-noise ratio (SNR) of the gradient of each objective with respect to the
+filter, and both bounds. Next what the 2016 script made of the same weights, softmax of minus the mean over time of
+log w: their ESS, and the share of the worst particle. Then the signal-to-noise ratio (SNR) of the gradient of each objective with respect to the
 parameters of the posterior and to all others, over draws of z on a fixed batch of the training split:
 
     SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated without bias as |mean g|^2 - trace Cov g / draws
@@ -49,6 +50,18 @@ def collapse(model, corpus):
                        smc=estimate_TB[-1] / frames)
             rows.append({name: value.mean().item() if isinstance(value, torch.Tensor) else value
                          for name, value in row.items()})
+    return rows
+
+
+def as_published(model, corpus, k=5):
+    rows = []
+    for frames in FRAMES:
+        noise = torch.randn(frames, WINDOWS * k, model.z_dim, generator=torch.Generator().manual_seed(1))
+        log_w_TBK = model(windows(model, corpus, corpus.valid, frames, WINDOWS), noise=noise, k=k).log_w_TBK
+        logits_BK = -log_w_TBK.mean(0)
+        rows.append(dict(frames=frames, k=k, ess_iwae=common.effective_sample_size(log_w_TBK.sum(0)).mean().item(),
+                         ess_published=common.effective_sample_size(logits_BK).mean().item(),
+                         worst_published=logits_BK.softmax(1).amax(1).mean().item()))
     return rows
 
 
@@ -123,14 +136,15 @@ def main():
     model.load_state_dict(checkpoint["model"])
     corpus = common.open_corpus(options.data)
     with torch.no_grad():
-        weights = collapse(model, corpus)
+        weights, published = collapse(model, corpus), as_published(model, corpus)
     gradients = gradient_quality(model, corpus)
     print(f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
-          f"{markdown(weights)}\n\n{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
+          f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
     if options.out:
         options.out.write_text(json.dumps(dict(
             checkpoint=options.checkpoint.parent.name, update=checkpoint["update"], commit=common.commit(),
-            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, gradients=gradients), indent=1) + "\n")
+            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, published=published,
+            gradients=gradients), indent=1) + "\n")
 
 
 if __name__ == "__main__":
