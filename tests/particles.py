@@ -139,7 +139,8 @@ def main():
         weights, published = collapse(model, corpus), as_published(model, corpus)
     gradients = gradient_quality(model, corpus)
     print(f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
-          f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
+          f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n"
+          f"{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
     if options.out:
         options.out.write_text(json.dumps(dict(
             checkpoint=options.checkpoint.parent.name, update=checkpoint["update"], commit=common.commit(),
