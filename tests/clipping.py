@@ -5,8 +5,7 @@
 --norm growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
 sizes of tests/experiment.py, until it reaches 640, at which VRNN is clipped by default. No batch then counts more than
 another, and yet the scale grows as it does without clipping. --beta2 is the decay of Adam's second moment. The log
-holds the norms before they were scaled. The runs in data/results/adam are those of vrnn-0 in tests/experiment.py with
---norm growing, --beta2 0.99, --grad_clip 5, and the last two together.
+holds the norms before they were scaled. tests/experiment.py has the runs.
 """
 
 import argparse

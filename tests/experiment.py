@@ -21,6 +21,7 @@ SETTINGS = ("--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 1
             "--batch_size 8 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
             "--device cpu").split()
 VRNN, VAE, IWAE = "vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae"
+VRNN_SCALED = "tests/clipping"
 # The published batch of 128 clipped the gradient of the mean over sequences at 640 for VRNN and, because its loss is
 # a sum over them, at 5 for IWAE_5. With a sum over 8 sequences, 40 does that.
 SUM_OF_8 = ["--as_published", "--grad_clip=40"]
@@ -51,6 +52,11 @@ def table(runs, updates):
     yield "variants", "iwae_5_dreg-0", IWAE, "--dreg"
     yield "variants", "iwae_5_warm-0", IWAE, *warm
     yield "variants", "vrnn_warm-0", VRNN, *warm
+    yield "adam", "growing-0", VRNN_SCALED, "--norm=growing"
+    yield "adam", "beta2-0", VRNN_SCALED, "--beta2=0.99"
+    yield "adam", "clip_5-0", VRNN_SCALED, "--grad_clip=5"
+    yield "adam", "clip_5_beta2-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99"
+    yield "adam", "clip_5_no_noise-0", VRNN_SCALED, "--grad_clip=5", "--x_noise=0"
     for seed in (1, 2):
         yield "objectives", f"vrnn_long-{seed}", VRNN, *longer, f"--seed={seed}"
     for seed in (1, 2):

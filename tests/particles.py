@@ -5,8 +5,9 @@
 For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
 particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
 filter, and both bounds. Next what the 2016 script made of the same weights, softmax of minus the mean over time of
-log w: their ESS, and the share of the worst particle. Then the signal-to-noise ratio (SNR) of the gradient of each objective with respect to the
-parameters of the posterior and to all others, over draws of z on a fixed batch of the training split:
+log w: their ESS, and the share of the worst particle. Then the signal-to-noise ratio (SNR) of the gradient of each
+objective with respect to the parameters of the posterior and to all others, over draws of z on a fixed batch of the
+training split:
 
     SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated without bias as |mean g|^2 - trace Cov g / draws
 
