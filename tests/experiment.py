@@ -57,6 +57,7 @@ def table(runs, updates):
     yield "adam", "clip_5-0", VRNN_SCALED, "--grad_clip=5"
     yield "adam", "clip_5_beta2-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99"
     yield "adam", "clip_5_no_noise-0", VRNN_SCALED, "--grad_clip=5", "--x_noise=0"
+    yield "adam", "clip_5_beta2_no_noise-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99", "--x_noise=0"
     for seed in (1, 2):
         yield "objectives", f"vrnn_long-{seed}", VRNN, *longer, f"--seed={seed}"
     for seed in (1, 2):
