@@ -67,8 +67,7 @@ def read_run(folder):
         bound = common.tracked_bound(header["config"]["eval_k"])
         curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
         config, data, test = header["config"], header["data"], read_test(folder / "eval.json")
-        objective(config)
-        common.bits_per_sample(0.0, config["x_dim"], data["std"])
+        objective(config), common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where it has a name
         return dict(name=folder.name, config=config, seed=int(config["seed"]), bound=bound, title=title(data),
                     data=data, window=(config["x_dim"], config["seq_frames"]),
                     order=SCRIPTS.index(config["script"]), test=test, tested=test and test["windows"],

@@ -12,21 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import vrnn_gauss  # noqa: E402
 
-MEDIAN_NORMS = ((0, 60), (125, 123), (375, 272), (625, 490), (875, 640))  # (updates, norm)
-
-
-def growing_norm(updates):
-    """The norm of MEDIAN_NORMS after so many updates, linear between them; the last one from there on."""
-    for (begin, low), (end, high) in zip(MEDIAN_NORMS, MEDIAN_NORMS[1:]):
-        if updates < end:
-            return low + (high - low) * (updates - begin) / (end - begin)
-    return MEDIAN_NORMS[-1][1]
+UPDATES, MEDIAN_NORMS = (0, 125, 375, 625, 875), (60, 123, 272, 490, 640)  # linear between them, 640 from there on
 
 
 class Trainer(common.Trainer):
@@ -40,7 +33,7 @@ class Trainer(common.Trainer):
         """In place of clip_grad_norm_: returns the norm before."""
         gradients = [p.grad for p in parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, growing_norm(self.progress["update"]) / norm)
+        torch._foreach_mul_(gradients, float(np.interp(self.progress["update"], UPDATES, MEDIAN_NORMS)) / norm)
         return norm
 
 

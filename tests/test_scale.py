@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, command, log_of, write_tiny_data
+from tiny import ROOT, SIZES, command, log_of, write_tiny_data
 
 import common
 
@@ -138,7 +138,9 @@ def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
 
 
 READ_ALL_OVER = """
-import sys, numpy as np, common
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np, common
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 train = common.open_corpus(sys.argv[1]).train
@@ -154,5 +156,5 @@ print(found[-1] - found[4])  # after both of the buffers have been there
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_all_over_a_large_corpus_keeps_no_more_of_its_index_in_memory(tmp_path):
     write_corpus(tmp_path / "hours.h5", HOURS_283 // 160_000 * 160_000)
-    grown = int(finished([sys.executable, "-c", READ_ALL_OVER, tmp_path / "hours.h5"]).stdout)
+    grown = int(finished([sys.executable, "-c", READ_ALL_OVER, tmp_path / "hours.h5", ROOT]).stdout)
     assert grown < 2 << 20
