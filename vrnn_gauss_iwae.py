@@ -3,47 +3,51 @@
     loss = -1/T log 1/K sum_k w_k,  log w_k = sum_t log [ p(x_t, z_t^k | x_<t, z_<t^k) / q(z_t^k | x_<=t, z_<t^k) ]
 """
 
+from dataclasses import dataclass
+
 import common
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hyperparameters. Each is also a flag: --lr 1e-4, --lr=1e-4, --no-dequantize. With --demo, small ones replace these.
-data = "data/blizzard.h5"             # HDF5 file made by prepare_blizzard.py
-out_dir = "runs/vrnn_gauss_iwae"      # where the run goes: log, checkpoints, evaluation, generated speech
-seed = 0                              # of initialisation, excerpt order and all noise in training
-device = "auto"                       # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
-x_dim = 200                           # samples in a frame (12.5 ms at 16 kHz)
-z_dim = 200                           # latent variables in a frame
-rnn_dim = 1000                        # LSTM units
-q_z_dim = 500                         # units in each of the four layers of the posterior
-p_z_dim = 500                         # ... of the prior
-p_x_dim = 600                         # ... of the decoder
-x2s_dim = 600                         # ... of phi_x, which the other networks see in place of x
-z2s_dim = 500                         # ... of phi_z, which the other networks see in place of z
-k = 5                                 # particles per sequence
-seq_frames = 40                       # frames in a window, through which gradients flow (40 = 0.5 s)
-reset_freq = 4                        # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
-batch_size = 128                      # sequences in an update, before they are copied k times
-lr = 3e-4                             # Adam's learning rate
-lr_updates = 0                        # updates in which it falls linearly to a hundredth; 0 = constant, as published
-max_updates = 100_000                 # about six epochs of the 283-hour Blizzard corpus
-monitor_every = 500                   # updates between evaluations on the valid split
-monitor_windows = 512                 # windows of the valid split in each, spread evenly
-eval_k = (5, 100)                     # particles of the iwae_k bounds on the test split; the first is monitored too
-eval_recordings = 100                 # recordings of the test split that are also evaluated whole; 0 = none
-grad_clip = 640.0                     # largest norm of the gradient (published: 5 times batch_size); 0 = no limit
-weight_norm = 1.9365                  # largest norm of a unit's incoming weights (not the LSTM's from h); 0 = no limit
-ema = 0.999                           # decay of the averaged weights, which are the ones evaluated; 0 = no averaging
-bf16 = False                          # matrix products of training in bfloat16; the evaluation keeps float32
-mirrored_init = True                  # linear at first, with a narrow posterior; off = uniform weights, as published
-x_noise = 0.3                         # initial noise on the normalised samples in training; 0 = none, as published
-x_noise_updates = 2000                # updates in which it falls to a hundredth, and ends
-dequantize = True                     # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
-as_published = False                  # reproduce what the 2016 script computed (see objective_as_published)
-init_from = ""                        # best.pt of another run to start from
-dreg = False                          # doubly reparameterised gradient (see objective_dreg)
-resample = False                      # resample the particles within a window (see objective_resampled)
-corrections = ""                      # to as_published, any of sign,time,gradient,batch (see objective_as_published)
-# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Hyperparameters:
+    """Each is also a flag: --lr 1e-4, --lr=1e-4, --no-dequantize. With --demo, small ones replace these."""
+    data: str = "data/blizzard.h5"            # HDF5 file made by prepare_blizzard.py
+    out_dir: str = "runs/vrnn_gauss_iwae"     # where the run goes: log, checkpoints, evaluation, generated speech
+    seed: int = 0                             # of initialisation, excerpt order and all noise in training
+    device: str = "auto"                      # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
+    x_dim: int = 200                          # samples in a frame (12.5 ms at 16 kHz)
+    z_dim: int = 200                          # latent variables in a frame
+    rnn_dim: int = 1000                       # LSTM units
+    q_z_dim: int = 500                        # units in each of the four layers of the posterior
+    p_z_dim: int = 500                        # ... of the prior
+    p_x_dim: int = 600                        # ... of the decoder
+    x2s_dim: int = 600                        # ... of phi_x, which the other networks see in place of x
+    z2s_dim: int = 500                        # ... of phi_z, which the other networks see in place of z
+    k: int = 5                                # particles per sequence
+    seq_frames: int = 40                      # frames in a window, through which gradients flow (40 = 0.5 s)
+    reset_freq: int = 4                       # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
+    batch_size: int = 128                     # sequences in an update, before they are copied k times
+    lr: float = 3e-4                          # Adam's learning rate
+    lr_updates: int = 0                       # updates in which it falls in a line to a hundredth; 0 = constant
+    max_updates: int = 100_000                # about six epochs of the 283-hour Blizzard corpus
+    monitor_every: int = 500                  # updates between evaluations on the valid split
+    monitor_windows: int = 512                # windows of the valid split in each, spread evenly
+    eval_k: tuple[int, ...] = (5, 100)        # particles of the iwae_k bounds on test; the first is monitored too
+    eval_recordings: int = 100                # recordings of the test split that are also evaluated whole; 0 = none
+    grad_clip: float = 640.0                  # largest norm of the gradient (published: 5 batch_size); 0 = no limit
+    weight_norm: float = 1.9365               # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
+    ema: float = 0.999                        # decay of the averaged weights, which are evaluated; 0 = no averaging
+    bf16: bool = False                        # matrix products of training in bfloat16; evaluation keeps float32
+    mirrored_init: bool = True                # linear at first, narrow posterior; off = uniform weights, as published
+    x_noise: float = 0.3                      # initial noise on the normalised samples; 0 = none, as published
+    x_noise_updates: int = 2000               # updates in which it falls to a hundredth, and ends
+    dequantize: bool = True                   # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
+    as_published: bool = False                # reproduce what the 2016 script computed (see objective_as_published)
+    init_from: str = ""                       # best.pt of another run to start from
+    evaluate: str = ""                        # checkpoint to evaluate on the test split of data; nothing is trained
+    dreg: bool = False                        # doubly reparameterised gradient (see objective_dreg)
+    resample: bool = False                    # resample the particles within a window (see objective_resampled)
+    corrections: str = ""                     # to as_published, any of sign,time,gradient,batch
 
 
 def objective(rollout):
@@ -52,18 +56,18 @@ def objective(rollout):
     return -common.importance_weighted(log_w_BK).mean() / len(rollout.log_w_TBK)
 
 
-def objective_dreg(rollout):
+def objective_dreg(rollout, log_p_TBK, log_q_TBK):
     """The same loss with the doubly reparameterised gradient of Tucker et al. 2018 (arXiv 1810.04152, equation 8).
 
     With v_k = w_k / sum w, the parameters get sum_k v_k d log p(x, z_k) at fixed z_k in their part as a model, and
     sum_k v_k^2 (d log w_k / d z_k) (d z_k / d parameters) in their part as a posterior, whose whole path z_1..z_T
     counts. Networks that play both parts get both. Here v_k^2 log w_k gives the second term, and besides it
-    v_k^2 d log p - v_k^2 d log q at fixed z_k, which the other two terms complete and cancel.
+    v_k^2 d log p - v_k^2 d log q at fixed z_k, which the other two terms complete and cancel. log_p_TBK, log_q_TBK:
+    log p(x_t, z_t | .) and log q(z_t | .) at fixed z, as functions of the parameters alone.
     """
     log_w_BK = rollout.log_w_TBK.sum(0)
     v_BK = log_w_BK.detach().softmax(dim=1)
-    surrogate_BK = (v_BK ** 2 * (log_w_BK + rollout.log_q_fixed_TBK.sum(0))
-                    + (v_BK - v_BK ** 2) * rollout.log_p_fixed_TBK.sum(0))
+    surrogate_BK = v_BK ** 2 * (log_w_BK + log_q_TBK.sum(0)) + (v_BK - v_BK ** 2) * log_p_TBK.sum(0)
     gradient_only = (surrogate_BK - surrogate_BK.detach()).sum(1).mean() / len(rollout.log_w_TBK)
     return objective(rollout).detach() - gradient_only
 
@@ -96,22 +100,38 @@ def chosen_corrections(h):
                                    "those of them that are to be corrected")
     if chosen and not h.as_published:
         raise common.UserError(f"--corrections={h.corrections} corrects what was published; add --as_published")
+    if h.as_published + h.dreg + h.resample > 1:
+        raise common.UserError("--as_published, --dreg and --resample exclude each other; give one of them")
     return chosen
 
 
 def main():
-    h = common.hyperparameters(globals())
-    chosen = chosen_corrections(h)
-    if h.as_published + h.dreg + h.resample > 1:
-        raise common.UserError("--as_published, --dreg and --resample exclude each other; give one of them")
-    if h.as_published:
-        common.train(h, lambda rollout: objective_as_published(rollout, chosen), particles=h.k, as_published=True)
-    elif h.dreg:
-        common.train(h, objective_dreg, particles=h.k, fixed_z=True)
-    elif h.resample:
-        common.train(h, objective_resampled, particles=h.k, resample=True)
-    else:
-        common.train(h, objective, particles=h.k)
+    h = common.parse(Hyperparameters)
+    corrections = chosen_corrections(h)
+    training = common.Training(h, particles=h.k)
+
+    @training.captured
+    def update():
+        x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
+        if h.resample:
+            rollout = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k)
+            loss = objective_resampled(rollout)
+        else:
+            rollout = training.model(x_TBX, state, noise, h.k)
+            if h.as_published:
+                loss = objective_as_published(rollout, corrections)
+            elif h.dreg:
+                z = (rollout.q_mean + rollout.q_sigma * noise).detach()
+                loss = objective_dreg(rollout, *training.model.at_fixed_z(x_TBX, rollout.phi_x, z, state, h.k))
+            else:
+                loss = objective(rollout)
+        loss.backward()
+        training.step(loss, rollout.state, divide_by=h.batch_size if h.as_published else 1,
+                      replace_non_finite=h.as_published)
+
+    for _ in training.updates():
+        update()
+    training.finish()
 
 
 if __name__ == "__main__":
