@@ -507,28 +507,30 @@ class Filtering:
     state: tuple                     # (h, c) of the particles after the last frame, (B*K, R) each
 
 
-def particle_filter(model, x_TBX, state, noise, uniform_TB, k):
+def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
     """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
 
     The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
     arXiv 1705.09279, algorithm 1); without a resampling it is the importance-weighted bound. Gradients flow through
     weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
-    VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling.
+    VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
+    whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     """
     first_rows = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
     log_w_BK = gathered_B = 0.0
     log_likelihood, effective = [], []
-    for x, frame_noise, uniform_B in zip(x_TBX.split(1), noise, uniform_TB):
+    for t, (x, frame_noise, uniform_B) in enumerate(zip(x_TBX.split(1), noise, uniform_TB)):
         rollout = model(x, state, frame_noise.unsqueeze(0), k)
         log_w_BK = log_w_BK + rollout.log_w_TBK[0]
         log_likelihood.append(gathered_B + importance_weighted(log_w_BK))
         effective.append(effective_sample_size(log_w_BK.detach()))
-        collapsed_B = effective[-1] < k / 2
-        gathered_B = torch.where(collapsed_B, log_likelihood[-1], gathered_B)
-        collapsed_B1 = collapsed_B.unsqueeze(1)
-        ancestors = torch.where(collapsed_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
+        is_carried_on = resample_last and t == len(x_TBX) - 1
+        resampled_B = effective[-1] < (math.inf if is_carried_on else k / 2)
+        gathered_B = torch.where(resampled_B, log_likelihood[-1], gathered_B)
+        resampled_B1 = resampled_B.unsqueeze(1)
+        ancestors = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
                                 torch.arange(k, device=x.device))
-        log_w_BK = torch.where(collapsed_B1, 0.0, log_w_BK)
+        log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = tuple(part[(first_rows + ancestors).flatten()] for part in rollout.state)
     return Filtering(torch.stack(log_likelihood), torch.stack(effective), state)
 
@@ -542,12 +544,11 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     """
     frames = len(x_TBX)
     estimates, effective = [], []
+    drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
-        def draw(distribution, *shape):
-            return distribution(shape, generator=generator, dtype=x.dtype, device=x.device)
-
-        noise = (draw(torch.randn, x.shape[1] * k, model.z_dim) for _ in range(frames))
-        filtering = particle_filter(model, x, None, noise, draw(torch.rand, frames, x.shape[1]), k)
+        uniform_TB = torch.rand(frames, x.shape[1], **drawn_like_x)
+        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * frames)
+        filtering = particle_filter(model, x, None, noise, uniform_TB, k)
         estimates.append(filtering.log_likelihood_TB.double())
         effective.append(filtering.ess_TB.double())
     return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)

@@ -114,7 +114,8 @@ def main():
     def update():
         x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
         if h.resample:
-            rollout = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k)
+            rollout = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k,
+                                             resample_last=True)
             loss = objective_resampled(rollout)
         else:
             rollout = training.model(x_TBX, state, noise, h.k)
