@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -574,6 +575,20 @@ def frames_at(split, starts, frames, model, corpus, generator):
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
 
+def without_tf32(evaluation):
+    """evaluation with float32 products in full precision on a GPU, whatever training has asked for."""
+    @functools.wraps(evaluation)
+    def exact(*arguments, **options):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return evaluation(*arguments, **options)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return exact
+
+
+@without_tf32
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     """Bounds on each non-overlapping window of a split, from a zero state: {name: (windows,) tensor}.
 
@@ -623,6 +638,7 @@ def summarise(by_window, seq_frames, x_dim, corpus):
     return result
 
 
+@without_tf32
 def evaluate_recordings(model, corpus, split, k, at_most):
     """smc_k on whole recordings from a zero state, at_most of them evenly spread.
 
@@ -1484,7 +1500,7 @@ class Excerpts:
         starts = (self.split.offsets[recording] + self.shift[recording]
                   + (chosen - self.first[recording]) * self.samples)
         pcm = torch.from_numpy(self.split.read(starts, self.samples))
-        return pcm.view(self.shape).permute(1, 2, 0, 3)
+        return pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying a window to a GPU waits for it
 
 
 def window_starts(split, samples, at_most=None):
