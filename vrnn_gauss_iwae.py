@@ -93,6 +93,7 @@ def objective_as_published(rollout, corrections=()):
 
 
 def chosen_corrections(h):
+    """Those of h.corrections, once what excludes each other is ruled out."""
     chosen = [part.strip() for part in h.corrections.split(",") if part.strip()]
     for part in chosen:
         if part not in ("sign", "time", "gradient", "batch"):
@@ -102,13 +103,16 @@ def chosen_corrections(h):
         raise common.UserError(f"--corrections={h.corrections} corrects what was published; add --as_published")
     if h.as_published + h.dreg + h.resample > 1:
         raise common.UserError("--as_published, --dreg and --resample exclude each other; give one of them")
+    if h.resample and h.k < 3:
+        raise common.UserError(f"--resample with --k={h.k} never resamples: the effective sample size of two particles "
+                               "is not under 1; give 3 or more")
     return chosen
 
 
 def main():
     h = common.parse(Hyperparameters)
     corrections = chosen_corrections(h)
-    training = common.Training(h, particles=h.k)
+    training = common.Training(h, particles=h.k, monitor_smc=h.resample)
 
     @training.captured
     def update():
