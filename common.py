@@ -17,12 +17,11 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import io
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -30,12 +29,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tokenize
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,37 +47,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
-
-
-class UserError(Exception):
-    """Something only the user can mend; its text names the file or option, the problem and the remedy."""
-
-
-def run_as_script(main):
-    """Call main(); what only the user can mend becomes one sentence on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
-            print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
-                  file=sys.stderr)
-        elif dist.is_initialized():
-            print(f"error: process {dist.get_rank()} of {dist.get_world_size()} lost the others "
-                  f"({first_line(error)}); see what the first of them to end said, and go on with --resume",
-                  file=sys.stderr)
-        else:
-            raise
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(2)  # no clean-up that would wait for processes that are gone
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
-              "its permissions and the free space", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,22 +67,6 @@ MINIMUM = dict(
 )
 MAXIMUM = 1_000_000_000
 FRACTIONS = ("lr", "grad_clip", "weight_norm", "ema", "x_noise")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
-
-    def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help lists what is valid")
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
-        return parsed
 
 
 def whole_number(text):
@@ -199,708 +149,6 @@ def hyperparameters(script, argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# audio files
-# ---------------------------------------------------------------------------------------------------------------------
-
-BLOCK = 1 << 16  # samples read at a time, so that memory does not depend on the length of a recording
-ARRAY_SUFFIXES = (".npz", ".npy")
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-MIN_FREE = 16 << 20      # bytes of the disk that a conversion leaves free
-MAX_EXPANSION = 100      # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
-MAX_PICKLED = 4 << 30    # bytes of a pickled array of arrays, which must be read whole
-
-
-class BadAudio(Exception):
-    """Why a file or recording cannot be used."""
-
-
-def natural_order(text):
-    """Sort key that puts data_9 before data_10."""
-    parts = re.split("([0-9]+)", str(text))
-    return [(0, int(part), "") if n % 2 else (1, 0, part) for n, part in enumerate(parts) if part]
-
-
-def find_audio(paths):
-    """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
-
-    Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type, reasons why files
-    or folders cannot be used). The name is the path below the folder, without its suffix. Linked folders are followed,
-    each once. Raises UserError where a path does not exist.
-    """
-    found, ignored, unusable = {}, {}, []
-    if "" in paths:
-        raise UserError("a path is empty; give files or folders of recordings")
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in sorted(files_below(path, unusable), key=natural_order):
-                below = file.relative_to(path)
-                if file.suffix.lower() not in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
-                    ignored[file.suffix] = ignored.get(file.suffix, 0) + 1
-                elif not file.is_file():
-                    unusable.append(f"{file}: it is no regular file, or a broken link")
-                else:
-                    found.setdefault(file.resolve(), (file, below.with_suffix("").as_posix()))
-        elif path.is_file():
-            found.setdefault(path.resolve(), (path, path.stem))
-        elif path.exists():
-            raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
-        else:
-            raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return list(found.values()), ignored, unusable
-
-
-def files_below(folder, unusable):
-    """Files in a folder and the folders below it, without hidden ones; what cannot be listed goes into unusable."""
-    files, seen = [], set()
-
-    def cannot_list(error):
-        unusable.append(f"{error.filename}: it cannot be listed ({error.strerror})")
-
-    for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-        else:
-            files += [Path(where, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    return files
-
-
-def guarded(reader):
-    """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
-    try:
-        yield from reader
-    except BadAudio:
-        raise
-    except Exception as error:
-        raise BadAudio(f"it cannot be read ({first_line(error)})") from None
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def recordings_in(path, name, sound_blocks):
-    """Yield (name, blocks) for each recording in a file; blocks iterates over 1-D int16 arrays at 16 kHz.
-
-    sound_blocks(path) are those of a sound file: sound_file_blocks, or Decoders.blocks. What makes the whole file
-    unusable is raised here, what makes one recording unusable by its blocks.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            members = {member for member in archive.namelist() if member.endswith(".npy")}
-            if not members:
-                raise BadAudio("it holds no arrays")
-            expanded = sum(member.file_size for member in archive.infolist())
-            if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
-                raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
-                               "should hold with numpy.savez")
-            for member in sorted(members, key=natural_order):
-                yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
-    elif suffix == ".npy":
-        yield from npy_recordings(lambda: open(path, "rb"), name)
-    elif suffix in AUDIO_SUFFIXES:
-        yield name, sound_blocks(path)
-    else:
-        raise BadAudio(f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
-
-
-def npy_recordings(open_file, name):
-    """The recordings of one array in .npy format: one, or one per element where it is an array of arrays."""
-    try:
-        with open_file() as file:
-            is_ragged = read_npy_header(file)[2].hasobject
-            arrays = unpickle_ragged(Bounded(file)) if is_ragged else None
-    except Exception as error:  # a damaged header can raise anything
-        yield name, raise_later(error)
-        return
-    if is_ragged:
-        for index, array in enumerate(arrays):
-            yield f"{name}/{index}", array_blocks(array)
-    else:
-        yield name, npy_blocks(open_file)
-
-
-def raise_later(error):
-    """An iterator over blocks that fails when it is first used, so that only this recording is lost."""
-    raise error
-    yield
-
-
-def read_npy_header(file):
-    """(shape, fortran_order, dtype); the file then stands at the first byte of the data."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise BadAudio(f"its .npy version {version} holds no audio")
-
-
-def npy_blocks(open_file):
-    """int16 blocks of a numeric array in .npy format, read in pieces."""
-    with open_file() as file:
-        shape, fortran_order, dtype = read_npy_header(file)
-    samples, channels = audio_shape(shape)
-    if fortran_order:
-        channels = 1  # the first channel comes first, as a whole
-
-    def stored_blocks():
-        with open_file() as file:
-            read_npy_header(file)
-            for start in range(0, samples, BLOCK):
-                size = min(BLOCK, samples - start) * channels * dtype.itemsize
-                data = file.read(size)
-                if len(data) < size:
-                    raise BadAudio("it ends before its stated length")
-                yield np.frombuffer(data, dtype)[::channels]
-
-    yield from pcm16_blocks(dtype, stored_blocks)
-
-
-def array_blocks(array):
-    """int16 blocks of an array in memory."""
-    samples, _ = audio_shape(array.shape)
-    channel = array.reshape(samples, -1)[:, 0]
-    yield from pcm16_blocks(array.dtype, lambda: (channel[start:start + BLOCK] for start in range(0, samples, BLOCK)))
-
-
-def audio_shape(shape):
-    """(samples, channels) of an array that holds one recording."""
-    if len(shape) not in (1, 2) or 0 in shape:
-        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
-    if len(shape) == 2 and shape[1] > min(shape[0], 1024):
-        raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
-    return shape[0], 1 if len(shape) == 1 else shape[1]
-
-
-def pcm16_blocks(dtype, stored_blocks):
-    """int16 blocks of stored samples of any real dtype; stored_blocks() starts another pass over them.
-
-    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
-    numbers.
-    """
-    if dtype.kind not in "iuf" or dtype.str[1:] == "u2":
-        raise BadAudio(f"its type {dtype} is not audio; save int16, int32 or floats")
-    if dtype.itemsize == 1:
-        offset = 128 if dtype.kind == "u" else 0
-        yield from ((block.astype(np.int16) - offset) * 256 for block in stored_blocks())
-        return
-    if dtype.kind == "i" and dtype.itemsize == 2:
-        yield from (block.astype(np.int16, copy=False) for block in stored_blocks())
-        return
-
-    peak, whole = 0.0, True
-    for block in stored_blocks():
-        block = block.astype(np.float64)
-        peak = max(peak, np.abs(block).max()) if np.isfinite(block).all() else math.inf
-        whole = whole and not (block % 1).any() if peak < math.inf else False
-    if peak == math.inf:
-        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    if whole and (dtype.kind != "f" or peak > 1) and peak <= 1 << 15:
-        scale = 1.0
-    elif dtype.kind == "f" and peak <= 2:
-        scale = 32768.0
-    elif dtype.kind == "i" and 1 << 23 < peak <= 1 << 31:
-        scale = 2.0 ** -16
-    else:
-        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
-    yield from (to_int16(block.astype(np.float64) * scale) for block in stored_blocks())
-
-
-def to_int16(samples):
-    """Round and clip samples in int16 units."""
-    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
-
-
-class Bounded:
-    """A file that refuses to give more than MAX_PICKLED bytes."""
-
-    def __init__(self, file):
-        self.file, self.left = file, MAX_PICKLED
-
-    def spend(self, data):
-        self.left -= len(data)
-        if self.left < 0:
-            raise BadAudio(f"its pickled arrays exceed {MAX_PICKLED >> 30} GiB, and must be read whole")
-        return data
-
-    def read(self, size):
-        return self.spend(self.file.read(min(size, self.left + 1)))
-
-    def readline(self):
-        return self.spend(self.file.readline(self.left + 1))
-
-
-class PickledDtype:
-    """Stands in for numpy.dtype in a pickle: keeps the name of a plain numeric or object type, builds nothing."""
-
-    def __init__(self, code, align=False, copy=True):
-        if not re.fullmatch("[iuf][1248]|O8?", code):
-            raise pickle.UnpicklingError(f"type {code!r} is not audio")
-        self.code = code
-
-    def __setstate__(self, state):
-        if state[1] in ("<", ">"):
-            self.code = state[1] + self.code
-
-
-class PickledArray:
-    """Stands in for numpy.ndarray in a pickle: its data becomes `array`, an ndarray or a list of PickledArrays."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran_order, data = state
-        if dtype.code.lstrip("<>").startswith("O"):
-            self.array = list(data)
-        else:
-            data = data.encode("latin1") if isinstance(data, str) else data  # written by Python 2
-            self.array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if fortran_order else "C")
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Admits the three names that a pickled NumPy array needs, as stand-ins above; none of NumPy's own code runs.
-
-    The unpickler in Python, because the one in C allocates whatever size a damaged file states.
-    """
-
-    def find_class(self, module, name):
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return lambda *ignored: PickledArray()
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return {"ndarray": PickledArray, "dtype": PickledDtype}[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
-
-
-def unpickle_ragged(file):
-    """The arrays in a pickled array of arrays, the form in which the 2015 Blizzard files were stored."""
-    try:
-        arrays = [np.asarray(element.array) for element in ArrayUnpickler(file, encoding="latin1").load().array]
-        if sum(array.nbytes for array in arrays) > MAX_PICKLED:
-            raise BadAudio("one of them is repeated beyond measure")
-        return arrays
-    except Exception as error:  # a damaged pickle can raise anything
-        raise BadAudio(f"its pickled arrays were refused ({first_line(error)}); "
-                       "re-save every recording as an int16 array of its own with numpy.savez") from None
-
-
-class Decoders:
-    """Sound files decoded by as many processes as there are cores, some files ahead of the one asked for.
-
-    Their samples come through files in `folder`, so that memory depends neither on the length of a recording nor on
-    how many are ahead. A file that crashes its decoder costs nothing but itself.
-    """
-
-    def __init__(self, paths, folder):
-        """paths: in the order in which blocks will be asked for them."""
-        self.folder, self.waiting, self.decoding = folder, paths[::-1], {}
-        self.targets = {path: folder / str(n) for n, path in enumerate(paths)}
-        self.ahead = 2 * os.cpu_count()
-
-    def __enter__(self):
-        shutil.rmtree(self.folder, ignore_errors=True)  # left by a conversion that was killed
-        self.folder.mkdir()
-        self.pool = new_processes()
-        return self
-
-    def __exit__(self, *error):
-        self.pool.shutdown(cancel_futures=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def restart(self):
-        self.pool.shutdown(cancel_futures=True)
-        self.pool = new_processes()
-
-    def submit(self, path):
-        try:
-            self.decoding[path] = self.pool.submit(decode, path, self.targets[path])
-        except BrokenProcessPool:
-            self.restart()
-            self.submit(path)
-
-    def blocks(self, path):
-        """int16 blocks at 16 kHz of the first channel."""
-        while self.waiting and len(self.decoding) <= self.ahead:
-            self.submit(self.waiting.pop())
-        try:
-            try:
-                self.decoding.pop(path).result()
-            except BrokenProcessPool:
-                self.decode_alone(path)
-            with open(self.targets[path], "rb") as file:
-                while len(block := np.fromfile(file, np.int16, BLOCK)):
-                    yield block
-        finally:
-            self.targets[path].unlink(missing_ok=True)
-
-    def decode_alone(self, path):
-        """Once more, because a decoder crashed, on this file or on another; those ahead of it begin again."""
-        ahead = list(self.decoding)
-        self.restart()
-        try:
-            self.pool.submit(decode, path, self.targets[path]).result()
-        except BrokenProcessPool:
-            raise BadAudio("it crashes its decoder") from None
-        finally:
-            for other in ahead:
-                self.submit(other)
-
-
-def new_processes():
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    context.set_forkserver_preload(["common"])
-    return ProcessPoolExecutor(mp_context=context, initializer=end_with_parent)
-
-
-def decode(path, target):
-    """Write the samples of a sound file to target, as int16."""
-    with open(target, "wb") as file:
-        for block in guarded(sound_file_blocks(path)):
-            require_space(target.parent)
-            file.write(block)
-
-
-def require_space(folder):
-    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
-    if shutil.disk_usage(folder).free < MIN_FREE:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def end_with_parent():
-    """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def sound_file_blocks(path):
-    """int16 blocks at 16 kHz of the first channel of a sound file."""
-    import soundfile
-    import soxr
-    with soundfile.SoundFile(path) as file:
-        if not 4_000 <= file.samplerate <= 384_000:
-            raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
-        if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
-            while len(block := file.read(BLOCK, dtype="int16", always_2d=True)):
-                yield block[:, 0]
-            return
-        resample = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
-        is_last = False
-        while not is_last:
-            block = np.ascontiguousarray(file.read(BLOCK, dtype="float32", always_2d=True)[:, 0])
-            is_last = len(block) < BLOCK
-            if not np.isfinite(block).all():
-                raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-            if file.samplerate != SAMPLE_RATE:
-                block = resample.resample_chunk(block, last=is_last)
-            yield to_int16(block * 32768.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# demo speech
-# ---------------------------------------------------------------------------------------------------------------------
-
-# formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
-VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
-SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"
-HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
-
-
-def synthetic_recording(random, seconds):
-    """Speech-like int16 audio: glottal pulses and noise through moving formants, with pauses and level changes."""
-    frames = int(seconds * SAMPLE_RATE) // HOP
-    voiced, fricative, level = np.zeros(frames), np.zeros(frames), np.zeros(frames)
-    formants = np.zeros((frames, 3))
-    start = 0
-    while start < frames:
-        length = random.randint(16, 60)  # 80 to 300 ms
-        segment = slice(start, start + length)
-        kind = random.choice(4, p=(0.65, 0.12, 0.08, 0.15))  # vowel, fricative, voiced fricative, pause
-        formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
-        voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
-        level[segment] = random.uniform(0.4, 1.0)
-        start += length
-    smooth = np.hanning(13) / np.hanning(13).sum()
-    formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
-    voiced, fricative, level = (np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level))
-
-    time_s = np.arange(frames * HOP) / SAMPLE_RATE
-    pitch = random.uniform(90, 220) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
-                                       + 0.02 * np.sin(2 * np.pi * 5 * time_s))
-    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
-    noise = random.uniform(-1, 1, frames * HOP)
-
-    def shaped(source, gain, resonances, widths):
-        """Source, cut into overlapping frames, through resonators whose frequencies move from frame to frame."""
-        padded = np.pad(source, SPAN // 2)
-        pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(SPAN)
-        omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
-        response = np.ones((frames, SPAN // 2 + 1), complex)
-        for frequency, width in zip(np.atleast_2d(resonances.T), widths):
-            pole = np.exp((-np.pi * width + 2j * np.pi * frequency) / SAMPLE_RATE)[:, None]
-            response *= (1 - abs(pole)) / ((1 - pole * omega) * (1 - pole.conj() * omega))
-        pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
-        out = np.zeros(len(padded) + HOP)
-        for i, piece in enumerate(pieces):
-            out[i * HOP:i * HOP + SPAN] += piece
-        return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
-
-    speech = np.diff(shaped(pulses, voiced * level, formants, (80, 100, 150)), prepend=0)  # lips radiate the change
-    speech *= 1 / (abs(speech).max() + 1e-9)
-    hiss = shaped(noise, fricative * level, np.full((frames, 1), 5200.0), (1500,))
-    hiss *= 0.25 / (abs(hiss).max() + 1e-9)
-    room = 4e-4 * random.uniform(-1, 1, frames * HOP)
-    return to_int16(random.uniform(0.15, 0.6) * 32768 * (speech + hiss + room))
-
-
-def write_demo(folder, seed=0, minutes=5):
-    """Write synthetic recordings of 5 s as .npz files into folder; the same ones for the same seed."""
-    random = np.random.RandomState(seed)  # frozen by NumPy: the same stream in every version
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for minute in range(minutes):
-        np.savez(folder / f"demo_{minute}.npz", **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0)
-                                                   for i in range(12)})
-
-
-def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False):
-    """Synthetic recordings through the same conversion as any other; returns what convert returns."""
-    write_demo(folder, seed)
-    return convert([folder], out, valid=0.1, test=0.1, force=force, created_by=f"{SYNTHETIC}, seed {seed}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# HDF5
-# ---------------------------------------------------------------------------------------------------------------------
-
-FORMAT, VERSION = "vrnn-audio", 1
-SPLITS = ("train", "valid", "test")
-EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
-
-
-class SplitWriter:
-    """Appends whole recordings to one group of the HDF5 file."""
-
-    def __init__(self, group):
-        self.group, self.offsets, self.names = group, [0], []
-        self.folder = Path(group.file.filename).parent
-        self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
-
-    def append(self, name, blocks):
-        """Append one recording; if it fails half-way nothing of it stays. Returns (samples, sum, sum of squares)."""
-        end, total, squares = self.offsets[-1], 0, 0
-        try:
-            for block in blocks:
-                require_space(self.folder)
-                self.audio.resize((end + len(block),))
-                self.audio[end:] = block
-                end += len(block)
-                wide = block.astype(np.int64)
-                total += int(wide.sum())
-                squares += int((wide * wide).sum())
-            if end == self.offsets[-1]:
-                raise BadAudio("it holds no samples")
-            if squares * (end - self.offsets[-1]) == total ** 2:
-                raise BadAudio(f"every sample of it is {total // (end - self.offsets[-1])}")
-        except BadAudio:
-            self.audio.resize((self.offsets[-1],))
-            raise
-        self.offsets.append(end)
-        self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
-        return end - self.offsets[-2], total, squares
-
-    def close(self):
-        self.group["offsets"] = np.array(self.offsets, np.int64)
-        self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
-
-
-def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
-    """Convert recordings in files and folders to one HDF5 file.
-
-    Recordings are taken in natural order; each goes, whole, to the split that is furthest below its share of the
-    samples so far (train before valid before test where they tie), so a rerun gives the same splits. Mean and standard
-    deviation are those of train. The file appears under its name only when it is complete.
-    Returns a summary: splits {name: (recordings, samples)}, mean, std, short (recordings, seconds), skipped, ignored.
-    Raises UserError.
-    """
-    if not (0 < valid and 0 < test and valid + test < 1):
-        raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
-    out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
-    if out.exists() and not force:
-        raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
-    files, ignored, skipped = find_audio(paths)
-    if strict and skipped:
-        raise UserError(f"{skipped[0]}; mend or remove it, or do without --strict")
-    shares = dict(train=1 - valid - test, valid=valid, test=test)
-    short, train_sums = [], [0, 0, 0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    with (only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
-          Decoders(sound_files, out.with_name(out.name + ".decoded")) as decoders):
-        writers = {split: SplitWriter(file.create_group(split)) for split in SPLITS}
-        for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
-            for recording, blocks in tolerant(recordings_in(path, name, decoders.blocks)):
-                so_far = {split: writer.offsets[-1] for split, writer in writers.items()}
-                split = max(SPLITS, key=lambda s: shares[s] * sum(so_far.values()) - so_far[s])
-                try:
-                    sums = writers[split].append(recording, guarded(blocks))
-                except BadAudio as why:
-                    where = "" if recording in ("", name) else f" ({recording})"
-                    skipped.append(f"{path}{where}: {why}")
-                    if strict:
-                        raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-                    continue
-                if split == "train":
-                    train_sums = [a + b for a, b in zip(train_sums, sums)]
-                if sums[0] < EXCERPT_SECONDS * SAMPLE_RATE:
-                    short.append(sums[0] / SAMPLE_RATE)
-        summary = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-        for split, (recordings, _) in summary.items():
-            if recordings == 0:
-                taken = sum(n for n, _ in summary.values())
-                why = f" (skipped: {skipped[0]})" if skipped else ""
-                raise UserError(f"{taken} usable recordings leave none for the split {split}{why}; "
-                                "give more recordings or a larger --valid and --test")
-        samples, total, squares = train_sums
-        mean = total / samples
-        std = math.sqrt(max(0.0, squares / samples - mean * mean))
-        for writer in writers.values():
-            writer.close()
-        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                          created_by=created_by)
-        file.close()
-        replace_durably(partial, out)
-    return SimpleNamespace(splits=summary, mean=mean, std=std, short=(len(short), sum(short)), skipped=skipped,
-                           ignored=ignored)
-
-
-@contextlib.contextmanager
-def only_writer(path):
-    """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
-    with open(path, "ab") as file:
-        lock(file.fileno(), path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def lock(descriptor, path):
-    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
-    except OSError:  # some network file systems know no locks
-        pass
-
-
-def tolerant(recordings):
-    """Yield (name, blocks) for each recording; a file that is bad as a whole counts as one bad recording."""
-    try:
-        yield from guarded(recordings)
-    except BadAudio as error:
-        yield "", raise_later(error)
-
-
-def write_durably(path, text):
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    replace_durably(temporary, path)
-
-
-def replace_durably(temporary, final):
-    """Rename a complete file into place, after its bytes have reached the disk."""
-    sync(temporary)
-    os.replace(temporary, final)
-    sync(final.parent)  # the new name as well
-
-
-def sync(path):
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@dataclasses.dataclass
-class Split:
-    """audio: int16 HDF5 dataset, recordings back to back; offsets: (recordings + 1,) int64."""
-    name: str
-    audio: h5py.Dataset
-    offsets: np.ndarray
-
-    def read(self, starts, samples):
-        """(B, samples) int16 from B starting points."""
-        out = np.empty((len(starts), samples), np.int16)
-        try:
-            for row, start in zip(out, starts):
-                self.audio.read_direct(row, np.s_[start:start + samples])
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
-                            f"({first_line(error)}); {REMAKE}") from None
-        return out
-
-
-REMAKE = "make it again with prepare_blizzard.py"
-
-
-def open_corpus(path):
-    """The three Splits of an HDF5 file, with its mean and std (int16 units, of train). Raises UserError."""
-    if not Path(path).exists():
-        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                        f"{path}', name another with --data, or try --demo")
-    try:
-        return read_corpus(path)
-    except BadCorpus as why:
-        raise UserError(f"data file {path} {why}; {REMAKE}") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {REMAKE}") from None
-
-
-class BadCorpus(Exception):
-    """What is wrong with an HDF5 file."""
-
-
-def read_corpus(path):
-    file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-    keep_metadata_small(file)
-    attributes = dict(file.attrs)
-    if (str(attributes.get("format")), str(attributes.get("version"))) != (FORMAT, str(VERSION)):
-        raise BadCorpus(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if str(attributes.get("sample_rate")) != str(SAMPLE_RATE):
-        raise BadCorpus(f"is not sampled at {SAMPLE_RATE:,} Hz")
-    mean, std = float(attributes.get("mean", math.nan)), float(attributes.get("std", math.nan))
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise BadCorpus("has no usable mean and std")
-    splits = {}
-    for name in SPLITS:
-        try:
-            audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        except Exception as error:
-            raise BadCorpus(f"has no readable split {name} ({first_line(error)})") from None
-        if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
-                and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
-                and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
-            raise BadCorpus(f"has inconsistent offsets in split {name}")
-        splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
-
-
-def keep_metadata_small(file):
-    """Hold HDF5's cache of its chunk index at 128 KB: it would grow by 38 MB over 283 hours, and win no time."""
-    cache = file.id.get_mdc_config()
-    cache.set_initial_size = True
-    cache.initial_size = cache.min_size = cache.max_size = 1 << 17
-    file.id.set_mdc_config(cache)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # excerpts
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -980,6 +228,441 @@ def normalise(pcm, corpus, uniform=None):
     """int16 samples to zero mean and unit variance; with uniform noise on [0, 1), dequantised by +-1/2 LSB."""
     x = pcm.float() if uniform is None else pcm + (uniform - 0.5)
     return (x - corpus.mean) / corpus.std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HDF5
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMAT, VERSION = "vrnn-audio", 1
+SPLITS = ("train", "valid", "test")
+EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
+REMAKE = "make it again with prepare_blizzard.py"
+MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
+
+
+class SplitWriter:
+    """Appends whole recordings to one group of the HDF5 file; total and squares are sums over their samples."""
+
+    def __init__(self, group, share):
+        self.group, self.share, self.offsets, self.names, self.total, self.squares = group, share, [0], [], 0, 0
+        self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
+
+    def append(self, name, blocks):
+        """Append one recording; if it fails half-way nothing of it stays. Raises BadAudio."""
+        start = end = self.offsets[-1]
+        total = squares = 0
+        try:
+            for block in guarded(blocks):
+                require_space(Path(self.group.file.filename).parent)
+                self.audio.resize((end + len(block),))
+                self.audio[end:] = block
+                end += len(block)
+                wide = block.astype(np.int64)
+                total += int(wide.sum())
+                squares += int((wide * wide).sum())
+            if end == start:
+                raise BadAudio("it holds no samples")
+            if squares * (end - start) == total ** 2:
+                raise BadAudio(f"every sample of it is {total // (end - start)}")
+        except BadAudio:
+            self.audio.resize((start,))
+            raise
+        self.offsets.append(end)
+        self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
+        self.total += total
+        self.squares += squares
+
+    def mean_and_std(self):
+        mean = self.total / self.offsets[-1]
+        return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
+
+    def close(self):
+        self.group["offsets"] = np.array(self.offsets, np.int64)
+        self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
+
+
+def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
+    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
+
+    recordings: an iterator over (source, name, blocks): where a recording lies, its name, and an iterator over its
+    samples in 1-D int16 arrays at 16 kHz. One whose blocks raise is skipped, or with `strict` an error. Each goes,
+    whole, to the split that is furthest below its share of the samples so far (train before valid before test where
+    they tie), so a rerun gives the same splits. valid and test are the shares of these two.
+    Returns a summary: splits {name: (recordings, samples)}, mean and std (of train, in 16-bit steps), short
+    (recordings, seconds), skipped ["source: why"]. Raises UserError.
+    """
+    if not (0 < valid and 0 < test and valid + test < 1):
+        raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
+    if out.exists() and not force:
+        raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    with only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+        shares = zip(SPLITS, (1 - valid - test, valid, test), strict=True)
+        writers = {split: SplitWriter(file.create_group(split), share) for split, share in shares}
+        skipped = distribute(recordings, writers.values(), strict)
+        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+        for split, writer in writers.items():
+            if not writer.names:
+                why = f" (skipped: {skipped[0]})" if skipped else ""
+                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
+                                f"split {split}{why}; give more recordings or a larger --valid and --test")
+            writer.close()
+        mean, std = writers["train"].mean_and_std()
+        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                          created_by=created_by)
+        file.close()
+        replace_durably(partial, out)
+    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
+    short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
+    return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
+                           skipped=skipped)
+
+
+def distribute(recordings, writers, strict):
+    """Append each recording to the writer that is furthest below its share; returns why some were skipped."""
+    skipped = []
+    for source, name, blocks in recordings:
+        so_far = sum(writer.offsets[-1] for writer in writers)
+        neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
+        try:
+            neediest.append(name, blocks)
+        except BadAudio as why:
+            skipped.append(f"{source}: {why}")
+            if strict:
+                raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+    return skipped
+
+
+def require_space(folder):
+    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
+    if shutil.disk_usage(folder).free < MIN_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+@dataclasses.dataclass
+class Split:
+    """audio: int16 HDF5 dataset, recordings back to back; offsets: (recordings + 1,) int64."""
+    name: str
+    audio: h5py.Dataset
+    offsets: np.ndarray
+
+    def read(self, starts, samples):
+        """(B, samples) int16 from B starting points."""
+        out = np.empty((len(starts), samples), np.int16)
+        try:
+            for row, start in zip(out, starts, strict=True):
+                self.audio.read_direct(row, np.s_[start:start + samples])
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
+                            f"({first_line(error)}); {REMAKE}") from None
+        return out
+
+
+def open_corpus(path):
+    """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train).
+
+    Raises UserError.
+    """
+    if not Path(path).exists():
+        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                        f"{path}', name another with --data, or try --demo")
+    try:
+        return read_corpus(path)
+    except BadAudio as why:
+        raise UserError(f"data file {path} {why}; {REMAKE}") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {REMAKE}") from None
+
+
+def read_corpus(path):
+    file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+    keep_metadata_small(file)
+    attributes = dict(file.attrs)
+    if (str(attributes.get("format")), str(attributes.get("version"))) != (FORMAT, str(VERSION)):
+        raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
+    if str(attributes.get("sample_rate")) != str(SAMPLE_RATE):
+        raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
+    mean, std = float(attributes.get("mean", math.nan)), float(attributes.get("std", math.nan))
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise BadAudio("has no usable mean and std")
+    splits = {}
+    for name in SPLITS:
+        audio, offsets = file[name]["audio"], file[name]["offsets"][:]
+        if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
+                and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
+                and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
+            raise BadAudio(f"has inconsistent offsets in split {name}")
+        splits[name] = Split(name, audio, offsets)
+    return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
+
+
+def keep_metadata_small(file):
+    """Hold HDF5's cache of its chunk index at 128 KB: it would grow by 38 MB over 283 hours, and win no time."""
+    cache = file.id.get_mdc_config()
+    cache.set_initial_size = True
+    cache.initial_size = cache.min_size = cache.max_size = 1 << 17
+    file.id.set_mdc_config(cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arrays (.npz, .npy)
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLOCK = 1 << 16      # samples read at a time, so that memory does not depend on the length of a recording
+MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+
+
+class BadAudio(Exception):
+    """Why a file or recording cannot be used."""
+
+
+def natural_order(text):
+    """Sort key that puts data_9 before data_10."""
+    parts = re.split("([0-9]+)", str(text))
+    return [(0, int(part), "") if n % 2 else (1, 0, part) for n, part in enumerate(parts) if part]
+
+
+def array_recordings(path, name, allow_pickle=False):
+    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays.
+
+    A recording is an array (samples,) or (samples, channels), whose first channel is taken. With allow_pickle it may
+    be an element of an array of arrays, which NumPy reads by executing what the file says; without, nothing of a file
+    is executed. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
+    """
+    if path.suffix.lower() == ".npy":
+        yield from npy_recordings(functools.partial(open, path, "rb"), name, allow_pickle)
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = {member for member in archive.namelist() if member.endswith(".npy")}
+        if not members:
+            raise BadAudio("it holds no arrays")
+        expanded = sum(member.file_size for member in archive.infolist())
+        if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
+            raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
+                           "should hold with numpy.savez")
+        for member in sorted(members, key=natural_order):
+            yield from npy_recordings(functools.partial(archive.open, member), f"{name}/{member.removesuffix('.npy')}",
+                                      allow_pickle)
+
+
+def npy_recordings(open_file, name, allow_pickle):
+    """The recordings of one array in .npy format: one, or one per element where it is an array of arrays."""
+    try:
+        with open_file() as file:
+            header = read_npy_header(file)
+        if not header[2].hasobject:
+            yield name, npy_blocks(open_file, *header)
+        elif not allow_pickle:
+            raise BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
+                           "recording with numpy.savez, or pass --allow_pickle if you trust the file")
+        else:
+            with open_file() as file:  # latin1: Python 2 wrote some
+                arrays = np.lib.format.read_array(file, allow_pickle=True, pickle_kwargs=dict(encoding="latin1"))
+            for index, array in enumerate(arrays.ravel()):
+                yield f"{name}/{index}", array_blocks(array)
+    except Exception as error:  # a damaged header can raise anything
+        yield name, raise_later(error)
+
+
+def raise_later(error):
+    """An iterator over blocks that fails when it is first used, so that only this recording is lost."""
+    raise error
+    yield
+
+
+def read_npy_header(file):
+    """(shape, fortran_order, dtype); the file then stands at the first byte of the data."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)  # version 3 differs from 2 in how it writes the names of fields, which no audio has
+
+
+def npy_blocks(open_file, shape, fortran_order, dtype):
+    """int16 blocks of a numeric array in .npy format, read in pieces."""
+    samples, channels = audio_shape(shape)
+    if fortran_order:
+        channels = 1  # the first channel comes first, as a whole
+
+    def stored_blocks():
+        with open_file() as file:
+            read_npy_header(file)
+            for start in range(0, samples, BLOCK):
+                size = min(BLOCK, samples - start) * channels * dtype.itemsize
+                data = file.read(size)
+                if len(data) < size:
+                    raise BadAudio("it ends before its stated length")
+                yield np.frombuffer(data, dtype)[::channels]
+
+    yield from pcm16_blocks(dtype, stored_blocks)
+
+
+def array_blocks(array):
+    """int16 blocks of an array in memory."""
+    array = np.asarray(array)
+    samples, _ = audio_shape(array.shape)
+    channel = array.reshape(samples, -1)[:, 0]
+    yield from pcm16_blocks(array.dtype, lambda: (channel[start:start + BLOCK] for start in range(0, samples, BLOCK)))
+
+
+def audio_shape(shape):
+    """(samples, channels) of an array that holds one recording."""
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
+    if len(shape) == 2 and shape[1] > min(shape[0], 1024):
+        raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
+    return shape[0], 1 if len(shape) == 1 else shape[1]
+
+
+def pcm16_blocks(dtype, stored_blocks):
+    """int16 blocks of stored samples of any real dtype; stored_blocks() starts another pass over them.
+
+    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
+    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
+    numbers.
+    """
+    if dtype.kind not in "iuf" or dtype.str[1:] == "u2":
+        raise BadAudio(f"its type {dtype} is not audio; save int16, int32 or floats")
+    if dtype.itemsize == 1:
+        offset = 128 if dtype.kind == "u" else 0
+        yield from ((block.astype(np.int16) - offset) * 256 for block in stored_blocks())
+        return
+    if dtype.kind == "i" and dtype.itemsize == 2:
+        yield from (block.astype(np.int16, copy=False) for block in stored_blocks())
+        return
+
+    peak, whole = 0.0, True
+    for block in stored_blocks():
+        block = block.astype(np.float64)
+        peak = np.maximum(peak, np.abs(block).max())
+        whole = whole and (np.rint(block) == block).all()
+    if not np.isfinite(peak):
+        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+    if whole and (dtype.kind != "f" or peak > 1) and peak <= 1 << 15:
+        scale = 1.0
+    elif dtype.kind == "f" and peak <= 2:
+        scale = 32768.0
+    elif dtype.kind == "i" and 1 << 23 < peak <= 1 << 31:
+        scale = 2.0 ** -16
+    else:
+        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
+    yield from (to_int16(block.astype(np.float64) * scale) for block in stored_blocks())
+
+
+def to_int16(samples):
+    """Round and clip samples in int16 units."""
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes and errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Something only the user can mend; its text names the file or option, the problem and the remedy."""
+
+
+def run_as_script(main):
+    """Call main(); what only the user can mend becomes one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
+                  file=sys.stderr)
+        elif dist.is_initialized():
+            print(f"error: process {dist.get_rank()} of {dist.get_world_size()} lost the others "
+                  f"({first_line(error)}); see what the first of them to end said, and go on with --resume",
+                  file=sys.stderr)
+        else:
+            raise
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # no clean-up that would wait for processes that are gone
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
+              "its permissions and the free space", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def guarded(reader):
+    """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
+    try:
+        yield from reader
+    except BadAudio:
+        raise
+    except Exception as error:
+        raise BadAudio(f"it cannot be read ({first_line(error)})") from None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists what is valid")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+        return parsed
+
+
+@contextlib.contextmanager
+def only_writer(path):
+    """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
+    with open(path, "ab") as file:
+        lock(file.fileno(), path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock(descriptor, path):
+    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
+    except OSError:  # some network file systems know no locks
+        pass
+
+
+def write_durably(path, text):
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary, final):
+    """Rename a complete file into place, after its bytes have reached the disk."""
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)  # the new name as well
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2153,7 +1836,8 @@ def train(h, objective, particles, replays=1, as_published=False, fixed_z=False,
     run = Run(h)
     if h.data == DEMO["data"] and not Path(h.data).exists() and writes:
         print(f"making synthetic demo data in {h.data}", flush=True)
-        make_demo_data(h.data)
+        script = Path(__file__).with_name("prepare_blizzard.py")
+        subprocess.run([sys.executable, script, "--demo", f"--out={h.data}"], check=True, stdout=subprocess.DEVNULL)
     from_all("ready")  # all have looked at the run folder, and the data is there
     trainer = Trainer(h, objective, particles, replays, as_published, fixed_z, resample)
     progress, config = trainer.progress, as_config(h)
