@@ -21,9 +21,7 @@ import inspect
 import io
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -32,13 +30,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import tokenize
 import typing
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -575,20 +571,6 @@ def frames_at(split, starts, frames, model, corpus, generator):
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
 
-def without_tf32(evaluation):
-    """evaluation with float32 products in full precision on a GPU, whatever training has asked for."""
-    @functools.wraps(evaluation)
-    def exact(*arguments, **options):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return evaluation(*arguments, **options)
-        finally:
-            torch.set_float32_matmul_precision(before)
-    return exact
-
-
-@without_tf32
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     """Bounds on each non-overlapping window of a split, from a zero state: {name: (windows,) tensor}.
 
@@ -613,12 +595,6 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     return {name: torch.cat([bounds[name] for bounds in by_batch.values()]) for name in by_batch[0]}
 
 
-def evaluate(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
-    """summarise of window_bounds."""
-    by_window = window_bounds(model, corpus, split, ks, seq_frames, at_most, smc)
-    return summarise(by_window, seq_frames, model.x_dim, corpus)
-
-
 def summarise(by_window, seq_frames, x_dim, corpus):
     """Means of the bounds over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}.
 
@@ -630,15 +606,14 @@ def summarise(by_window, seq_frames, x_dim, corpus):
         mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
         if name.startswith("ess"):
             result[name] = dict(mean=mean, stderr=stderr)
-            continue
-        result[name] = dict(nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames,
-                            nats_per_sequence=mean)
-        if name not in ("kl", "log_w_std"):
+        else:
+            result[name] = dict(nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames,
+                                nats_per_sequence=mean)
+        if name.startswith(("elbo", "iwae", "smc")):
             result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
 
 
-@without_tf32
 def evaluate_recordings(model, corpus, split, k, at_most):
     """smc_k on whole recordings from a zero state, at_most of them evenly spread.
 
@@ -682,17 +657,15 @@ def windows_table(by_window, seq_frames):
 
 
 def evaluation_table(result):
-    """What is printed of eval.json."""
+    """What is printed of eval.json, a line for each bound."""
+    whole = {f"{name} of {found['recordings']} whole recordings": found
+             for name, found in result.get("whole_recordings", {}).items()}
     lines = []
-    for name, bound in result["bounds"].items():
-        bits = f", {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
+    for name, bound in (result["bounds"] | whole).items():
         mean, stderr = bound.get("nats_per_frame", bound.get("mean")), bound["stderr"]
         stderr = "" if stderr is None else f" +- {stderr:.2f}"  # one window has none
-        nats = f" nats/frame, {bound['nats_per_sequence']:.0f} nats/sequence" if "nats_per_sequence" in bound else ""
-        lines.append(f"test {name:12} {mean:8.2f}{stderr}{nats}{bits}")
-    for name, whole in result.get("whole_recordings", {}).items():
-        lines.append(f"test {name} of {whole['recordings']} whole recordings: {whole['nats_per_frame']:.2f} "
-                     f"nats/frame, {whole['bits_per_sample']:.3f} bits/sample")
+        bits = f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
+        lines.append(f"test {name:12} {mean:8.2f}{stderr}{bits}")
     return "\n".join(lines)
 
 
@@ -715,7 +688,7 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
 # training
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED = 10  # updates in a row
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")  # of a VRNN
 BATCH_AXIS = dict(pcm=1, state=0, next_state=0)  # of the tensors that the processes of a job hold parts of
 
@@ -723,10 +696,10 @@ BATCH_AXIS = dict(pcm=1, state=0, next_state=0)  # of the tensors that the proce
 class Training:
     """A model in training on excerpts of h.data, with all that a resumed run needs to go on as if it had never stopped.
 
-    h: hyperparameters, as the scripts have them. particles: rows of the state for each sequence. model: any module with
-    the interface of VRNN: x_dim, z_dim, zero_state(rows), the call, and generate if it can; by default the VRNN of h.
-    name: of the objective in tables and pictures; by default the script's. replays: updates in a row on each window,
-    all from the same state. monitor_smc: whether the particle filter's bound is logged too. Raises UserError.
+    particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
+    zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
+    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: whether the
+    bound of the particle filter is logged too. Raises UserError.
 
     What an update reads and writes stays in place on the device, and nothing there waits for the host, so that on a GPU
     the whole update is one CUDA graph.
@@ -736,12 +709,16 @@ class Training:
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
         self.script = script_of(type(h))
         self.name = name or self.script
-        self.processes = start_processes()
-        self.folder = RunFolder(h)
+        keep_freed_memory()
+        torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+        self.processes = job()[1]
         if h.batch_size % self.processes:
             raise UserError(f"{self.processes} processes cannot share --batch_size={h.batch_size} evenly; start as "
                             "many as divide it")
-        self.device = choose_device(h.device)
+        self.folder, self.device = RunFolder(h), choose_device(h.device)
+        self.precision = "high" if self.device.type == "cuda" else "highest"  # of products in updates; high is TF32
         ensure_demo_data(h.data)
         self.corpus = open_corpus(h.data)
         if model is None:
@@ -759,8 +736,7 @@ class Training:
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device, and the excerpts."""
         h, model = self.h, self.model
-        if hasattr(model, "bf16"):
-            model.bf16 = h.bf16
+        model.bf16 = h.bf16
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
@@ -769,37 +745,33 @@ class Training:
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
 
-        def zeros(*shape, dtype=torch.float32):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
         sequences = h.batch_size // self.processes
         self.state, self.next_state = (  # before and after the window
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
-        self.pcm = zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16)
+        self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
         self.counts = SimpleNamespace(
-            updates=zeros(dtype=torch.int64), skipped=zeros(dtype=torch.int64),
-            skipped_in_a_row=zeros(dtype=torch.int64), loss_sum=zeros(), losses=zeros(), grad_norm=zeros())
+            **{name: torch.zeros((), dtype=torch.int64, device=self.device)
+               for name in ("updates", "skipped", "skipped_in_a_row")},
+            **{name: torch.zeros((), device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
 
     def begin(self):
         """Start the run folder, or go on from the state in it."""
-        h, folder = self.h, self.folder
-        header = self.header()
+        h, folder, header = self.h, self.folder, self.header()
         if h.resume:
             folder.check_unchanged(header)
             if is_first():
                 folder.keep_others_out()
             folder.restore(self)
             gather("restored")
-            if is_first():
-                folder.go_on(header["config"], self.progress["updates"])
-        else:
-            if h.init_from:
-                parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-                for model in (self.model, self.averaged):
-                    load_parameters(model, parameters, h.init_from, "--init_from")
-            if is_first():
-                folder.start(header)
+        elif h.init_from:
+            parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
+            for model in (self.model, self.averaged):
+                load_parameters(model, parameters, h.init_from, "--init_from")
         if is_first():
+            if h.resume:
+                folder.go_on(header["config"], self.progress["updates"])
+            else:
+                folder.start(header["config"], header)
             print(f"{self.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
                   f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
@@ -849,11 +821,12 @@ class Training:
         parameter and is counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they
         clipped it at grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient.
         """
-        h, counts, parameters = self.h, self.counts, [p for p in self.model.parameters() if p.grad is not None]
+        h, counts, loss = self.h, self.counts, loss.detach().clone()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
-        if self.processes > 1:
-            average_over_processes(gradients)
-        loss = sum_over_processes(loss.detach()) / self.processes
+        if self.processes > 1 and (divide_by != 1 or replace_non_finite):
+            raise UserError("--as_published: what the 2016 scripts did runs in one process; start without torchrun")
+        average_over_processes([*gradients, loss])
         if divide_by != 1:
             torch._foreach_div_(gradients, divide_by)
         norm = nn.utils.get_total_norm(gradients)
@@ -901,12 +874,13 @@ class Training:
         """Decorator of a script's update: on a GPU it becomes one CUDA graph, because launching its thousands of small
         kernels takes longer than running them.
 
-        Parameters, and all else that a checkpoint holds, stay as they are. Where it fails, updates are launched kernel
-        by kernel, with the same results; so they are with several processes.
+        What a checkpoint holds stays as it is. Where a graph fails, and with several processes, updates are launched
+        kernel by kernel, with the same results.
         """
         if self.device.type != "cuda" or self.processes > 1 or self.h.evaluate:
             return update
         before = copy.deepcopy(self.checkpoint())
+        torch.set_float32_matmul_precision(self.precision)
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -922,6 +896,7 @@ class Training:
         except RuntimeError as error:
             print(f"no CUDA graph ({first_line(error)}); updates are launched kernel by kernel", flush=True)
             self.optimiser.zero_grad()
+        torch.set_float32_matmul_precision("highest")
         self.restore(before, None)
         return update
 
@@ -937,21 +912,21 @@ class Training:
             return
         bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates",
                    disable=not (is_first() and sys.stderr.isatty()))
-        with StopRequest() as stop, bar:
+        with stop_requests() as received, bar:
             self.clock = time.monotonic()
             while progress["updates"] < h.max_updates:
                 self.next_window()
+                torch.set_float32_matmul_precision(self.precision)
                 yield
+                torch.set_float32_matmul_precision("highest")  # for the evaluation
                 progress["updates"] += 1
                 bar.update()
-                if progress["updates"] % MAX_SKIPPED_IN_A_ROW == 0 and (
-                        self.counts.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW):
-                    raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a "
-                                    f"row, up to update {progress['updates']}; start again with a lower --lr or "
-                                    "--grad_clip")
+                if progress["updates"] % MAX_SKIPPED == 0 and self.counts.skipped_in_a_row >= MAX_SKIPPED:
+                    raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
+                                    f"update {progress['updates']}; start again with a lower --lr or --grad_clip")
                 if progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates:
                     self.monitor_and_save()
-                if signal_number := max(gather(stop.signal)):
+                if signal_number := max(gather(sum(received))):
                     self.save_and_exit(signal_number)
 
     def next_window(self):
@@ -986,19 +961,21 @@ class Training:
             tqdm.write(progress_line(self.h, line))  # above the bar, where there is one
             sys.stdout.flush()
             if is_best:
-                self.folder.save_best(dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
+                best = dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"])
+                with written_whole(self.folder.best) as partial:
+                    torch.save(best, partial)
             self.folder.save(checkpoint)
         self.clock = time.monotonic()
 
     def monitor(self):
         """Held-out bounds and what else a log line holds; also starts the next interval."""
         h, done, counts = self.h, self.progress["updates"], self.counts
-        bounds = evaluate(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames, h.monitor_windows,
-                          smc=h.eval_k[0] if self.monitor_smc else 0)
+        by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
+                                  h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
         line = dict(
             update=done, sequences=done * h.batch_size, seconds=self.progress["seconds"],
             train_loss=(counts.loss_sum / counts.losses).item(), grad_norm=counts.grad_norm.item(),
-            skipped=counts.skipped.item(), valid=bounds)
+            skipped=counts.skipped.item(), valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()
         return line
@@ -1040,11 +1017,7 @@ class Training:
         try:
             self.generator.set_state(checkpoint["generator"])
             for name, tensor in self.in_place().items():
-                values, axis = checkpoint["tensors"][name], batch_axis(name)
-                if axis is not None:
-                    mine = my_part(values.shape[axis])
-                    values = values[:, mine] if axis == 1 else values[mine]
-                copy_same(values, tensor)
+                copy_same(of_this_process(checkpoint["tensors"][name], batch_axis(name)), tensor)
             saved = checkpoint["optimiser"]["state"]
             for i, state in enumerate(self.optimiser.state.values()):
                 for name, tensor in state.items():
@@ -1062,7 +1035,7 @@ class Training:
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
         self.progress["updates"] = checkpoint["update"]
         if is_first():
-            self.folder.start_evaluation(self.config())
+            self.folder.start(self.config())
 
     # ---- the end ----
 
@@ -1071,11 +1044,14 @@ class Training:
 
         Writes eval.json, windows.csv and samples/ to the run folder, and prints the bounds.
         """
-        h, folder = self.h, self.folder
+        h, folder, update = self.h, self.folder, self.progress["updates"]
         if not h.evaluate:
-            best = folder.load_best()
+            if not folder.best.exists():
+                raise UserError(f"{folder.folder} has no best.pt, because no held-out bound was finite; start again "
+                                "with a lower --lr")
+            best = load_checkpoint(folder.best, "--resume", "model", "update")
             load_parameters(self.averaged, best["model"], folder.best, "--resume")
-        update = self.progress["updates"] if h.evaluate else best["update"]
+            update = best["update"]
         if is_first():
             print(f"evaluating {h.evaluate or folder.best} (update {update:,}) on the test split", flush=True)
         smc = max(h.eval_k)
@@ -1099,7 +1075,7 @@ class Training:
 
 
 def prepared(model, h):
-    """The model as h wants it at first. Raises UserError where h asks for what it does not have."""
+    """The model as h wants it at first. Raises UserError where h asks for what the model does not have."""
     for option, feature, off in (("weight_norm", "constrain_weights", "--weight_norm=0"),
                                  ("mirrored_init", "mirror", "--no-mirrored_init"), ("bf16", "bf16", "--no-bf16")):
         if getattr(h, option) and not hasattr(model, feature):
@@ -1175,40 +1151,38 @@ class RunFolder:
         has_state = self.last.exists() or self.previous.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
-        if has_state and h.evaluate or not h.resume and self.eval.exists():
-            raise UserError(f"{self.folder} already holds a run or an evaluation; give another --out_dir")
-        if has_state and not h.resume:
-            raise UserError(f"{self.folder} already holds a run; pass --resume to go on with it, or another --out_dir")
+        if not h.resume and (has_state or self.eval.exists()):
+            remedy = "give another --out_dir" if h.evaluate else "pass --resume to go on with it, or another --out_dir"
+            raise UserError(f"{self.folder} already holds a run; {remedy}")
 
     def keep_others_out(self):
         """Lock the folder for as long as this process lives."""
         self.descriptor = os.open(self.folder, os.O_RDONLY)
         lock(self.descriptor, self.folder)
 
-    def start(self, header):
-        self.start_evaluation(header["config"])
-        write_durably(self.log, json.dumps(header) + "\n")
-
-    def start_evaluation(self, config):
-        """The folder without a log: nothing will be trained."""
+    def start(self, config, header=None):
+        """A new folder; without a header it gets no log, since nothing is trained."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_others_out()
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
+        if header:
+            write_durably(self.log, json.dumps(header) + "\n")
 
     def check_unchanged(self, header):
         """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
+        new_run = "or start another --out_dir"
         try:
             before = json.loads(self.log.read_text().splitlines()[0])
             for name, value in header["config"].items():
                 if name not in FREE_ON_RESUME and before["config"].get(name) != value:
                     raise UserError(f"--resume: --{name} was {before['config'].get(name)} and is now {value}, which "
-                                    "does not fit the saved state; give the old value, or start another --out_dir")
+                                    f"does not fit the saved state; give the old value, {new_run}")
             if before["data"] != header["data"]:
                 raise UserError(f"--resume: {header['config']['data']} is not the file that this run began with; give "
-                                "that file with --data, or start another --out_dir")
+                                f"that file with --data, {new_run}")
             if before["device"].startswith("cuda") != header["device"].startswith("cuda"):
                 raise UserError(f"--resume: this run began on {before['device']}, whose random numbers "
-                                f"{header['device']} cannot continue; give that --device, or start another --out_dir")
+                                f"{header['device']} cannot continue; give that --device, {new_run}")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
                             "(with --init_from best.pt to keep what was learnt)") from None
@@ -1227,16 +1201,6 @@ class RunFolder:
             if self.last.exists():
                 os.replace(self.last, self.previous)
 
-    def save_best(self, checkpoint):
-        with written_whole(self.best) as partial:
-            torch.save(checkpoint, partial)
-
-    def load_best(self):
-        if not self.best.exists():
-            raise UserError(f"{self.folder} has no best.pt, because no held-out bound was finite; start again with a "
-                            "lower --lr")
-        return load_checkpoint(self.best, "--resume", "model", "update")
-
     def restore(self, training):
         """Restore the state in last.pt; where that is missing or damaged, the one before."""
         parts = training.checkpoint().keys()
@@ -1251,19 +1215,16 @@ class RunFolder:
 
     def go_on(self, config, update):
         """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen."""
+        def is_seen(line):
+            try:
+                return json.loads(line)["update"] <= update
+            except (ValueError, KeyError, TypeError):  # torn when the machine stopped
+                return False
+
         header, *lines = self.log.read_text().splitlines()
         header = json.dumps({**json.loads(header), "config": config})
-        kept = [line for line in lines if update_of(line) <= update]
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
-        write_durably(self.log, "\n".join([header, *kept]) + "\n")
-
-
-def update_of(line):
-    """The update of a log line; infinity for one that was torn when the machine stopped."""
-    try:
-        return json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        write_durably(self.log, "\n".join([header, *filter(is_seen, lines)]) + "\n")
 
 
 @contextlib.contextmanager
@@ -1286,8 +1247,7 @@ def load_checkpoint(path, option, *parts):
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [part for part in parts if part not in checkpoint]
-        if missing:
+        if missing := [part for part in parts if part not in checkpoint]:
             raise ValueError(f"it has no {missing[0]}")
         return checkpoint
     except FileNotFoundError:
@@ -1329,32 +1289,33 @@ DEMO = dict(
 )
 
 MOST = 1_000_000_000
-LEAST = dict(  # of each number
-    seed=0, x_dim=1, z_dim=1, rnn_dim=1, q_z_dim=1, p_z_dim=1, p_x_dim=1, x2s_dim=1, z2s_dim=1, k=1, seq_frames=1,
-    reset_freq=1, batch_size=1, lr=1e-30, lr_updates=0, max_updates=1, monitor_every=1, monitor_windows=1, eval_k=1,
-    eval_recordings=0, grad_clip=0, weight_norm=0, ema=0, x_noise=0, x_noise_updates=1,
-)
-RANGES = {name: (least, MOST) for name, least in LEAST.items()} | dict(ema=(0, 1 - 1e-9))
-NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
-    "k", *SIZES} | {"x_dim"}  # by Training
+RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
+                                       "monitor_every", "monitor_windows", "eval_k", "x_noise_updates")}
+RANGES |= {name: (0, MOST) for name in ("seed", "lr_updates", "eval_recordings", "grad_clip", "weight_norm",
+                                        "x_noise")}
+RANGES |= dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
+OTHERS = ("data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate")
+NEEDED = {*RANGES, *OTHERS, "x_dim"} - {"k", *SIZES[1:]}  # by Training
 
 
 def parse(script, argv=None):
     """The hyperparameters of a script: its dataclass, changed by its command line.
 
     script: a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with a default. Every field is a
-    flag of that type, with the comment behind it as its help. Beside them are --resume, --demo and, where the script
-    has a field of that name, --evaluate CHECKPOINT, whose other values come from the checkpoint. Returns an instance
-    with `resume` besides. Raises UserError.
+    flag of that type, with the comment behind it as its help; beside them are --resume and --demo. With --evaluate
+    CHECKPOINT, what is not given comes from the checkpoint. Returns an instance, with `resume` set. Raises UserError.
     """
     kinds = kinds_of(script)
     given = vars(flag_parser(script, kinds).parse_args(argv))
     resume = given.pop("resume")
     changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given.pop("demo") else {}
-    if given.get("evaluate"):
-        if resume:
-            raise UserError("--evaluate trains nothing that --resume could go on with; give one of them")
-        changed |= trained_values(given, kinds)
+    if path := given.get("evaluate"):
+        for name in ["resume"] * resume + [size for size in SIZES if size in given]:
+            raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
+                            "sizes from the checkpoint; leave it out")
+        config = load_checkpoint(path, "--evaluate", "config")["config"]
+        changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+                    if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
     check_values(h, kinds)
     h.resume = resume
@@ -1396,25 +1357,21 @@ def whole_numbers(text):
     return tuple(whole_number(part) for part in text.split(","))
 
 
-whole_number.__name__ = "whole number"
-whole_numbers.__name__ = "comma-separated list of whole numbers"
-FROM_TEXT = {int: whole_number, float: float, str: str, bool: None, tuple[int, ...]: whole_numbers}
+whole_number.__name__, whole_numbers.__name__ = "whole number", "comma-separated list of whole numbers"
+FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool, tuple[int, ...]: whole_numbers}
 
 
 def flag_parser(script, kinds):
     """Every field of a script as a flag; those that are not given have no value."""
     parser = OneLineParser(
         prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = comments_of(script)
     for field in dataclasses.fields(script):
         about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        if kinds[field.name] is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=about)
-        else:
-            parser.add_argument(f"--{field.name}", type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper(),
-                                help=about)
+        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
+            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
+        parser.add_argument(f"--{field.name}", help=about, **how)
     parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
     parser.add_argument("--demo", action="store_true", default=False,
                         help="small sizes and synthetic data, for about three minutes on two CPU cores")
@@ -1425,21 +1382,10 @@ def comments_of(script):
     """{field: the comment behind it}, of the class and those that it extends."""
     comments = {}
     for cls in reversed(script.__mro__[:-1]):
-        source = textwrap.dedent(inspect.getsource(cls))
-        comments |= {token.line.split(":")[0].strip(): token.string.lstrip("# ") for token
-                     in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+        source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
+        comments |= {token.line.split(":")[0].strip(): token.string.lstrip("# ")
+                     for token in tokenize.generate_tokens(source.readline) if token.type == tokenize.COMMENT}
     return comments
-
-
-def trained_values(given, kinds):
-    """What a checkpoint was trained with, for its evaluation; sizes cannot be given beside it. Raises UserError."""
-    path = given["evaluate"]
-    config = load_checkpoint(path, "--evaluate", "config")["config"]
-    for name in given.keys() & {*SIZES}:
-        raise UserError(f"--{name} is given beside --evaluate={path}, which has sizes of its own; leave it out")
-    taken = {name: value for name, value in config.items()
-             if name in kinds and name not in ("out_dir", "device", "evaluate")}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in taken.items()}
 
 
 def check_values(h, kinds):
@@ -1449,11 +1395,11 @@ def check_values(h, kinds):
         if kind is float and type(value) is int:
             setattr(h, name, value := float(value))
         parts = value if isinstance(value, tuple) else (value,)
-        of_kind = tuple if kind == tuple[int, ...] else kind
-        if type(value) is not of_kind or of_kind is tuple and not (parts and all(type(part) is int for part in parts)):
-            raise UserError(f"--{name}={value!r} is no {getattr(FROM_TEXT[kind], '__name__', 'Boolean')}; give one")
-        least, most = RANGES.get(name, (-math.inf, math.inf))
-        if kind not in (str, bool) and not all(least <= part <= most and abs(part) < math.inf for part in parts):
+        part_kind = int if kind == tuple[int, ...] else kind
+        if not parts or isinstance(value, tuple) != (part_kind is not kind) or {*map(type, parts)} != {part_kind}:
+            raise UserError(f"--{name}={value!r} is no {FROM_TEXT[kind].__name__}; give one")
+        least, most = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
+        if kind not in (str, bool) and not all(least <= part <= most for part in parts):
             raise UserError(f"--{name}={value} is out of range; give a number of at least {least}, at most {most}")
     if not h.out_dir:
         raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
@@ -1529,52 +1475,61 @@ def normalise(pcm, corpus, uniform=None):
 FORMAT, VERSION = "vrnn-audio", 1
 SPLITS = ("train", "valid", "test")
 EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
+REMAKE = "make it again with prepare_blizzard.py"
+MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
 
 
 class SplitWriter:
-    """Appends whole recordings to one group of the HDF5 file."""
+    """Appends whole recordings to one group of the HDF5 file; total and squares are sums over their samples."""
 
-    def __init__(self, group):
-        self.group, self.offsets, self.names = group, [0], []
-        self.folder = Path(group.file.filename).parent
+    def __init__(self, group, share):
+        self.group, self.share, self.offsets, self.names, self.total, self.squares = group, share, [0], [], 0, 0
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
-        """Append one recording; if it fails half-way nothing of it stays. Returns (samples, sum, sum of squares)."""
-        end, total, squares = self.offsets[-1], 0, 0
+        """Append one recording; if it fails half-way nothing of it stays. Raises BadAudio."""
+        start = end = self.offsets[-1]
+        total = squares = 0
         try:
-            for block in blocks:
-                require_space(self.folder)
+            for block in guarded(blocks):
+                require_space(Path(self.group.file.filename).parent)
                 self.audio.resize((end + len(block),))
                 self.audio[end:] = block
                 end += len(block)
                 wide = block.astype(np.int64)
                 total += int(wide.sum())
                 squares += int((wide * wide).sum())
-            if end == self.offsets[-1]:
+            if end == start:
                 raise BadAudio("it holds no samples")
-            if squares * (end - self.offsets[-1]) == total ** 2:
-                raise BadAudio(f"every sample of it is {total // (end - self.offsets[-1])}")
+            if squares * (end - start) == total ** 2:
+                raise BadAudio(f"every sample of it is {total // (end - start)}")
         except BadAudio:
-            self.audio.resize((self.offsets[-1],))
+            self.audio.resize((start,))
             raise
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
-        return end - self.offsets[-2], total, squares
+        self.total += total
+        self.squares += squares
+
+    def mean_and_std(self):
+        mean = self.total / self.offsets[-1]
+        return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
 
     def close(self):
         self.group["offsets"] = np.array(self.offsets, np.int64)
         self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
 
 
-def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
-    """Convert recordings in files and folders to one HDF5 file.
+def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
+    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
 
-    Recordings are taken in natural order; each goes, whole, to the split that is furthest below its share of the
-    samples so far (train before valid before test where they tie), so a rerun gives the same splits. Mean and standard
-    deviation are those of train. The file appears under its name only when it is complete.
-    Returns a summary: splits {name: (recordings, samples)}, mean, std, short (recordings, seconds), skipped, ignored.
-    Raises UserError.
+    recordings: an iterator over (source, name, blocks): where a recording lies, its name, and an iterator over its
+    samples in 1-D int16 arrays at 16 kHz. One whose blocks raise is skipped, or with `strict` an error. Each goes,
+    whole, to the split that is furthest below its share of the samples so far (train before valid before test where
+    they tie), so a rerun gives the same splits. valid and test are the shares of these two.
+    Returns a summary: splits {name: (recordings, samples)}, mean and std (of train, in 16-bit steps), short
+    (recordings, seconds), skipped ["source: why"]. Raises UserError.
     """
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
@@ -1583,51 +1538,28 @@ def convert(paths, out, valid=0.05, test=0.05, force=False, strict=False, create
         raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
-    files, ignored, skipped = find_audio(paths)
-    if strict and skipped:
-        raise UserError(f"{skipped[0]}; mend or remove it, or do without --strict")
-    shares = dict(train=1 - valid - test, valid=valid, test=test)
-    short, train_sums = [], [0, 0, 0]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    with (only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
-          Decoders(sound_files, out.with_name(out.name + ".decoded")) as decoders):
-        writers = {split: SplitWriter(file.create_group(split)) for split in SPLITS}
-        for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
-            for recording, blocks in tolerant(recordings_in(path, name, decoders.blocks)):
-                so_far = {split: writer.offsets[-1] for split, writer in writers.items()}
-                split = max(SPLITS, key=lambda s: shares[s] * sum(so_far.values()) - so_far[s])
-                try:
-                    sums = writers[split].append(recording, guarded(blocks))
-                except BadAudio as why:
-                    where = "" if recording in ("", name) else f" ({recording})"
-                    skipped.append(f"{path}{where}: {why}")
-                    if strict:
-                        raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-                    continue
-                if split == "train":
-                    train_sums = [a + b for a, b in zip(train_sums, sums)]
-                if sums[0] < EXCERPT_SECONDS * SAMPLE_RATE:
-                    short.append(sums[0] / SAMPLE_RATE)
-        summary = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-        for split, (recordings, _) in summary.items():
-            if recordings == 0:
-                taken = sum(n for n, _ in summary.values())
+    with only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+        shares = zip(SPLITS, (1 - valid - test, valid, test))
+        writers = {split: SplitWriter(file.create_group(split), share) for split, share in shares}
+        skipped = distribute(recordings, writers.values(), strict)
+        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+        for split, writer in writers.items():
+            if not writer.names:
                 why = f" (skipped: {skipped[0]})" if skipped else ""
-                raise UserError(f"{taken} usable recordings leave none for the split {split}{why}; "
-                                "give more recordings or a larger --valid and --test")
-        samples, total, squares = train_sums
-        mean = total / samples
-        std = math.sqrt(max(0.0, squares / samples - mean * mean))
-        for writer in writers.values():
+                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
+                                f"split {split}{why}; give more recordings or a larger --valid and --test")
             writer.close()
+        mean, std = writers["train"].mean_and_std()
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
         file.close()
         replace_durably(partial, out)
-    return SimpleNamespace(splits=summary, mean=mean, std=std, short=(len(short), sum(short)), skipped=skipped,
-                           ignored=ignored)
+    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
+    short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
+    return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
+                           skipped=skipped)
 
 
 @contextlib.contextmanager
@@ -1641,42 +1573,25 @@ def only_writer(path):
             path.unlink(missing_ok=True)
 
 
-def lock(descriptor, path):
-    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
-    except OSError:  # some network file systems know no locks
-        pass
+def distribute(recordings, writers, strict):
+    """Append each recording to the writer that is furthest below its share; returns why some were skipped."""
+    skipped = []
+    for source, name, blocks in recordings:
+        so_far = sum(writer.offsets[-1] for writer in writers)
+        neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
+        try:
+            neediest.append(name, blocks)
+        except BadAudio as why:
+            skipped.append(f"{source}: {why}")
+            if strict:
+                raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+    return skipped
 
 
-def tolerant(recordings):
-    """Yield (name, blocks) for each recording; a file that is bad as a whole counts as one bad recording."""
-    try:
-        yield from guarded(recordings)
-    except BadAudio as error:
-        yield "", raise_later(error)
-
-
-def write_durably(path, text):
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    replace_durably(temporary, path)
-
-
-def replace_durably(temporary, final):
-    """Rename a complete file into place, after its bytes have reached the disk."""
-    sync(temporary)
-    os.replace(temporary, final)
-    sync(final.parent)  # the new name as well
-
-
-def sync(path):
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def require_space(folder):
+    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
+    if shutil.disk_usage(folder).free < MIN_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 @dataclasses.dataclass
@@ -1698,49 +1613,41 @@ class Split:
         return out
 
 
-REMAKE = "make it again with prepare_blizzard.py"
-
-
 def open_corpus(path):
-    """The three Splits of an HDF5 file, with its mean and std (int16 units, of train). Raises UserError."""
+    """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train).
+
+    Raises UserError.
+    """
     if not Path(path).exists():
         raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
                         f"{path}', name another with --data, or try --demo")
     try:
         return read_corpus(path)
-    except BadCorpus as why:
-        raise UserError(f"data file {path} {why}; {REMAKE}") from None
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"data file {path} is not a readable HDF5 file ({first_line(error)}); {REMAKE}") from None
-
-
-class BadCorpus(Exception):
-    """What is wrong with an HDF5 file."""
+        why = error if isinstance(error, BadAudio) else f"is not a readable HDF5 file ({first_line(error)})"
+        raise UserError(f"data file {path} {why}; {REMAKE}") from None
 
 
 def read_corpus(path):
     file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
     keep_metadata_small(file)
-    attributes = dict(file.attrs)
-    if (str(attributes.get("format")), str(attributes.get("version"))) != (FORMAT, str(VERSION)):
-        raise BadCorpus(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if str(attributes.get("sample_rate")) != str(SAMPLE_RATE):
-        raise BadCorpus(f"is not sampled at {SAMPLE_RATE:,} Hz")
-    mean, std = float(attributes.get("mean", math.nan)), float(attributes.get("std", math.nan))
+    found = {name: str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by")}
+    mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
+    if (found["format"], found["version"]) != (FORMAT, str(VERSION)):
+        raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
+    if found["sample_rate"] != str(SAMPLE_RATE):
+        raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise BadCorpus("has no usable mean and std")
+        raise BadAudio("has no usable mean and std")
     splits = {}
     for name in SPLITS:
-        try:
-            audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        except Exception as error:
-            raise BadCorpus(f"has no readable split {name} ({first_line(error)})") from None
+        audio, offsets = file[name]["audio"], file[name]["offsets"][:]
         if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
                 and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
                 and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
-            raise BadCorpus(f"has inconsistent offsets in split {name}")
+            raise BadAudio(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=str(attributes.get("created_by")), mean=mean, std=std, **splits)
+    return SimpleNamespace(path=str(path), created_by=found["created_by"], mean=mean, std=std, **splits)
 
 
 def keep_metadata_small(file):
@@ -1752,15 +1659,11 @@ def keep_metadata_small(file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# audio files
+# arrays (.npz, .npy)
 # ---------------------------------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 16  # samples read at a time, so that memory does not depend on the length of a recording
-ARRAY_SUFFIXES = (".npz", ".npy")
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-MIN_FREE = 16 << 20      # bytes of the disk that a conversion leaves free
-MAX_EXPANSION = 100      # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
-MAX_PICKLED = 4 << 30    # bytes of a pickled array of arrays, which must be read whole
+BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
+MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
 
 
 class BadAudio(Exception):
@@ -1773,53 +1676,6 @@ def natural_order(text):
     return [(0, int(part), "") if n % 2 else (1, 0, part) for n, part in enumerate(parts) if part]
 
 
-def find_audio(paths):
-    """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
-
-    Returns (list of (file, name), {suffix: count} of the files in folders that are of no known type, reasons why files
-    or folders cannot be used). The name is the path below the folder, without its suffix. Linked folders are followed,
-    each once. Raises UserError where a path does not exist.
-    """
-    found, ignored, unusable = {}, {}, []
-    if "" in paths:
-        raise UserError("a path is empty; give files or folders of recordings")
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in sorted(files_below(path, unusable), key=natural_order):
-                below = file.relative_to(path)
-                if file.suffix.lower() not in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
-                    ignored[file.suffix] = ignored.get(file.suffix, 0) + 1
-                elif not file.is_file():
-                    unusable.append(f"{file}: it is no regular file, or a broken link")
-                else:
-                    found.setdefault(file.resolve(), (file, below.with_suffix("").as_posix()))
-        elif path.is_file():
-            found.setdefault(path.resolve(), (path, path.stem))
-        elif path.exists():
-            raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
-        else:
-            raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return list(found.values()), ignored, unusable
-
-
-def files_below(folder, unusable):
-    """Files in a folder and the folders below it, without hidden ones; what cannot be listed goes into unusable."""
-    files, seen = [], set()
-
-    def cannot_list(error):
-        unusable.append(f"{error.filename}: it cannot be listed ({error.strerror})")
-
-    for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-        else:
-            files += [Path(where, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    return files
-
-
 def guarded(reader):
     """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
     try:
@@ -1830,394 +1686,97 @@ def guarded(reader):
         raise BadAudio(f"it cannot be read ({first_line(error)})") from None
 
 
-def recordings_in(path, name, sound_blocks):
-    """Yield (name, blocks) for each recording in a file; blocks iterates over 1-D int16 arrays at 16 kHz.
-
-    sound_blocks(path) are those of a sound file: sound_file_blocks, or Decoders.blocks. What makes the whole file
-    unusable is raised here, what makes one recording unusable by its blocks.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            members = {member for member in archive.namelist() if member.endswith(".npy")}
-            if not members:
-                raise BadAudio("it holds no arrays")
-            expanded = sum(member.file_size for member in archive.infolist())
-            if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
-                raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
-                               "should hold with numpy.savez")
-            for member in sorted(members, key=natural_order):
-                yield from npy_recordings(lambda: archive.open(member), f"{name}/{member[:-len('.npy')]}")
-    elif suffix == ".npy":
-        yield from npy_recordings(lambda: open(path, "rb"), name)
-    elif suffix in AUDIO_SUFFIXES:
-        yield name, sound_blocks(path)
-    else:
-        raise BadAudio(f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
-
-
-def npy_recordings(open_file, name):
-    """The recordings of one array in .npy format: one, or one per element where it is an array of arrays."""
-    try:
-        with open_file() as file:
-            is_ragged = read_npy_header(file)[2].hasobject
-            arrays = unpickle_ragged(Bounded(file)) if is_ragged else None
-    except Exception as error:  # a damaged header can raise anything
-        yield name, raise_later(error)
-        return
-    if is_ragged:
-        for index, array in enumerate(arrays):
-            yield f"{name}/{index}", array_blocks(array)
-    else:
-        yield name, npy_blocks(open_file)
-
-
 def raise_later(error):
     """An iterator over blocks that fails when it is first used, so that only this recording is lost."""
     raise error
     yield
 
 
-def read_npy_header(file):
-    """(shape, fortran_order, dtype); the file then stands at the first byte of the data."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise BadAudio(f"its .npy version {version} holds no audio")
+def array_recordings(path, name, allow_pickle=False):
+    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays.
+
+    A recording is an array (samples,) or (samples, channels), whose first channel is taken. With allow_pickle it may
+    be an element of an array of arrays, which NumPy reads by executing what the file says; without, nothing of a file
+    is executed. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
+    """
+    load = functools.partial(np.load, path, mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle,
+                             encoding="latin1")  # Python 2 wrote some
+    if path.suffix.lower() == ".npy":
+        yield from recordings_of(load, name)
+        return
+    with zipfile.ZipFile(path) as archive:
+        expanded = sum(member.file_size for member in archive.infolist())
+    if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
+        raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it should "
+                       "hold with numpy.savez")
+    with load() as archive:
+        members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
+        if not members:
+            raise BadAudio("it holds no arrays")
+        for member in sorted(members, key=natural_order):
+            yield from recordings_of(functools.partial(archive.__getitem__, member),
+                                     f"{name}/{member.removesuffix('.npy')}")
 
 
-def npy_blocks(open_file):
-    """int16 blocks of a numeric array in .npy format, read in pieces."""
-    with open_file() as file:
-        shape, fortran_order, dtype = read_npy_header(file)
-    samples, channels = audio_shape(shape)
-    if fortran_order:
-        channels = 1  # the first channel comes first, as a whole
-
-    def stored_blocks():
-        with open_file() as file:
-            read_npy_header(file)
-            for start in range(0, samples, BLOCK):
-                size = min(BLOCK, samples - start) * channels * dtype.itemsize
-                data = file.read(size)
-                if len(data) < size:
-                    raise BadAudio("it ends before its stated length")
-                yield np.frombuffer(data, dtype)[::channels]
-
-    yield from pcm16_blocks(dtype, stored_blocks)
+def recordings_of(load, name):
+    """The recordings of one array: itself, or each of its elements where it is an array of arrays."""
+    try:
+        array = np.asanyarray(load())
+    except Exception as error:  # a damaged header can raise anything
+        if re.search("allow_pickle|Python objects", str(error)):
+            error = BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
+                             "recording with numpy.savez, or pass --allow_pickle if you trust the file")
+        yield name, raise_later(error)
+        return
+    if array.dtype.hasobject:
+        yield from ((f"{name}/{index}", pcm16_blocks(np.asarray(part))) for index, part in enumerate(array.ravel()))
+    else:
+        yield name, pcm16_blocks(array)
 
 
-def array_blocks(array):
-    """int16 blocks of an array in memory."""
-    samples, _ = audio_shape(array.shape)
-    channel = array.reshape(samples, -1)[:, 0]
-    yield from pcm16_blocks(array.dtype, lambda: (channel[start:start + BLOCK] for start in range(0, samples, BLOCK)))
+def pcm16_blocks(array):
+    """int16 blocks of one recording, its first channel, of any real dtype.
 
-
-def audio_shape(shape):
-    """(samples, channels) of an array that holds one recording."""
+    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
+    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
+    numbers. Raises BadAudio.
+    """
+    shape, kind, bytes_each = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
     if len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
-    return shape[0], 1 if len(shape) == 1 else shape[1]
-
-
-def pcm16_blocks(dtype, stored_blocks):
-    """int16 blocks of stored samples of any real dtype; stored_blocks() starts another pass over them.
-
-    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
-    numbers.
-    """
-    if dtype.kind not in "iuf" or dtype.str[1:] == "u2":
-        raise BadAudio(f"its type {dtype} is not audio; save int16, int32 or floats")
-    if dtype.itemsize == 1:
-        offset = 128 if dtype.kind == "u" else 0
-        yield from ((block.astype(np.int16) - offset) * 256 for block in stored_blocks())
-        return
-    if dtype.kind == "i" and dtype.itemsize == 2:
-        yield from (block.astype(np.int16, copy=False) for block in stored_blocks())
-        return
-
-    peak, whole = 0.0, True
-    for block in stored_blocks():
-        block = block.astype(np.float64)
-        peak = max(peak, np.abs(block).max()) if np.isfinite(block).all() else math.inf
-        whole = whole and not (block % 1).any() if peak < math.inf else False
-    if peak == math.inf:
-        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    if whole and (dtype.kind != "f" or peak > 1) and peak <= 1 << 15:
-        scale = 1.0
-    elif dtype.kind == "f" and peak <= 2:
-        scale = 32768.0
-    elif dtype.kind == "i" and 1 << 23 < peak <= 1 << 31:
-        scale = 2.0 ** -16
+    if kind not in "iuf" or (kind, bytes_each) == ("u", 2):
+        raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
+    samples = array[:, 0] if len(shape) == 2 else array
+    blocks = [samples[start:start + BLOCK] for start in range(0, len(samples), BLOCK)]
+    if bytes_each == 1:
+        yield from ((block.astype(np.int16) - (128 if kind == "u" else 0)) * 256 for block in blocks)
+    elif (kind, bytes_each) == ("i", 2):
+        yield from (block.astype(np.int16) for block in blocks)
     else:
-        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
-    yield from (to_int16(block.astype(np.float64) * scale) for block in stored_blocks())
+        scale = to_pcm16(blocks, kind)
+        yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
+
+
+def to_pcm16(blocks, kind):
+    """The factor that brings samples of another kind than int16 to its units."""
+    peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
+    is_whole = all((np.rint(block) == block).all() for block in blocks)
+    if not np.isfinite(peak):
+        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+    if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
+        return 1.0
+    if kind == "f" and peak <= 2:
+        return 32768.0
+    if kind == "i" and 1 << 23 < peak <= 1 << 31:
+        return 2.0 ** -16
+    raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
 
 
 def to_int16(samples):
     """Round and clip samples in int16 units."""
     return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
-
-
-class Bounded:
-    """A file that refuses to give more than MAX_PICKLED bytes."""
-
-    def __init__(self, file):
-        self.file, self.left = file, MAX_PICKLED
-
-    def spend(self, data):
-        self.left -= len(data)
-        if self.left < 0:
-            raise BadAudio(f"its pickled arrays exceed {MAX_PICKLED >> 30} GiB, and must be read whole")
-        return data
-
-    def read(self, size):
-        return self.spend(self.file.read(min(size, self.left + 1)))
-
-    def readline(self):
-        return self.spend(self.file.readline(self.left + 1))
-
-
-class PickledDtype:
-    """Stands in for numpy.dtype in a pickle: keeps the name of a plain numeric or object type, builds nothing."""
-
-    def __init__(self, code, align=False, copy=True):
-        if not re.fullmatch("[iuf][1248]|O8?", code):
-            raise pickle.UnpicklingError(f"type {code!r} is not audio")
-        self.code = code
-
-    def __setstate__(self, state):
-        if state[1] in ("<", ">"):
-            self.code = state[1] + self.code
-
-
-class PickledArray:
-    """Stands in for numpy.ndarray in a pickle: its data becomes `array`, an ndarray or a list of PickledArrays."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran_order, data = state
-        if dtype.code.lstrip("<>").startswith("O"):
-            self.array = list(data)
-        else:
-            data = data.encode("latin1") if isinstance(data, str) else data  # written by Python 2
-            self.array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if fortran_order else "C")
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Admits the three names that a pickled NumPy array needs, as stand-ins above; none of NumPy's own code runs.
-
-    The unpickler in Python, because the one in C allocates whatever size a damaged file states.
-    """
-
-    def find_class(self, module, name):
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return lambda *ignored: PickledArray()
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return {"ndarray": PickledArray, "dtype": PickledDtype}[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
-
-
-def unpickle_ragged(file):
-    """The arrays in a pickled array of arrays, the form in which the 2015 Blizzard files were stored."""
-    try:
-        arrays = [np.asarray(element.array) for element in ArrayUnpickler(file, encoding="latin1").load().array]
-        if sum(array.nbytes for array in arrays) > MAX_PICKLED:
-            raise BadAudio("one of them is repeated beyond measure")
-        return arrays
-    except Exception as error:  # a damaged pickle can raise anything
-        raise BadAudio(f"its pickled arrays were refused ({first_line(error)}); "
-                       "re-save every recording as an int16 array of its own with numpy.savez") from None
-
-
-class Decoders:
-    """Sound files decoded by as many processes as there are cores, some files ahead of the one asked for.
-
-    Their samples come through files in `folder`, so that memory depends neither on the length of a recording nor on
-    how many are ahead. A file that crashes its decoder costs nothing but itself.
-    """
-
-    def __init__(self, paths, folder):
-        """paths: in the order in which blocks will be asked for them."""
-        self.folder, self.waiting, self.decoding = folder, paths[::-1], {}
-        self.targets = {path: folder / str(n) for n, path in enumerate(paths)}
-        self.ahead = 2 * os.cpu_count()
-
-    def __enter__(self):
-        shutil.rmtree(self.folder, ignore_errors=True)  # left by a conversion that was killed
-        self.folder.mkdir()
-        self.pool = new_processes()
-        return self
-
-    def __exit__(self, *error):
-        self.pool.shutdown(cancel_futures=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def restart(self):
-        self.pool.shutdown(cancel_futures=True)
-        self.pool = new_processes()
-
-    def submit(self, path):
-        try:
-            self.decoding[path] = self.pool.submit(decode, path, self.targets[path])
-        except BrokenProcessPool:
-            self.restart()
-            self.submit(path)
-
-    def blocks(self, path):
-        """int16 blocks at 16 kHz of the first channel."""
-        while self.waiting and len(self.decoding) <= self.ahead:
-            self.submit(self.waiting.pop())
-        try:
-            try:
-                self.decoding.pop(path).result()
-            except BrokenProcessPool:
-                self.decode_alone(path)
-            with open(self.targets[path], "rb") as file:
-                while len(block := np.fromfile(file, np.int16, BLOCK)):
-                    yield block
-        finally:
-            self.targets[path].unlink(missing_ok=True)
-
-    def decode_alone(self, path):
-        """Once more, because a decoder crashed, on this file or on another; those ahead of it begin again."""
-        ahead = list(self.decoding)
-        self.restart()
-        try:
-            self.pool.submit(decode, path, self.targets[path]).result()
-        except BrokenProcessPool:
-            raise BadAudio("it crashes its decoder") from None
-        finally:
-            for other in ahead:
-                self.submit(other)
-
-
-def new_processes():
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    context.set_forkserver_preload(["common"])
-    return ProcessPoolExecutor(mp_context=context, initializer=end_with_parent)
-
-
-def decode(path, target):
-    """Write the samples of a sound file to target, as int16."""
-    with open(target, "wb") as file:
-        for block in guarded(sound_file_blocks(path)):
-            require_space(target.parent)
-            file.write(block)
-
-
-def require_space(folder):
-    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
-    if shutil.disk_usage(folder).free < MIN_FREE:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def end_with_parent():
-    """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def sound_file_blocks(path):
-    """int16 blocks at 16 kHz of the first channel of a sound file."""
-    import soundfile
-    import soxr
-    with soundfile.SoundFile(path) as file:
-        if not 4_000 <= file.samplerate <= 384_000:
-            raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
-        if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
-            while len(block := file.read(BLOCK, dtype="int16", always_2d=True)):
-                yield block[:, 0]
-            return
-        resample = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
-        is_last = False
-        while not is_last:
-            block = np.ascontiguousarray(file.read(BLOCK, dtype="float32", always_2d=True)[:, 0])
-            is_last = len(block) < BLOCK
-            if not np.isfinite(block).all():
-                raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-            if file.samplerate != SAMPLE_RATE:
-                block = resample.resample_chunk(block, last=is_last)
-            yield to_int16(block * 32768.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# demo speech
-# ---------------------------------------------------------------------------------------------------------------------
-
-# formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
-VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
-SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"
-HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
-
-
-def synthetic_recording(random, seconds):
-    """Speech-like int16 audio: glottal pulses and noise through moving formants, with pauses and level changes."""
-    frames = int(seconds * SAMPLE_RATE) // HOP
-    voiced, fricative, level = np.zeros(frames), np.zeros(frames), np.zeros(frames)
-    formants = np.zeros((frames, 3))
-    start = 0
-    while start < frames:
-        length = random.randint(16, 60)  # 80 to 300 ms
-        segment = slice(start, start + length)
-        kind = random.choice(4, p=(0.65, 0.12, 0.08, 0.15))  # vowel, fricative, voiced fricative, pause
-        formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
-        voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
-        level[segment] = random.uniform(0.4, 1.0)
-        start += length
-    smooth = np.hanning(13) / np.hanning(13).sum()
-    formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
-    voiced, fricative, level = (np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level))
-
-    time_s = np.arange(frames * HOP) / SAMPLE_RATE
-    pitch = random.uniform(90, 220) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
-                                       + 0.02 * np.sin(2 * np.pi * 5 * time_s))
-    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
-    noise = random.uniform(-1, 1, frames * HOP)
-
-    def shaped(source, gain, resonances, widths):
-        """Source, cut into overlapping frames, through resonators whose frequencies move from frame to frame."""
-        padded = np.pad(source, SPAN // 2)
-        pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(SPAN)
-        omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
-        response = np.ones((frames, SPAN // 2 + 1), complex)
-        for frequency, width in zip(np.atleast_2d(resonances.T), widths):
-            pole = np.exp((-np.pi * width + 2j * np.pi * frequency) / SAMPLE_RATE)[:, None]
-            response *= (1 - abs(pole)) / ((1 - pole * omega) * (1 - pole.conj() * omega))
-        pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
-        out = np.zeros(len(padded) + HOP)
-        for i, piece in enumerate(pieces):
-            out[i * HOP:i * HOP + SPAN] += piece
-        return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
-
-    speech = np.diff(shaped(pulses, voiced * level, formants, (80, 100, 150)), prepend=0)  # lips radiate the change
-    speech *= 1 / (abs(speech).max() + 1e-9)
-    hiss = shaped(noise, fricative * level, np.full((frames, 1), 5200.0), (1500,))
-    hiss *= 0.25 / (abs(hiss).max() + 1e-9)
-    room = 4e-4 * random.uniform(-1, 1, frames * HOP)
-    return to_int16(random.uniform(0.15, 0.6) * 32768 * (speech + hiss + room))
-
-
-def write_demo(folder, seed=0, minutes=5):
-    """Write synthetic recordings of 5 s as .npz files into folder; the same ones for the same seed."""
-    random = np.random.RandomState(seed)  # frozen by NumPy: the same stream in every version
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for minute in range(minutes):
-        np.savez(folder / f"demo_{minute}.npz", **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0)
-                                                   for i in range(12)})
-
-
-def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False):
-    """Synthetic recordings through the same conversion as any other; returns what convert returns."""
-    write_demo(folder, seed)
-    return convert([folder], out, valid=0.1, test=0.1, force=force, created_by=f"{SYNTHETIC}, seed {seed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2231,28 +1790,27 @@ class UserError(Exception):
 def run_as_script(main):
     """Call main(); what only the user can mend becomes one sentence on stderr and exit status 2."""
     try:
-        main()
+        return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
-            print("error: the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths",
-                  file=sys.stderr)
-        elif dist.is_initialized():
-            print(f"error: process {dist.get_rank()} of {dist.get_world_size()} lost the others "
-                  f"({first_line(error)}); see what the first of them to end said, and go on with --resume",
-                  file=sys.stderr)
-        else:
-            raise
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(2)  # no clean-up that would wait for processes that are gone
+        why = error
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, "
-              "its permissions and the free space", file=sys.stderr)
-        sys.exit(2)
+        why = (f"{error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
+               "permissions and the free space")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            why = "the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths"
+        elif job()[1] > 1:
+            why = (f"process {job()[0]} of {job()[1]} lost the others ({first_line(error)}); see what the first of "
+                   "them to end said, and go on with --resume")
+        else:
+            raise
+    print(f"error: {why}", file=sys.stderr)
+    if job()[1] > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # no clean-up that would wait for processes that are gone
+    sys.exit(2)
 
 
 def first_line(error):
@@ -2266,7 +1824,6 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists what is valid")
 
     def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -2275,23 +1832,21 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
 
-class StopRequest:
-    """Remembers the first Ctrl-C or SIGTERM, so that training can finish its update; the second one kills."""
+@contextlib.contextmanager
+def stop_requests():
+    """A list that gets the first Ctrl-C or SIGTERM, so that training can finish its update; the second one kills."""
+    received = []
 
-    def __init__(self):
-        self.signal = 0
+    def receive(number, frame):
+        received.append(number)
+        for either in before:
+            signal.signal(either, signal.SIG_DFL)
 
-    def __enter__(self):
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, frame):
-        self.signal = number
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -2301,13 +1856,34 @@ def resume_command():
     return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
-def start_processes():
-    """Set up arithmetic and memory, and, under torchrun, the job; returns its number of processes."""
-    keep_freed_memory()
-    torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-    return job()[1]
+def lock(descriptor, path):
+    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
+    except OSError:  # some network file systems know no locks
+        pass
+
+
+def write_durably(path, text):
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary, final):
+    """Rename a complete file into place, after its bytes have reached the disk."""
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)  # the new name as well
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def keep_freed_memory():
@@ -2332,7 +1908,6 @@ def choose_device(name):
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
@@ -2368,17 +1943,21 @@ def gather(value):
     return values
 
 
-def sum_over_processes(tensor):
-    if job()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def average_over_processes(tensors):
     """In place, by one exchange."""
-    flat = sum_over_processes(torch.cat([tensor.flatten() for tensor in tensors])) / job()[1]
-    for tensor, averaged in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(averaged.view_as(tensor))
+    if job()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor) / job()[1])
+
+
+def of_this_process(tensor, axis):
+    """The part of a tensor that this process holds along an axis; None: each holds the whole."""
+    if axis is None:
+        return tensor
+    mine = my_part(tensor.shape[axis])
+    return tensor.narrow(axis, mine.start, mine.stop - mine.start)
 
 
 def of_all_processes(tensor, axis):

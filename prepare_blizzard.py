@@ -2,17 +2,317 @@
 
     python prepare_blizzard.py FILES AND FOLDERS --out data/blizzard.h5
 
-Takes .npz (every array in it), .npy (one recording, or an array of arrays) and sound files (.wav .flac .mp3 .ogg,
-resampled to 16 kHz); the first channel of each. Recordings are taken in natural order and go, whole, to the split that
-is furthest below its share. Unusable files are skipped and listed.
+Takes .npz (every array in it), .npy and sound files (.wav .flac .mp3 .ogg, resampled to 16 kHz); the first channel of
+each. Arrays are (samples,) or (samples, channels). An array of arrays, the form of the 2015 Blizzard files, is a pickle
+and is read with --allow_pickle only. Recordings are taken in natural order and go, whole, to the split that is furthest
+below its share. Unusable files are skipped and listed with the reason.
 """
 
 import argparse
+import collections
+import contextlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 import common
+from common import SAMPLE_RATE, BadAudio, UserError
+
+ARRAY_SUFFIXES = (".npz", ".npy")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
-def main():
+def convert_files(paths, out, valid=0.05, test=0.05, force=False, strict=False, allow_pickle=False,
+                  created_by="prepare_blizzard.py"):
+    """Convert the recordings in files and folders to one HDF5 file.
+
+    Returns the summary of common.convert, with ignored {suffix: count}, the files in folders that are of no known type.
+    Raises UserError.
+    """
+    files, unusable, ignored = find_audio(paths)
+    folder = Path(f"{Path(out)}.decoded")
+    with contextlib.closing(recordings_in(files, unusable, folder, allow_pickle)) as recordings:
+        summary = common.convert(recordings, out, valid, test, force, strict, created_by)
+    summary.ignored = ignored
+    return summary
+
+
+def recordings_in(files, unusable, folder, allow_pickle=False):
+    """Yield (source, name, blocks) for each recording, as common.convert takes them; folder is for decoded samples.
+
+    What is unusable as a whole counts as one recording, whose blocks raise why.
+    """
+    for path, why in unusable:
+        yield path, "", common.raise_later(why)
+    sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    with contextlib.closing(decoded(sound_files, folder)) as decoded_blocks:
+        for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
+            suffix = path.suffix.lower()
+            if suffix in AUDIO_SUFFIXES:
+                yield path, name, next(decoded_blocks)
+            elif suffix in ARRAY_SUFFIXES:
+                try:
+                    for recording, blocks in common.guarded(common.array_recordings(path, name, allow_pickle)):
+                        yield path if recording == name else f"{path} ({recording})", recording, blocks
+                except BadAudio as why:
+                    yield path, name, common.raise_later(why)
+            else:
+                yield path, name, common.raise_later(BadAudio(
+                    f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def find_audio(paths):
+    """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
+
+    Returns [(file, name)], [(file or folder, BadAudio)] of what cannot be read, and {suffix: count} of the files in
+    folders that are of no known type. The name is the path below the folder, without its suffix. Linked folders are
+    followed, each once. Raises UserError where a path does not exist.
+    """
+    found, unusable, ignored = {}, [], collections.Counter()
+    if "" in paths:
+        raise UserError("a path is empty; give files or folders of recordings")
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file in sorted(files_below(path, unusable), key=common.natural_order):
+                if file.suffix.lower() not in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
+                    ignored[file.suffix] += 1
+                elif not file.is_file():
+                    unusable.append((file, BadAudio("it is no regular file, or a broken link")))
+                else:
+                    found.setdefault(file.resolve(), (file, file.relative_to(path).with_suffix("").as_posix()))
+        elif path.is_file():
+            found.setdefault(path.resolve(), (path, path.stem))
+        elif path.exists():
+            raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
+        else:
+            raise UserError(f"{path} does not exist; give files or folders of recordings")
+    return list(found.values()), unusable, ignored
+
+
+def files_below(folder, unusable):
+    """Files in a folder and the folders below it, without hidden ones; what cannot be listed goes into unusable."""
+    files, seen = [], set()
+
+    def cannot_list(error):
+        unusable.append((error.filename, BadAudio(f"it cannot be listed ({error.strerror})")))
+
+    for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+        else:
+            files += [Path(where, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sound files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def sound_file_blocks(path):
+    """int16 blocks at 16 kHz of the first channel of a sound file."""
+    import soundfile
+    import soxr
+    with soundfile.SoundFile(path) as file:
+        if not 4_000 <= file.samplerate <= 384_000:
+            raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
+        if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
+            while len(block := file.read(common.BLOCK, dtype="int16", always_2d=True)):
+                yield block[:, 0]
+            return
+        resample = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
+        is_last = False
+        while not is_last:
+            block = np.ascontiguousarray(file.read(common.BLOCK, dtype="float32", always_2d=True)[:, 0])
+            is_last = len(block) < common.BLOCK
+            if not np.isfinite(block).all():
+                raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+            if file.samplerate != SAMPLE_RATE:
+                block = resample.resample_chunk(block, last=is_last)
+            yield common.to_int16(block * 32768.0)
+
+
+# Decoders crash on some damaged files, so each file is decoded by a process that is not this one. Its samples come
+# through a file, so that memory depends neither on the length of a recording nor on how many are decoded ahead.
+
+def decoded(paths, folder):
+    """Yield the int16 blocks of each sound file, decoded ahead by as many processes as there are cores.
+
+    The blocks of a file hold until the next one is asked for. Its samples lie in `folder`, which is made and removed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # left by a conversion that was killed
+    folder.mkdir()
+    waiting, ahead, processes = collections.deque(enumerate(paths)), collections.deque(), queue.SimpleQueue()
+    cores = os.cpu_count()
+    for _ in range(cores):
+        processes.put(new_process())
+    threads = ThreadPoolExecutor(cores)
+    try:
+        while waiting or ahead:
+            while waiting and len(ahead) <= 2 * cores:
+                n, path = waiting.popleft()
+                target = folder / str(n)
+                ahead.append((target, threads.submit(decode_elsewhere, processes, path, target)))
+            target, decoding = ahead.popleft()
+            try:
+                decoding.result()
+                yield blocks_in(target)
+            except BadAudio as why:
+                yield common.raise_later(why)
+            target.unlink(missing_ok=True)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        while not processes.empty():
+            processes.get().shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def decode_elsewhere(processes, path, target):
+    """decode() in an idle process. One that crashes is replaced, and the file tried again: it may not be the cause."""
+    process = processes.get()
+    try:
+        for _ in range(2):
+            try:
+                return process.submit(decode, path, target).result()
+            except BrokenProcessPool:
+                process.shutdown()
+                process = new_process()
+        raise BadAudio("it crashes its decoder")
+    finally:
+        processes.put(process)
+
+
+def decode(path, target):
+    """Write the samples of a sound file to target, as int16."""
+    with open(target, "wb") as file:
+        for block in common.guarded(sound_file_blocks(path)):
+            common.require_space(target.parent)
+            file.write(block)
+
+
+def blocks_in(target):
+    with open(target, "rb") as file:
+        while len(block := np.fromfile(file, np.int16, common.BLOCK)):
+            yield block
+
+
+def new_process():
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context.set_forkserver_preload(["prepare_blizzard"])
+    return ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+
+
+def end_with_parent():
+    """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# demo speech
+# ---------------------------------------------------------------------------------------------------------------------
+
+# formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
+VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
+HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
+
+
+def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False):
+    """Synthetic recordings through the same conversion as any other; returns what convert_files returns."""
+    write_demo(folder, seed)
+    return convert_files([folder], out, valid=0.1, test=0.1, force=force,
+                         created_by=f"{common.SYNTHETIC}, seed {seed}")
+
+
+def write_demo(folder, seed=0, minutes=5):
+    """Write synthetic recordings of 5 s as .npz files into folder; the same ones for the same seed."""
+    random = np.random.RandomState(seed)  # frozen by NumPy: the same stream in every version
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for minute in range(minutes):
+        np.savez(folder / f"demo_{minute}.npz", **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0)
+                                                   for i in range(12)})
+
+
+def synthetic_recording(random, seconds):
+    """Speech-like int16 audio: glottal pulses and noise through moving formants, with pauses and level changes."""
+    frames = int(seconds * SAMPLE_RATE) // HOP
+    formants, voiced, fricative = phones(random, frames)
+    time_s = np.arange(frames * HOP) / SAMPLE_RATE
+    pitch = random.uniform(90, 220) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
+                                       + 0.02 * np.sin(2 * np.pi * 5 * time_s))
+    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
+    noise = random.uniform(-1, 1, frames * HOP)
+
+    speech = np.diff(resonate(pulses, voiced, formants, (80, 100, 150)), prepend=0)  # lips radiate the change
+    speech *= 1 / (abs(speech).max() + 1e-9)
+    hiss = resonate(noise, fricative, np.full((frames, 1), 5200.0), (1500,))
+    hiss *= 0.25 / (abs(hiss).max() + 1e-9)
+    room = 4e-4 * random.uniform(-1, 1, frames * HOP)
+    return common.to_int16(random.uniform(0.15, 0.6) * 32768 * (speech + hiss + room))
+
+
+def phones(random, frames):
+    """Formants in Hz (frames, 3), loudness of the voice and of friction (frames,) of phones in a random order."""
+    voiced, fricative, level = np.zeros(frames), np.zeros(frames), np.zeros(frames)
+    formants = np.zeros((frames, 3))
+    start = 0
+    while start < frames:
+        length = random.randint(16, 60)  # 80 to 300 ms
+        segment = slice(start, start + length)
+        kind = random.choice(4, p=(0.65, 0.12, 0.08, 0.15))  # vowel, fricative, voiced fricative, pause
+        formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
+        voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
+        level[segment] = random.uniform(0.4, 1.0)
+        start += length
+    smooth = np.hanning(13) / np.hanning(13).sum()
+    formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
+    voiced, fricative, level = (np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level))
+    return formants, voiced * level, fricative * level
+
+
+def resonate(source, gain, resonances, widths):
+    """source (frames * HOP,) through resonators whose frequencies (frames, count) move from frame to frame.
+
+    gain: (frames,); resonances and their widths (count,) in Hz.
+    """
+    frames = len(gain)
+    padded = np.pad(source, SPAN // 2)
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(SPAN)
+    omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
+    response = np.ones((frames, SPAN // 2 + 1), complex)
+    for frequency, width in zip(resonances.T, widths, strict=True):
+        pole = np.exp((-np.pi * width + 2j * np.pi * frequency) / SAMPLE_RATE)[:, None]
+        response *= (1 - abs(pole)) / ((1 - pole * omega) * (1 - pole.conj() * omega))
+    pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
+    out = np.zeros(len(padded) + HOP)
+    for i, piece in enumerate(pieces):
+        out[i * HOP:i * HOP + SPAN] += piece
+    return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_options():
     parser = common.OneLineParser(prog="prepare_blizzard.py", description=__doc__, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="files, and folders to search")
@@ -21,6 +321,9 @@ def main():
     parser.add_argument("--test", type=float, default=0.05, help="fraction of samples to test on (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument("--strict", action="store_true", help="treat an unusable recording as an error")
+    parser.add_argument("--allow_pickle", action="store_true",
+                        help="read arrays of arrays as well; this executes what the file says, so only from a source "
+                             "that you trust")
     parser.add_argument("--demo", action="store_true",
                         help="write five minutes of synthetic speech-like recordings to data/demo, and convert them")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)")
@@ -29,17 +332,23 @@ def main():
         parser.error(f"--seed={options.seed} is out of range")
     if options.demo == bool(options.paths):
         parser.error("give files or folders of recordings, or --demo alone")
-    out = options.out or ("data/demo.h5" if options.demo else "data/blizzard.h5")
+    options.out = options.out or ("data/demo.h5" if options.demo else "data/blizzard.h5")
+    return options
+
+
+def main():
+    options = parse_options()
     if options.demo:
-        summary = common.make_demo_data(out, seed=options.seed, force=options.force)
+        summary = make_demo_data(options.out, seed=options.seed, force=options.force)
         print("synthetic demo data, not speech")
     else:
-        summary = common.convert(options.paths, out, options.valid, options.test, options.force, options.strict)
+        summary = convert_files(options.paths, options.out, options.valid, options.test, options.force, options.strict,
+                                options.allow_pickle)
 
-    print(f"{out}\n{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
-    total = tuple(map(sum, zip(*summary.splits.values())))
+    print(f"{options.out}\n{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
+    total = tuple(map(sum, zip(*summary.splits.values(), strict=True)))
     for split, (recordings, samples) in [*summary.splits.items(), ("total", total)]:
-        print(f"{split:6}{recordings:12,}{samples / common.SAMPLE_RATE / 60:10.2f}{samples:16,}")
+        print(f"{split:6}{recordings:12,}{samples / SAMPLE_RATE / 60:10.2f}{samples:16,}")
     print(f"mean {summary.mean:.4f}, standard deviation {summary.std:.4f} (of train, in 16-bit steps)")
     print(f"too short for one training excerpt of {common.EXCERPT_SECONDS:g} s: {summary.short[0]} recordings, "
           f"{summary.short[1]:.2f} s")

@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+import prepare_blizzard  # noqa: E402
 import vrnn_gauss  # noqa: E402
 import vrnn_gauss_alt_nll  # noqa: E402
 import vrnn_gauss_iwae  # noqa: E402
@@ -155,7 +156,7 @@ def benchmark_conversion(folder):
     x = np.random.default_rng(0).normal(0, 1000, 3600 * common.SAMPLE_RATE).astype(np.int16)
     parts = {f"minute_{i}": part for i, part in enumerate(np.array_split(x, 60))} | {"three_hours": np.tile(x, 3)}
     np.savez(folder / "four_hours.npz", **parts)
-    taken = seconds(torch.device("cpu"), lambda: common.convert([folder / "four_hours.npz"], folder / "out.h5"))
+    taken = seconds(torch.device("cpu"), lambda: prepare_blizzard.convert_files([folder / "four_hours.npz"], folder / "out.h5"))
     print(f"\nConversion of a 4-hour .npz: {4 * 3600 / taken:,.0f} times real time")
     import soundfile
     for suffix in ("wav", "flac", "mp3", "ogg"):
@@ -165,7 +166,7 @@ def benchmark_conversion(folder):
             with soundfile.SoundFile(audio / f"{i}.{suffix}", "w", 44_100, 1) as file:
                 for start in range(0, 60 * 44_100, 44_100):  # libvorbis crashes on long writes
                     file.write(x[start:start + 44_100])
-        taken = seconds(torch.device("cpu"), lambda: common.convert([audio], folder / f"{suffix}.h5"))
+        taken = seconds(torch.device("cpu"), lambda: prepare_blizzard.convert_files([audio], folder / f"{suffix}.h5"))
         print(f"Conversion of 44.1 kHz .{suffix}: {40 * 60 / taken:,.0f} times real time on {os.cpu_count()} cores")
 
 

@@ -29,6 +29,7 @@ from tiny import SIZES, command, smooth_noise, write_tiny_data  # noqa: E402
 
 import common  # noqa: E402
 import plot_recon  # noqa: E402
+import prepare_blizzard  # noqa: E402
 import vrnn_gauss  # noqa: E402
 
 TIME_LIMIT = 60  # seconds for one input
@@ -129,7 +130,7 @@ def damaged_members(data, random):
 def convert_beside_good_recordings(path):
     random = np.random.default_rng(1)
     np.savez(path.parent / "good.npz", **{f"rec_{i}": smooth_noise(random, 2_000) for i in range(12)})
-    summary = common.convert([path.parent], path.parent / "out.h5", 0.2, 0.2)
+    summary = prepare_blizzard.convert_files([path.parent], path.parent / "out.h5", 0.2, 0.2)
     (path.parent / "good.npz").unlink()
     (path.parent / "out.h5").unlink()
     return "refused" if summary.skipped else "accepted"

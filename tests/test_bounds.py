@@ -9,6 +9,7 @@ from tiny import smooth_noise
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import common
+import prepare_blizzard
 import vrnn_gauss
 import vrnn_gauss_alt_nll
 import vrnn_gauss_iwae
@@ -146,7 +147,7 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
 def test_whole_recordings_count_every_frame_once(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     np.savez(tmp_path / "in.npz", **{f"rec_{i}": smooth_noise(random, 300 + 170 * i) for i in range(30)})
-    common.convert([tmp_path / "in.npz"], tmp_path / "it.h5", valid=0.2, test=0.4)
+    prepare_blizzard.convert_files([tmp_path / "in.npz"], tmp_path / "it.h5", valid=0.2, test=0.4)
     corpus = common.open_corpus(tmp_path / "it.h5")
     monkeypatch.setattr(common, "estimate_smc", lambda model, x_TBX, k, generator: (
         -(x_TBX.double() ** 2).sum(2).cumsum(0), torch.full(x_TBX.shape[:2], 2.0)))

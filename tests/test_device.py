@@ -17,17 +17,19 @@ def test_a_window_lies_in_one_piece_so_that_its_copy_to_a_gpu_can_be_asynchronou
     assert batch.shape == (2, 5, 4, 20) and all(window.is_contiguous() for window in batch)
 
 
-def test_evaluation_has_no_tf32_and_leaves_training_with_it(monkeypatch):
-    seen = []
-    monkeypatch.setattr(common, "window_starts", lambda *_: seen.append(torch.get_float32_matmul_precision()) or [])
-    monkeypatch.setattr(common, "gather", lambda mine: [{0: {}}])
-    torch.set_float32_matmul_precision("high")
-    try:
-        common.window_bounds(common.VRNN(5, 3, 8, 7, 7, 7, 7, 7), None, None, (5,), 4)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen == ["highest"]
+def test_evaluation_has_no_tf32_though_updates_have(tmp_path, monkeypatch):
+    write_tiny_data(tmp_path / "tiny.h5")
+    h = common.parse(vrnn_gauss.Hyperparameters, [*SIZES, f"--data={tmp_path / 'tiny.h5'}", f"--out_dir={tmp_path}/run",
+                                                  "--max_updates=2", "--monitor_every=1"])
+    training, seen = common.Training(h, particles=1), []
+    training.precision = "high"  # as on a GPU
+    estimate = common.estimate_bounds
+    monkeypatch.setattr(common, "estimate_bounds", lambda *given: seen.append(
+        torch.get_float32_matmul_precision()) or estimate(*given))
+    for _ in training.updates():
+        seen.append(torch.get_float32_matmul_precision())
+    training.finish()
+    assert seen == ["high", "highest", "high", "highest", "highest"]
 
 
 def test_a_clipping_limit_that_changes_between_updates_is_not_a_number_in_a_graph(tmp_path):

@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny products gain nothing from threads, 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import common  # noqa: E402
+import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
@@ -31,7 +31,7 @@ def write_recordings(folder):
 def write_tiny_data(path):
     """An HDF5 file of twelve recordings."""
     write_recordings(path.parent / "in")
-    common.convert([path.parent / "in"], path, valid=0.2, test=0.2)
+    prepare_blizzard.convert_files([path.parent / "in"], path, valid=0.2, test=0.2)
 
 
 def command(script, *arguments):
