@@ -1,4 +1,5 @@
 import errno
+import functools
 import io
 import math
 import os
@@ -84,8 +85,11 @@ def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
 
 def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples(tmp_path):
     lengths = dict(a=40_000, b=10_000, c=10_000, d=30_000, e=10_000, f=32_000)
-    items = ((f"file of {name}", name, [noise(length)]) for name, length in lengths.items())
-    summary = common.convert(items, tmp_path / "out.h5", valid=0.25, test=0.25)
+    items = [(f"file of {name}", name, [noise(length)]) for name, length in lengths.items()]
+    damaged = ("file of g", "g", (noise(9_000) if i == 0 else [][0] for i in range(2)))  # fails after its first block
+    summary = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
+    assert summary.skipped == ["file of g: it cannot be read (list index out of range)"]
+    assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
     assert read_back(tmp_path / "out.h5")[1] == dict(train=["a", "f"], valid=["b", "d"], test=["c", "e"])
     assert summary.splits == dict(train=(2, 72_000), valid=(2, 40_000), test=(2, 20_000))
     assert summary.short == (4, 60_000 / RATE)  # a training excerpt has 32,000 samples
@@ -137,7 +141,7 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
     (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
     (np.zeros(9, [("a", "i2")]), "not audio"), (np.full(9, 32768, np.uint16), "not audio"),
-    (np.full(9, 1 << 20), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
+    (np.full(9, 1 << 20), "peak"), (np.array([1, 32_769]), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
 ))
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
     skipped = converted_array(tmp_path, array)
@@ -386,20 +390,23 @@ def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_ag
     soundfile.write(folder / "0.wav", np.tile(noise(44_100), 60), 44_100)
     for i in range(1, 400):
         os.link(folder / "0.wav", folder / f"{i}.wav")
-    conversion = subprocess.Popen(command("prepare_blizzard", folder, f"--out={tmp_path}/out.h5"), text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    with open(folder / "errors.txt", "w") as errors:
+        conversion = subprocess.Popen(command("prepare_blizzard", folder, f"--out={tmp_path}/out.h5"), stderr=errors,
+                                      start_new_session=True)
     while not list(tmp_path.glob("out.h5.decoded/1*")):
-        assert conversion.poll() is None, conversion.communicate()
+        assert conversion.poll() is None, (folder / "errors.txt").read_text()
         time.sleep(0.05)
     decoders = processes_below(conversion.pid)
     assert len(decoders) >= min(2, os.cpu_count())
     (os.killpg if number == signal.SIGINT else os.kill)(conversion.pid, number)  # Ctrl-C reaches every process
-    _, errors = conversion.communicate(timeout=60)
-    assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
+    conversion.wait(60)
+    deadline = time.monotonic() + 20
     while any(map(runs, decoders)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(runs, decoders))
+    left = [pid for pid in decoders if runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left and "Traceback" not in (folder / "errors.txt").read_text()
     if number == signal.SIGINT:
         assert conversion.returncode == 130
         assert list(tmp_path.iterdir()) == [folder]
@@ -407,6 +414,11 @@ def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_ag
         (folder / f"{i}.wav").unlink()
     convert(folder, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.h5"}
+
+
+def test_a_decoder_leaves_ctrl_c_to_its_parent():
+    with prepare_blizzard.new_process() as process:
+        assert process.submit(signal.raise_signal, signal.SIGINT).exception() is None
 
 
 def test_two_conversions_cannot_write_the_same_file(tmp_path):
@@ -549,6 +561,14 @@ def test_demo_speech_is_the_same_every_time_and_sounds_and_pauses(tmp_path):
     level = audio.reshape(-1, 400).std(1)
     assert np.quantile(level, 0.05) < 50 and np.quantile(level, 0.5) > 300
     assert audio.std() > 800 and abs(audio).max() < 32_767
+
+
+def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1))
+    summary = prepare_blizzard.make_demo_data(tmp_path / "demo.h5", tmp_path / "demo", seed=3)
+    assert sum(count for count, _ in summary.splits.values()) == 12
+    created_by = common.open_corpus(tmp_path / "demo.h5").created_by
+    assert created_by == f"{common.SYNTHETIC}, seed 3" and "not speech" in created_by
 
 
 def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(tmp_path, monkeypatch, capsys):
