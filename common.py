@@ -330,24 +330,17 @@ class VRNN(nn.Module):
         def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
             rows, columns = layer.weight.shape
             half_rows, half_columns = (rows + 1) // 2 if to_relu else rows, (columns + 1) // 2 if from_relu else columns
-            weight = nn.init.orthogonal_(torch.empty(half_rows, half_columns))
-            weight *= math.sqrt(max(1, half_rows / half_columns))
-            if from_relu:
-                weight = torch.cat((weight, -weight), dim=1)
-            if to_relu:
-                weight = torch.cat((weight, -weight), dim=0)
+            spread = math.sqrt(max(1, half_rows / half_columns))
+            weight = spread * nn.init.orthogonal_(torch.empty(half_rows, half_columns))
+            weight = torch.cat((weight, -weight), dim=1) if from_relu else weight
+            weight = torch.cat((weight, -weight), dim=0) if to_relu else weight
             layer.weight.copy_(gain * weight[:rows, :columns])
 
-        for stack, sees_relu in ((self.phi_x, False), (self.phi_z, False), (self.posterior[:-1], True),
-                                 (self.prior[:-1], False), (self.decoder[:-1], True)):
-            first, *others = (layer for layer in stack if isinstance(layer, Linear))
-            mirrored(first, from_relu=sees_relu)
-            for layer in others:
-                mirrored(layer)
-        for layer in (self.posterior_x, self.decoder_z):
-            mirrored(layer)
-        for layer in (self.posterior_h, self.decoder_h):
-            mirrored(layer, from_relu=False)
+        see_no_relu = {self.phi_x[0], self.phi_z[0], self.prior[0], self.posterior_h, self.decoder_h}
+        stacks = self.phi_x, self.phi_z, self.posterior[:-1], self.prior[:-1], self.decoder[:-1]
+        in_stacks = [layer for stack in stacks for layer in stack if isinstance(layer, Linear)]
+        for layer in [*in_stacks, self.posterior_x, self.decoder_z, self.posterior_h, self.decoder_h]:
+            mirrored(layer, from_relu=layer not in see_no_relu)
         for layer in (self.lstm_x, self.lstm_z):
             mirrored(layer, to_relu=False)
         for head in (self.posterior[-1], self.prior[-1], self.decoder[-1]):
@@ -371,10 +364,9 @@ class VRNN(nn.Module):
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
         x = x_TBX.bfloat16() if self.bf16 else x_TBX
         *layers, head, head_bias = self.posterior.parameters()
-        weights = [torch.cat((self.posterior_x.weight, self.lstm_x.weight)),
-                   torch.cat((self.posterior_x.bias, self.lstm_x.bias)),
-                   torch.cat((self.posterior_h.weight, self.lstm_h.weight)),
-                   self.lstm_z.weight, *layers, *self.phi_z.parameters()]
+        weights = [*(torch.cat((of_q, of_lstm)) for of_q, of_lstm in (
+            (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
+            (self.posterior_h.weight, self.lstm_h.weight))), self.lstm_z.weight, *layers, *self.phi_z.parameters()]
         x_weight, x_bias, h_weight, z_weight, *layers = (weight.to(x.dtype) for weight in weights)
         phi_x = self.phi_x(x)
         h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
@@ -690,7 +682,6 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
 
 MAX_SKIPPED = 10  # updates in a row
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")  # of a VRNN
-BATCH_AXIS = dict(pcm=1, state=0, next_state=0)  # of the tensors that the processes of a job hold parts of
 
 
 class Training:
@@ -709,14 +700,7 @@ class Training:
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
         self.script = script_of(type(h))
         self.name = name or self.script
-        keep_freed_memory()
-        torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-        self.processes = job()[1]
-        if h.batch_size % self.processes:
-            raise UserError(f"{self.processes} processes cannot share --batch_size={h.batch_size} evenly; start as "
-                            "many as divide it")
+        self.processes = start_processes(h.batch_size)
         self.folder, self.device = RunFolder(h), choose_device(h.device)
         self.precision = "high" if self.device.type == "cuda" else "highest"  # of products in updates; high is TF32
         ensure_demo_data(h.data)
@@ -728,7 +712,11 @@ class Training:
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         if h.evaluate:
-            self.load_for_evaluation(h.evaluate)
+            checkpoint = load_checkpoint(h.evaluate, "--evaluate", "model", "config", "mean", "std", "update")
+            load_parameters(self.averaged, checkpoint["model"], h.evaluate, "--evaluate")
+            self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
+            self.progress["updates"] = checkpoint["update"]
+            self.folder.start(self.config())
         else:
             self.create_state()
             self.begin()
@@ -741,7 +729,12 @@ class Training:
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
                                           capturable=self.device.type == "cuda")
-        create_moments(self.optimiser)
+        for p in model.parameters():  # a step creates Adam's moments, so that they can be restored in place
+            p.grad = torch.zeros_like(p)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        for moments in self.optimiser.state.values():
+            moments["step"].zero_()
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
 
@@ -759,19 +752,17 @@ class Training:
         h, folder, header = self.h, self.folder, self.header()
         if h.resume:
             folder.check_unchanged(header)
-            if is_first():
-                folder.keep_others_out()
+            folder.keep_others_out()
             folder.restore(self)
             gather("restored")
-        elif h.init_from:
-            parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-            for model in (self.model, self.averaged):
-                load_parameters(model, parameters, h.init_from, "--init_from")
+            folder.go_on(header["config"], self.progress["updates"])
+        else:
+            if h.init_from:
+                parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
+                load_parameters(self.model, parameters, h.init_from, "--init_from")
+                load_parameters(self.averaged, parameters, h.init_from, "--init_from")
+            folder.start(header["config"], header)
         if is_first():
-            if h.resume:
-                folder.go_on(header["config"], self.progress["updates"])
-            else:
-                folder.start(header["config"], header)
             print(f"{self.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
                   f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
@@ -824,7 +815,7 @@ class Training:
         h, counts, loss = self.h, self.counts, loss.detach().clone()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
-        if self.processes > 1 and (divide_by != 1 or replace_non_finite):
+        if self.processes > 1 and replace_non_finite:
             raise UserError("--as_published: what the 2016 scripts did runs in one process; start without torchrun")
         average_over_processes([*gradients, loss])
         if divide_by != 1:
@@ -940,12 +931,9 @@ class Training:
 
     def read(self, index):
         """Windows of batch `index`, read ahead by a thread; in pinned memory where a GPU will copy them."""
-        def read_now(i):
-            batch = self.excerpts.batch(i)
-            return batch.pin_memory() if self.device.type == "cuda" else batch
-
-        if index + 1 not in self.read_ahead:
-            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(read_now, i) for i in (index, index + 1)}
+        is_pinned = self.device.type == "cuda"
+        self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(self.excerpts.batch, i, is_pinned)
+                           for i in (index, index + 1)}
         return self.read_ahead[index].result()
 
     def monitor_and_save(self):
@@ -955,16 +943,14 @@ class Training:
         tracked = line["valid"][tracked_bound(self.h.eval_k)]["nats_per_frame"]
         is_best = tracked > progress["best"]
         progress["best"] = max(tracked, progress["best"])
-        checkpoint = self.checkpoint()
+        self.folder.append(**line)
         if is_first():
-            self.folder.append(**line)
             tqdm.write(progress_line(self.h, line))  # above the bar, where there is one
             sys.stdout.flush()
-            if is_best:
-                best = dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"])
-                with written_whole(self.folder.best) as partial:
-                    torch.save(best, partial)
-            self.folder.save(checkpoint)
+        if is_best:
+            best = dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"])
+            self.folder.save(self.folder.best, best)
+        self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
         self.clock = time.monotonic()
 
     def monitor(self):
@@ -986,10 +972,12 @@ class Training:
 
     def save_and_exit(self, signal_number):
         self.stop_clock()
-        checkpoint = self.checkpoint()
+        self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
         if is_first():
-            self.folder.save(checkpoint)
-            print(f"stopped after update {self.progress['updates']}; go on with: {resume_command()}", flush=True)
+            start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"]
+            start = [*(start if self.processes > 1 else [sys.executable]), *sys.argv]
+            again = shlex.join([*start, *["--resume"] * (not self.h.resume)])
+            print(f"stopped after update {self.progress['updates']}; go on with: {again}", flush=True)
         sys.exit(128 + signal_number)
 
     # ---- state ----
@@ -999,13 +987,15 @@ class Training:
         return dict(config=self.config(), mean=self.corpus.mean, std=self.corpus.std)
 
     def in_place(self):
-        """{name: tensor} of what the device holds besides parameters and moments."""
-        return dict(vars(self.counts), pcm=self.pcm, **{f"state.{i}": part for i, part in enumerate(self.state)},
-                    **{f"next_state.{i}": part for i, part in enumerate(self.next_state)})
+        """(name, tensor, axis) of what the device holds besides parameters and moments; processes share along axis."""
+        yield from ((name, tensor, None) for name, tensor in vars(self.counts).items())
+        yield "pcm", self.pcm, 1
+        for i, (before, after) in enumerate(zip(self.state, self.next_state)):
+            yield from ((f"state.{i}", before, 0), (f"next_state.{i}", after, 0))
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
-        tensors = {name: of_all_processes(tensor, batch_axis(name)) for name, tensor in self.in_place().items()}
+        tensors = {name: of_all_processes(tensor, axis) for name, tensor, axis in self.in_place()}
         return dict(self.origin(), model=self.model.state_dict(), averaged=self.averaged.state_dict(),
                     optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
                     tensors=tensors, progress=self.progress, update=self.progress["updates"])
@@ -1016,8 +1006,8 @@ class Training:
         load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
         try:
             self.generator.set_state(checkpoint["generator"])
-            for name, tensor in self.in_place().items():
-                copy_same(of_this_process(checkpoint["tensors"][name], batch_axis(name)), tensor)
+            for name, tensor, axis in self.in_place():
+                copy_same(of_this_process(checkpoint["tensors"][name], axis), tensor)
             saved = checkpoint["optimiser"]["state"]
             for i, state in enumerate(self.optimiser.state.values()):
                 for name, tensor in state.items():
@@ -1027,15 +1017,6 @@ class Training:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); give its "
                             "--out_dir, or start another") from None
-
-    def load_for_evaluation(self, path):
-        """Take the parameters of a checkpoint, and mean and std of the data that it was trained on."""
-        checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
-        load_parameters(self.averaged, checkpoint["model"], path, "--evaluate")
-        self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-        self.progress["updates"] = checkpoint["update"]
-        if is_first():
-            self.folder.start(self.config())
 
     # ---- the end ----
 
@@ -1052,8 +1033,6 @@ class Training:
             best = load_checkpoint(folder.best, "--resume", "model", "update")
             load_parameters(self.averaged, best["model"], folder.best, "--resume")
             update = best["update"]
-        if is_first():
-            print(f"evaluating {h.evaluate or folder.best} (update {update:,}) on the test split", flush=True)
         smc = max(h.eval_k)
         by_window = window_bounds(self.averaged, self.corpus, self.corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
@@ -1066,7 +1045,7 @@ class Training:
                     self.averaged, self.corpus, self.corpus.test, smc, h.eval_recordings)}
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
-            print(evaluation_table(result))
+            print(f"{h.evaluate or folder.best}, update {update:,}\n{evaluation_table(result)}")
             if hasattr(self.averaged, "generate"):
                 write_samples(self.averaged, self.corpus, self.corpus.test, folder.samples)
             print(folder.eval, flush=True)
@@ -1076,9 +1055,9 @@ class Training:
 
 def prepared(model, h):
     """The model as h wants it at first. Raises UserError where h asks for what the model does not have."""
-    for option, feature, off in (("weight_norm", "constrain_weights", "--weight_norm=0"),
-                                 ("mirrored_init", "mirror", "--no-mirrored_init"), ("bf16", "bf16", "--no-bf16")):
+    for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
         if getattr(h, option) and not hasattr(model, feature):
+            off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
             raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
     if h.mirrored_init:
         model.mirror()
@@ -1089,21 +1068,6 @@ def copy_same(values, tensor):
     if values.shape != tensor.shape or values.dtype != tensor.dtype:
         raise ValueError(f"{tuple(values.shape)} in place of {tuple(tensor.shape)}")
     tensor.copy_(values)
-
-
-def create_moments(optimiser):
-    """Give Adam the state that its first step would create, so that it can be restored in place."""
-    for group in optimiser.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimiser.step()
-    optimiser.zero_grad()
-    for state in optimiser.state.values():
-        state["step"].zero_()
-
-
-def batch_axis(name):
-    return BATCH_AXIS.get(name.split(".")[0])
 
 
 def ensure_demo_data(path):
@@ -1141,7 +1105,7 @@ FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothin
 
 class RunFolder:
     """config.json, log.jsonl, last.pt, previous.pt (the last.pt before), best.pt, eval.json, windows.csv (bounds of
-    every test window), samples/."""
+    every test window), samples/. Of the processes of a job only the first writes."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
@@ -1157,8 +1121,9 @@ class RunFolder:
 
     def keep_others_out(self):
         """Lock the folder for as long as this process lives."""
-        self.descriptor = os.open(self.folder, os.O_RDONLY)
-        lock(self.descriptor, self.folder)
+        if is_first():
+            self.descriptor = os.open(self.folder, os.O_RDONLY)
+            lock(self.descriptor, self.folder)
 
     def start(self, config, header=None):
         """A new folder; without a header it gets no log, since nothing is trained."""
@@ -1170,36 +1135,40 @@ class RunFolder:
 
     def check_unchanged(self, header):
         """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
-        new_run = "or start another --out_dir"
         try:
             before = json.loads(self.log.read_text().splitlines()[0])
-            for name, value in header["config"].items():
-                if name not in FREE_ON_RESUME and before["config"].get(name) != value:
-                    raise UserError(f"--resume: --{name} was {before['config'].get(name)} and is now {value}, which "
-                                    f"does not fit the saved state; give the old value, {new_run}")
-            if before["data"] != header["data"]:
-                raise UserError(f"--resume: {header['config']['data']} is not the file that this run began with; give "
-                                f"that file with --data, {new_run}")
-            if before["device"].startswith("cuda") != header["device"].startswith("cuda"):
-                raise UserError(f"--resume: this run began on {before['device']}, whose random numbers "
-                                f"{header['device']} cannot continue; give that --device, {new_run}")
+            changes = [(f"--{name}", before["config"].get(name), value) for name, value in header["config"].items()
+                       if name not in FREE_ON_RESUME]
+            changes += [("what --data holds", before["data"], header["data"]),
+                        ("the kind of --device", before["device"][:4], header["device"][:4])]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
                             "(with --init_from best.pt to keep what was learnt)") from None
+        for what, was, now in changes:
+            if was != now:
+                raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
+                                "give the old value, or start another --out_dir")
 
     def append(self, **line):
-        with self.log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if is_first():
+            with self.log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            sync(self.log)
 
-    def save(self, checkpoint):
-        """Write last.pt, and keep the one before as previous.pt."""
-        with written_whole(self.last) as partial:
-            torch.save(checkpoint, partial)
-            sync(partial)
-            if self.last.exists():
-                os.replace(self.last, self.previous)
+    def save(self, path, checkpoint, previous=None):
+        """Write a checkpoint such that path holds the old or the new one, whole; previous keeps the old one."""
+        partial = path.with_name(path.name + ".partial")
+        if is_first():
+            try:
+                torch.save(checkpoint, partial)
+                sync(partial)
+                if previous and path.exists():
+                    os.replace(path, previous)
+                replace_durably(partial, path)
+            except (OSError, RuntimeError) as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
+                                "and go on with --resume") from None
 
     def restore(self, training):
         """Restore the state in last.pt; where that is missing or damaged, the one before."""
@@ -1210,8 +1179,7 @@ class RunFolder:
             if not self.previous.exists():
                 raise
             training.restore(load_checkpoint(self.previous, "--resume", *parts), self.previous)
-            if is_first():
-                print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
+            print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
 
     def go_on(self, config, update):
         """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen."""
@@ -1225,19 +1193,6 @@ class RunFolder:
         header = json.dumps({**json.loads(header), "config": config})
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
         write_durably(self.log, "\n".join([header, *filter(is_seen, lines)]) + "\n")
-
-
-@contextlib.contextmanager
-def written_whole(path):
-    """A name to write a checkpoint under, which then becomes path: it holds the old or the new checkpoint, whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        replace_durably(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room and go "
-                        "on with --resume") from None
 
 
 def load_checkpoint(path, option, *parts):
@@ -1437,7 +1392,7 @@ class Excerpts:
             self.epoch, self.order = epoch, random.permutation(int(self.counts.sum()))
             self.shift = random.integers(0, self.slack, endpoint=True)
 
-    def batch(self, index):
+    def batch(self, index, is_pinned=False):
         """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
         epoch, index = divmod(index, self.batches_per_epoch)
         self.shuffle(epoch)
@@ -1446,7 +1401,8 @@ class Excerpts:
         starts = (self.split.offsets[recording] + self.shift[recording]
                   + (chosen - self.first[recording]) * self.samples)
         pcm = torch.from_numpy(self.split.read(starts, self.samples))
-        return pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying a window to a GPU waits for it
+        windows = pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying one to a GPU waits for it
+        return windows.pin_memory() if is_pinned else windows
 
 
 def window_starts(split, samples, at_most=None):
@@ -1512,13 +1468,12 @@ class SplitWriter:
         self.total += total
         self.squares += squares
 
-    def mean_and_std(self):
-        mean = self.total / self.offsets[-1]
-        return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
-
     def close(self):
+        """Returns mean and standard deviation."""
         self.group["offsets"] = np.array(self.offsets, np.int64)
         self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
+        mean = self.total / self.offsets[-1]
+        return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
 
 
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
@@ -1550,8 +1505,7 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
                 why = f" (skipped: {skipped[0]})" if skipped else ""
                 raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
                                 f"split {split}{why}; give more recordings or a larger --valid and --test")
-            writer.close()
-        mean, std = writers["train"].mean_and_std()
+        (mean, std), *_ = [writer.close() for writer in writers.values()]
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
         file.close()
@@ -1630,7 +1584,9 @@ def open_corpus(path):
 
 def read_corpus(path):
     file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-    keep_metadata_small(file)
+    cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
+    cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
+    file.id.set_mdc_config(cache)
     found = {name: str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by")}
     mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
     if (found["format"], found["version"]) != (FORMAT, str(VERSION)):
@@ -1648,14 +1604,6 @@ def read_corpus(path):
             raise BadAudio(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
     return SimpleNamespace(path=str(path), created_by=found["created_by"], mean=mean, std=std, **splits)
-
-
-def keep_metadata_small(file):
-    """Hold HDF5's cache of its chunk index at 128 KB: it would grow by 38 MB over 283 hours, and win no time."""
-    cache = file.id.get_mdc_config()
-    cache.set_initial_size = True
-    cache.initial_size = cache.min_size = cache.max_size = 1 << 17
-    file.id.set_mdc_config(cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1741,37 +1689,34 @@ def pcm16_blocks(array):
     and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
     numbers. Raises BadAudio.
     """
-    shape, kind, bytes_each = array.shape, array.dtype.kind, array.dtype.itemsize
+    shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
     if len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
-    if kind not in "iuf" or (kind, bytes_each) == ("u", 2):
+    if kind not in "iuf" or (kind, itemsize) == ("u", 2):
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array
     blocks = [samples[start:start + BLOCK] for start in range(0, len(samples), BLOCK)]
-    if bytes_each == 1:
-        yield from ((block.astype(np.int16) - (128 if kind == "u" else 0)) * 256 for block in blocks)
-    elif (kind, bytes_each) == ("i", 2):
+    if (kind, itemsize) == ("i", 2):
         yield from (block.astype(np.int16) for block in blocks)
-    else:
-        scale = to_pcm16(blocks, kind)
-        yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
-
-
-def to_pcm16(blocks, kind):
-    """The factor that brings samples of another kind than int16 to its units."""
+        return
     peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
+    zero, scale = 0, None
+    if itemsize == 1:
+        zero, scale = 128 * (kind == "u"), 256
+    elif is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
+        scale = 1
+    elif kind == "f" and peak <= 2:
+        scale = 1 << 15
+    elif kind == "i" and 1 << 23 < peak <= 1 << 31:
+        scale = 2.0 ** -16
     if not np.isfinite(peak):
         raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
-        return 1.0
-    if kind == "f" and peak <= 2:
-        return 32768.0
-    if kind == "i" and 1 << 23 < peak <= 1 << 31:
-        return 2.0 ** -16
-    raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
+    if scale is None:
+        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
+    yield from (to_int16((block.astype(np.float64) - zero) * scale) for block in blocks)
 
 
 def to_int16(samples):
@@ -1850,12 +1795,6 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def resume_command():
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    start = ["torchrun", f"--nproc_per_node={processes}"] if job()[1] > 1 else [sys.executable]
-    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
-
-
 def lock(descriptor, path):
     """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
     try:
@@ -1867,9 +1806,10 @@ def lock(descriptor, path):
 
 
 def write_durably(path, text):
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    replace_durably(temporary, path)
+    if is_first():
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(text)
+        replace_durably(temporary, path)
 
 
 def replace_durably(temporary, final):
@@ -1886,14 +1826,24 @@ def sync(path):
     os.close(descriptor)
 
 
+def start_processes(batch_size):
+    """Set up arithmetic, memory and, under torchrun, the job; returns its number of processes. Raises UserError."""
+    torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
+    keep_freed_memory()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    if batch_size % job()[1]:
+        raise UserError(f"{job()[1]} processes cannot share --batch_size={batch_size} evenly; start as many as "
+                        "divide it")
+    return job()[1]
+
+
 def keep_freed_memory():
     """Let glibc keep what is freed: every update needs the same large blocks again, and faulting them in page by page
     costs a tenth of its time on a CPU. Does nothing under another C library."""
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        m_mmap_max, m_trim_threshold = -4, -1
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
+        m_trim_threshold, m_mmap_max, libc = -1, -4, ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, -1)
 
 
 def choose_device(name):
