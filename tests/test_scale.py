@@ -87,7 +87,7 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_res
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0
     assert sum(line.startswith("error: process 0 of 2 lost the others") for line in errors.splitlines()) == 1
-    last = state(out)["progress"]["update"]
+    last = state(out)["progress"]["updates"]
     finished(command(*flags(data, out, f"--max_updates={last + 20}", "--monitor_every=20", "--resume")))
     assert [line["update"] for line in log_of(out)[1:]] == list(range(20, last + 21, 20))
 
@@ -100,7 +100,7 @@ def test_a_job_that_is_asked_to_stop_saves_its_state(data, tmp_path):
     output, _ = job.communicate(timeout=100)
     assert "go on with: torchrun --nproc_per_node=2 " in output
     stopped = int(output.split("stopped after update ")[1].split(";")[0])
-    assert state(out)["progress"]["update"] == stopped
+    assert state(out)["progress"]["updates"] == stopped
 
 
 def write_corpus(path, samples):

@@ -1,6 +1,6 @@
 """Damage inputs of every kind at random, read them, and count what happens.
 
-    python tests/fuzz.py [--cases 2400] [--seed 0]
+    python tests/tools/fuzz.py [--cases 2800] [--seed 0]
 
 An input may be accepted (what was damaged does not matter, or is sound) or refused with a sentence. Everything else is
 a failure: another exception, a crash, more than 60 seconds, a file left behind, or code from the input that ran. Inputs
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 from tiny import SIZES, command, smooth_noise, write_tiny_data  # noqa: E402
 
@@ -138,8 +138,8 @@ def convert_beside_good_recordings(path):
 def read_corpus_whole(path):
     corpus = common.open_corpus(path)
     excerpts = common.Excerpts(corpus.train, 20, 5, 2, 4, 0)
-    for group in range(min(excerpts.groups_per_epoch, 50)):
-        excerpts.group(group)
+    for batch in range(min(excerpts.batches_per_epoch, 50)):
+        excerpts.batch(batch)
     common.window_starts(corpus.valid, 100, 8)
     common.window_starts(corpus.test, 100, 8)
 
