@@ -57,6 +57,11 @@ def test_two_processes_compute_the_gradient_of_one(data, tmp_path, monkeypatch):
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
 
 
+def test_what_was_published_runs_in_one_process(data, tmp_path):
+    job = subprocess.run(torchrun(2, *flags(data, tmp_path / "run", "--as_published")), capture_output=True, text=True)
+    assert job.returncode != 0 and job.stderr.count("error: --as_published sums over the batch of one process") == 2
+
+
 def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
     """From two processes to one, in the middle of an excerpt, against one process throughout."""
     whole, mixed = tmp_path / "whole", tmp_path / "mixed"
