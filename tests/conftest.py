@@ -1,7 +1,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+TESTS = Path(__file__).parent
+sys.path[:0] = map(str, (TESTS.parent, TESTS / "tools", TESTS / "experiments"))
 
 import tiny  # noqa: E402, F401 (sets the number of threads, before torch is imported)
 

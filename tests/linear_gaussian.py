@@ -71,4 +71,5 @@ class LinearGaussian:
             by_time.append((-log_px, kl, log_w, q_mean, q_sigma, prior_mean, prior_sigma, x_mean, x_sigma))
         nll, kl, log_w, *parameters = map(torch.stack, zip(*by_time))
         by_particle = (frames, batch, k)
-        return Rollout(nll.view(by_particle), kl.view(by_particle), log_w.view(by_particle), *parameters, state=(z, z))
+        return Rollout(nll.view(by_particle), kl.view(by_particle), log_w.view(by_particle), *parameters, state=(z,),
+                       phi_x=None)

@@ -39,8 +39,9 @@ def plain_rollout(model, x_TBX, state, noise, k):
         h = torch.sigmoid(o) * torch.tanh(c)
         log_px = decoder.log_prob(x).sum(-1)
         log_w = log_px + prior.log_prob(z).sum(-1) - posterior.log_prob(z).sum(-1)
-        frames.append((-log_px, kl_divergence(posterior, prior).sum(-1), log_w, posterior.mean, posterior.stddev,
-                       prior.mean, prior.stddev, decoder.mean, decoder.stddev))
-    nll, kl, log_w, *parameters = map(torch.stack, zip(*frames))
+        frames.append((phi_x[::k], -log_px, kl_divergence(posterior, prior).sum(-1), log_w, posterior.mean,
+                       posterior.stddev, prior.mean, prior.stddev, decoder.mean, decoder.stddev))
+    phi_x, nll, kl, log_w, *parameters = map(torch.stack, zip(*frames))
     by_particle = (len(x_TBX), -1, k)
-    return Rollout(nll.view(by_particle), kl.view(by_particle), log_w.view(by_particle), *parameters, state=(h, c))
+    return Rollout(nll.view(by_particle), kl.view(by_particle), log_w.view(by_particle), *parameters, state=(h, c),
+                   phi_x=phi_x)

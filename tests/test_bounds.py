@@ -124,7 +124,7 @@ def test_the_particle_filter_equals_a_plain_one_and_so_does_its_gradient():
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, k = 3 * torch.randn(12, 4, 5, dtype=torch.float64), 6
     noise, uniform_TB = torch.randn(12, 4 * k, 3, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
-    filtering = model(x_TBX, None, noise, k, uniform_TB=uniform_TB)
+    filtering = common.particle_filter(model, x_TBX, None, noise, uniform_TB, k)
     plain_B = plain_particle_filter(model, x_TBX, noise, uniform_TB, k)
     assert (filtering.ess_TB[:-1] < k / 2).any(), "nothing was resampled"
     torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain_B)
@@ -137,7 +137,8 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, noise = torch.randn(9, 4, 5, dtype=torch.float64), torch.randn(9, 4 * 2, 3, dtype=torch.float64)
     uniform_TB = torch.rand(9, 4, dtype=torch.float64)
-    resampled = vrnn_gauss_iwae.objective_resampled(model(x_TBX, None, noise, 2, uniform_TB=uniform_TB))
+    filtering = common.particle_filter(model, x_TBX, None, noise, uniform_TB, 2)
+    resampled = vrnn_gauss_iwae.objective_resampled(filtering)
     weighted = vrnn_gauss_iwae.objective(model(x_TBX, None, noise, 2))  # of two particles the size is never under 1
     torch.testing.assert_close(resampled, weighted)
     for ours, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (resampled, weighted))):
@@ -163,20 +164,37 @@ def test_whole_recordings_count_every_frame_once(tmp_path, monkeypatch):
     assert found["nats_per_frame"] == pytest.approx(sum(nats) / sum(frames), rel=1e-3)
 
 
+def z_of(rollout, noise):
+    return (rollout.q_mean + rollout.q_sigma * noise).detach()
+
+
+def doubly_reparameterised_loss(model, x_TBX, noise, rollout, k):
+    """From a zero state, as vrnn_gauss_iwae.main computes it."""
+    state = model.zero_state(x_TBX.shape[1] * k)
+    at_fixed_z = model.at_fixed_z(x_TBX, rollout.phi_x, z_of(rollout, noise), state, k)
+    return vrnn_gauss_iwae.objective_dreg(rollout, *at_fixed_z)
+
+
 def test_densities_at_fixed_z_are_those_of_the_rollout():
     torch.manual_seed(0)
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     state = torch.randn(2, 4 * 3, 8, dtype=torch.float64).unbind()
-    rollout = model(torch.randn(6, 4, 5, dtype=torch.float64), state, k=3, fixed_z=True)
-    torch.testing.assert_close(rollout.log_p_fixed_TBK - rollout.log_q_fixed_TBK, rollout.log_w_TBK)
+    x_TBX, noise = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(6, 4 * 3, 3, dtype=torch.float64)
+    rollout = model(x_TBX, state, noise, 3)
+    z = z_of(rollout, noise)
+    log_p_TBK, log_q_TBK = model.at_fixed_z(x_TBX, rollout.phi_x, z, state, 3)
+    torch.testing.assert_close(log_p_TBK - log_q_TBK, rollout.log_w_TBK)
+    log_q = common.gaussian_log_density(z, rollout.q_mean, rollout.q_sigma)
+    torch.testing.assert_close(log_q_TBK, log_q.view(6, 4, 3))
 
 
 def test_the_doubly_reparameterised_gradient_equals_its_definition():
     torch.manual_seed(0)
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, noise = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(6, 4 * 3, 3, dtype=torch.float64)
-    rollout = model(x_TBX, None, noise, 3, fixed_z=True)
-    doubly = gradients(vrnn_gauss_iwae.objective_dreg(rollout), model)
+    loss = doubly_reparameterised_loss(model, x_TBX, noise, model(x_TBX, None, noise, 3), 3)
+    torch.testing.assert_close(loss, vrnn_gauss_iwae.objective(model(x_TBX, None, noise, 3)))
+    doubly = gradients(loss, model)
 
     rollout = model(x_TBX, None, noise, 3)
     z = rollout.q_mean + rollout.q_sigma * noise
@@ -200,9 +218,10 @@ def test_the_doubly_reparameterised_gradient_has_the_mean_of_the_ordinary_one_an
     x_TBX = torch.randn(4, 1, 5, dtype=torch.float64).expand(4, 500, 5)
     doubly, ordinary = [], []
     for _ in range(40):
-        rollout = model(x_TBX, k=4, fixed_z=True)
-        ordinary.append(gradients(vrnn_gauss_iwae.objective(rollout), model))
-        doubly.append(gradients(vrnn_gauss_iwae.objective_dreg(model(x_TBX, k=4, fixed_z=True)), model))
+        ordinary.append(gradients(vrnn_gauss_iwae.objective(model(x_TBX, k=4)), model))
+        noise = torch.randn(4, 500 * 4, 3, dtype=torch.float64)
+        loss = doubly_reparameterised_loss(model, x_TBX, noise, model(x_TBX, None, noise, 4), 4)
+        doubly.append(gradients(loss, model))
     ordinary, doubly = torch.stack(ordinary), torch.stack(doubly)
     error = ((ordinary.var(0) + doubly.var(0)) / 40).sqrt()
     assert (ordinary.mean(0) - doubly.mean(0)).norm() < 1.5 * error.norm()
@@ -271,7 +290,7 @@ def test_objectives_equal_their_formulas_written_out():
 
 def test_iwae_gradient_weighs_particles_by_their_normalised_weights():
     log_w_TBK = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    rollout = common.Rollout(*[None] * 2, log_w_TBK, *[None] * 7)
+    rollout = common.Rollout(*[None] * 2, log_w_TBK, *[None] * 8)
     vrnn_gauss_iwae.objective(rollout).backward()
     weights = log_w_TBK.detach().sum(0).softmax(1) / (3 * 4)
     torch.testing.assert_close(log_w_TBK.grad, -weights.expand(4, 3, 5))
@@ -280,7 +299,7 @@ def test_iwae_gradient_weighs_particles_by_their_normalised_weights():
 def test_published_weights_on_a_case_small_enough_to_read():
     """One sequence, two frames, two particles, the second three times as good in each frame: weights 1 and 9."""
     log_w_TBK = math.log(3) * torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64, requires_grad=True)
-    rollout = common.Rollout(*[None] * 2, log_w_TBK, *[None] * 7)
+    rollout = common.Rollout(*[None] * 2, log_w_TBK, *[None] * 8)
 
     def weights(*corrections):
         """Of the two particles in the gradient."""

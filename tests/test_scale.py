@@ -57,6 +57,11 @@ def test_two_processes_compute_the_gradient_of_one(data, tmp_path, monkeypatch):
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
 
 
+def test_what_was_published_runs_in_one_process(data, tmp_path):
+    job = subprocess.run(torchrun(2, *flags(data, tmp_path / "run", "--as_published")), capture_output=True, text=True)
+    assert job.returncode != 0 and job.stderr.count("error: --as_published sums over the batch of one process") == 2
+
+
 def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
     """From two processes to one, in the middle of an excerpt, against one process throughout."""
     whole, mixed = tmp_path / "whole", tmp_path / "mixed"
@@ -87,7 +92,7 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_res
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0
     assert sum(line.startswith("error: process 0 of 2 lost the others") for line in errors.splitlines()) == 1
-    last = state(out)["progress"]["update"]
+    last = state(out)["progress"]["updates"]
     finished(command(*flags(data, out, f"--max_updates={last + 20}", "--monitor_every=20", "--resume")))
     assert [line["update"] for line in log_of(out)[1:]] == list(range(20, last + 21, 20))
 
@@ -100,7 +105,7 @@ def test_a_job_that_is_asked_to_stop_saves_its_state(data, tmp_path):
     output, _ = job.communicate(timeout=100)
     assert "go on with: torchrun --nproc_per_node=2 " in output
     stopped = int(output.split("stopped after update ")[1].split(";")[0])
-    assert state(out)["progress"]["update"] == stopped
+    assert state(out)["progress"]["updates"] == stopped
 
 
 def write_corpus(path, samples):

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,7 +19,18 @@ import pytest
 import soundfile
 import torch
 from kill import kill_and_compare
-from tiny import ROOT, SIZES, assert_same_run, command, log_of, run, write_recordings
+from tiny import (
+    ROOT,
+    SIZES,
+    assert_same_run,
+    command,
+    log_of,
+    make_updates,
+    run,
+    tiny_training,
+    update_with,
+    write_recordings,
+)
 
 import common
 import vrnn_gauss
@@ -80,7 +92,10 @@ def check_run(out):
         (np.log(header["data"]["std"]) - elbo["nats_per_frame"] / 20) / np.log(2))
     audio, rate = soundfile.read(out / "samples/sample_0.wav", dtype="int16")
     assert rate == 16_000 and len(audio) == 64_000 and audio.std() > 0
-    assert (out / "samples/samples.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        *(f"sample_{i}.wav" for i in range(4)), "real_0.wav", "real_1.wav"}
+    real, rate = soundfile.read(out / "samples/real_0.wav", dtype="int16")
+    assert rate == 16_000 and len(real) == 2_993 and real.std() > 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -227,16 +242,21 @@ def test_damaged_run_files_are_refused_on_resume(folder, runs, tmp_path, file, c
 def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     state = torch.load(folder_copy / "last.pt", weights_only=True)
-    for part, value in (("tensors", {}), ("generator", torch.zeros(3)), ("progress", {"update": "x"})):
+    for part, value in (("tensors", {}), ("generator", torch.zeros(3)),
+                        ("progress", dict(updates="x", seconds=0.0, best=0.0))):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
         (folder_copy / "previous.pt").unlink(missing_ok=True)
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
 
 
+def run_folder(path):
+    return common.RunFolder(SimpleNamespace(out_dir=path, resume=True, evaluate=""))
+
+
 def test_a_run_folder_is_written_by_one_process_at_a_time(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
-    other = common.Run(SimpleNamespace(out_dir=folder_copy, resume=True))
+    other = run_folder(folder_copy)
     other.keep_others_out()
     result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
     assert result.returncode == 2 and "is being written by another process" in result.stderr
@@ -253,7 +273,7 @@ def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkey
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(common.UserError, match="last.pt cannot be written"):
-        common.Run(SimpleNamespace(out_dir=folder_copy, resume=True)).save({})
+        run_folder(folder_copy).save({})
     assert before == {name: (folder_copy / name).read_bytes() for name in before}
     assert not list(folder_copy.glob("*.partial"))
 
@@ -263,8 +283,8 @@ def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
 
 
 def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
-    result = subprocess.run([sys.executable, ROOT / "tests/fuzz.py", "--cases=140", "--seed=1"], capture_output=True,
-                            text=True)
+    result = subprocess.run([sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=150", "--seed=1"],
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -366,86 +386,107 @@ def test_importing_a_script_does_nothing(script, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def tiny_hyperparameters(folder, *flags):
-    module = importlib.import_module("vrnn_gauss")
-    return common.hyperparameters(dict(vars(module)), [*SIZES, f"--data={folder / 'data/tiny.h5'}", *flags])
+@pytest.fixture
+def training(folder, tmp_path):
+    """A function from flags to the Training of vrnn_gauss.py."""
+    return lambda *flags: tiny_training(vrnn_gauss, folder / "data/tiny.h5", tmp_path / "run", *flags)[1]
 
 
-def test_steps_that_are_not_finite_change_nothing_and_are_counted(folder, tmp_path):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}")
+def parameters_of(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(training):
+    training, kept = training("--weight_norm=0.5"), []
     poison = iter([1, float("nan"), float("inf"), 1])
-    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean() * next(poison), 1, 1, False)
-    kept = []
-    for _ in range(4):
-        trainer.update()
-        kept.append([p.detach().clone() for p in trainer.model.parameters()])
-    same = [all(map(torch.equal, one, other)) for one, other in zip(kept, kept[1:])]
+    update = update_with(training, lambda rollout: rollout.nll_TBK.mean() * next(poison))
+
+    def update_and_keep():
+        update()
+        kept.append((parameters_of(training.model), training.counts.skipped_in_a_row.item()))
+        is_finite = all(part.isfinite().all() for part in training.next_state)
+        assert is_finite and training.next_state[0].any() == (len(kept) in (1, 4))
+
+    make_updates(training, update_and_keep, 4)
+    same = [all(map(torch.equal, one, other)) for (one, _), (other, _) in zip(kept, kept[1:])]
     assert same == [True, True, False]
-    assert trainer.tensors.skipped == 2 and trainer.tensors.skipped_in_a_row == 0
-    assert trainer.monitor()["skipped"] == 2
-    assert all(p.isfinite().all() for p in kept[-1])
+    assert [in_a_row for _, in_a_row in kept] == [0, 1, 2, 0]
+    assert training.counts.skipped == 2 and log_of(training.folder.folder)[-1]["skipped"] == 2
+    assert all(p.isfinite().all() for p in kept[-1][0])
 
 
-def test_restoring_leaves_a_trainer_and_its_progress_in_place(folder, tmp_path):
-    trainer = common.Trainer(tiny_hyperparameters(folder, f"--out_dir={tmp_path}"), vrnn_gauss.objective, 1, 1, False)
-    progress, before = trainer.progress, copy.deepcopy(trainer.checkpoint())
-    places = [*trainer.model.parameters(), *vars(trainer.tensors).values()]
-    for _ in range(3):
-        trainer.update()
-    trainer.restore(before, None)
-    assert trainer.progress is progress and progress["update"] == 0
-    assert all(map(torch.equal, before["model"].values(), trainer.model.state_dict().values()))
-    assert all(a is b for a, b in zip(places, [*trainer.model.parameters(), *vars(trainer.tensors).values()]))
-    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in trainer.optimiser.state.values())
+def test_restoring_leaves_a_training_and_its_progress_in_place(training):
+    training = training()
+    progress, before = training.progress, copy.deepcopy(training.checkpoint())
+    places = [*training.model.parameters(), *training.averaged.parameters(), *training.in_place().values()]
+    make_updates(training, update_with(training, vrnn_gauss.objective), 3)
+    assert progress["updates"] == 3 and progress["best"] > -math.inf
+    training.restore(before, None)
+    assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
+    for part, model in dict(model=training.model, averaged=training.averaged).items():
+        assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
+    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in training.in_place().items())
+    assert torch.equal(training.generator.get_state(), before["generator"])
+    now = [*training.model.parameters(), *training.averaged.parameters(), *training.in_place().values()]
+    assert all(a is b for a, b in zip(places, now, strict=True))
+    assert all(state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+               for state in training.optimiser.state.values())
 
 
-def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(folder, tmp_path):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path / 'run'}")
-    with pytest.raises(common.UserError, match="not finite in 10 updates in a row"):
-        common.train(h, lambda rollout: rollout.nll_TBK.mean() * float("nan"), 1)
+def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(training):
+    training = training()
+    with pytest.raises(common.UserError, match="not finite in 10 updates in a row, up to update 10;"):
+        make_updates(training, update_with(training, lambda rollout: rollout.nll_TBK.mean() * float("nan")), 100)
 
 
-def test_noise_on_x_fades_to_a_hundredth_and_ends(folder, tmp_path):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--x_noise=0.5", "--x_noise_updates=100")
-    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
-    found = []
+def test_noise_on_x_fades_to_a_hundredth_and_ends(training):
+    training, found = training("--x_noise=0.5", "--x_noise_updates=100"), []
     for updates in (0, 50, 99, 100, 1000):
-        trainer.tensors.updates.fill_(updates)
-        found.append(trainer.x_noise().item())
+        training.counts.updates.fill_(updates)
+        found.append(training.x_noise().item())
     assert found == pytest.approx([0.5, 0.05, 0.5 * 0.01 ** 0.99, 0, 0])
 
 
 @pytest.mark.parametrize("updates, expected", [(0, 0.02), (50, 0.01), (99, 0.0002), (100, 0.0002), (1000, 0.0002)])
-def test_the_learning_rate_falls_to_a_hundredth(folder, tmp_path, updates, expected):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--lr=0.02", "--lr_updates=100", "--weight_norm=0")
-    trainer = common.Trainer(h, vrnn_gauss.objective, 1, 1, False)
-    trainer.tensors.updates.fill_(updates)
-    before = trainer.model.decoder[-1].bias.detach().clone()
-    trainer.update()  # the first step of Adam has the length of the learning rate in every direction
-    moved = (trainer.model.decoder[-1].bias.detach() - before).abs()
+def test_the_learning_rate_falls_to_a_hundredth(training, updates, expected):
+    training = training("--lr=0.02", "--lr_updates=100", "--weight_norm=0")
+    training.counts.updates.fill_(updates)
+    (before,) = parameters_of(training.model.decoder[-1])[1:]
+    make_updates(training, update_with(training, vrnn_gauss.objective), 1)
+    (after,) = parameters_of(training.model.decoder[-1])[1:]
+    moved = (after - before).abs()  # the first step of Adam has the length of the learning rate in every direction
     assert moved.median().item() == pytest.approx(expected, rel=1e-2)
 
 
-def test_averaged_weights_follow_the_trained_ones(folder, tmp_path):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--ema=0.5")
-    trainer = common.Trainer(h, lambda rollout: rollout.nll_TBK.mean(), 1, 1, False)
-    expected = trainer.model.decoder[-1].weight.detach().clone()
-    for update in range(20):
-        trainer.update()
-        decay = min(0.5, (1 + update) / (10 + update))
-        expected = decay * expected + (1 - decay) * trainer.model.decoder[-1].weight.detach()
-    torch.testing.assert_close(trainer.averaged.decoder[-1].weight.detach(), expected)
+def test_averaged_weights_follow_the_trained_ones(training):
+    training = training("--ema=0.5")
+    update, expected = update_with(training, lambda rollout: rollout.nll_TBK.mean()), parameters_of(training.model)
+
+    def update_and_average():
+        update()
+        done = training.progress["updates"]
+        decay = min(0.5, (1 + done) / (10 + done))
+        expected[:] = [decay * old + (1 - decay) * new for old, new in zip(expected, training.model.parameters())]
+
+    make_updates(training, update_and_average, 20)
+    for averaged, p in zip(training.averaged.parameters(), expected):
+        torch.testing.assert_close(averaged, p)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_updates_of_the_cuda_graph_equal_updates_launched_one_by_one(folder, tmp_path):
-    h = tiny_hyperparameters(folder, f"--out_dir={tmp_path}", "--device=cuda")
-    trainers = [common.Trainer(h, vrnn_gauss_iwae.objective, 3, 1, False) for _ in range(2)]
-    trainers[1].capture()
-    assert "replay" in trainers[1].step.__name__
-    for trainer in trainers:
-        for _ in range(20):
-            trainer.update()
-    one_by_one, graph = (list(trainer.model.parameters()) for trainer in trainers)
-    torch.testing.assert_close(one_by_one, graph, rtol=1e-4, atol=1e-5)
-    assert trainers[1].tensors.updates == 20 and trainers[1].tensors.skipped == 0
+@pytest.mark.parametrize("objective", (vrnn_gauss.objective, vrnn_gauss_iwae.objective))
+def test_updates_of_the_cuda_graph_equal_updates_launched_one_by_one(folder, tmp_path, objective):
+    trainings = []
+    for captures in (False, True):
+        h, training = tiny_training(vrnn_gauss_iwae, folder / "data/tiny.h5", tmp_path / f"captured-{captures}",
+                                    "--device=cuda", "--k=3", "--grad_clip=2", "--lr_updates=30")
+        update = update_with(training, objective)
+        before = parameters_of(training.model)
+        captured = training.captured(update) if captures else update
+        assert (captured.__name__ == "replay") == captures
+        assert all(map(torch.equal, before, training.model.parameters())), "to capture it was an update"
+        make_updates(training, captured, 20)
+        assert training.counts.updates == 20 and training.counts.skipped == 0
+        trainings.append(training)
+    for one_by_one, graph in zip(*(training.model.parameters() for training in trainings)):
+        torch.testing.assert_close(one_by_one, graph, rtol=1e-4, atol=1e-5)

@@ -61,6 +61,31 @@ def assert_same_run(one, other):
             assert name.endswith(("seconds", "out_dir", "max_updates")) or same(value, theirs[name]), name
 
 
+def tiny_training(module, data, out, *flags, particles=None, **options):
+    """(hyperparameters, Training) of a script's module at tiny sizes; h.k particles unless the number is given."""
+    h = common.parse(module.Hyperparameters, [*SIZES, f"--data={data}", f"--out_dir={out}", *map(str, flags)])
+    return h, common.Training(h, particles or h.k, **options)
+
+
+def update_with(training, objective, **step_options):
+    """An update such as the scripts have, with this objective."""
+    def update():
+        k = training.particles
+        x_TBX, noise = training.window(), training.noise(k, training.h.z_dim)
+        rollout = training.model(x_TBX, training.state, noise, k)
+        loss = objective(rollout)
+        loss.backward()
+        training.step(loss, rollout.state, **step_options)
+    return update
+
+
+def make_updates(training, update, count):
+    """The loop of the scripts, count updates further; it ends with an evaluation and a checkpoint."""
+    training.h.max_updates = training.progress["updates"] + count
+    for _ in training.updates():
+        update()
+
+
 def flat(tree, path=""):
     """{path: leaf} of nested dicts."""
     if not isinstance(tree, dict):

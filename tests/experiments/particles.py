@@ -1,6 +1,6 @@
 """How the weights of particles collapse, and what is left of the gradient, as K and the length of a sequence grow.
 
-    python tests/particles.py runs/vrnn_gauss/best.pt [--data data/speech.h5] [--out particles.json]
+    python tests/experiments/particles.py runs/vrnn_gauss/best.pt [--data data/speech.h5] [--out particles.json]
 
 For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
 particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import vrnn_gauss  # noqa: E402
 import vrnn_gauss_alt_nll  # noqa: E402
@@ -69,16 +69,27 @@ def as_published(model, corpus, k=5):
 def losses(model, x_TBX, k):
     """{objective: function that draws z and returns its loss}."""
     frames, batch, _ = x_TBX.shape
+    state = model.zero_state(batch * k)
+
+    def noise():
+        return torch.randn(frames, batch * k, model.z_dim)
+
+    def dreg():
+        eps = noise()
+        rollout = model(x_TBX, state, eps, k)
+        z = (rollout.q_mean + rollout.q_sigma * eps).detach()
+        return vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
+
+    def resampled():
+        return vrnn_gauss_iwae.objective_resampled(
+            common.particle_filter(model, x_TBX, state, noise(), torch.rand(frames, batch), k))
+
     if k == 1:
         return {"VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),
                 "VAE_1 = IWAE_1": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX))}
-    return {
-        f"VAE_{k}": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX, k=k)),
-        f"IWAE_{k}": lambda: vrnn_gauss_iwae.objective(model(x_TBX, k=k)),
-        f"IWAE_{k} DReG": lambda: vrnn_gauss_iwae.objective_dreg(model(x_TBX, k=k, fixed_z=True)),
-        f"IWAE_{k} resampled": lambda: vrnn_gauss_iwae.objective_resampled(
-            model(x_TBX, None, torch.randn(frames, batch * k, model.z_dim), k, uniform_TB=torch.rand(frames, batch))),
-    }
+    return {f"VAE_{k}": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX, k=k)),
+            f"IWAE_{k}": lambda: vrnn_gauss_iwae.objective(model(x_TBX, k=k)),
+            f"IWAE_{k} DReG": dreg, f"IWAE_{k} resampled": resampled}
 
 
 def signal_to_noise(model, loss):
@@ -132,8 +143,7 @@ def main():
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     checkpoint = common.load_checkpoint(options.checkpoint, "checkpoint", "model", "config", "update")
-    sizes = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")
-    model = common.VRNN(**{name: checkpoint["config"][name] for name in sizes})
+    model = common.VRNN(**{name: checkpoint["config"][name] for name in common.SIZES})
     model.load_state_dict(checkpoint["model"])
     corpus = common.open_corpus(options.data)
     with torch.no_grad():

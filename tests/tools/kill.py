@@ -1,6 +1,6 @@
 """Kill a training process at random moments, resume it, and compare it with a run that was never killed.
 
-    python tests/kill.py [--kills 30] [--seed 0]
+    python tests/tools/kill.py [--kills 30] [--seed 0]
 
 Every second kill waits for a checkpoint that is being written. Prints a line per kill; exit status 1 if a run differs.
 """
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 from tiny import SIZES, assert_same_run, command, write_tiny_data  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Train, or resume, every run of the table in the README, and copy its logs to data/results.
 
-    python tests/experiment.py [--at_once 2] [--updates 5000] [--runs runs/experiment] [--to data/results]
+    python tests/experiments/experiment.py [--at_once 2] [--updates 5000] [--runs runs/experiment] [--to data/results]
 
 It needs data/speech.h5 (all recordings) and data/reader.h5 (the single reader alone), made by prepare_blizzard.py. Runs
 go one thread each, at_once at a time, in the order below. Those whose logs are in the folder `--to` are passed over,
@@ -16,12 +16,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 128 --rnn_dim 128 --z_dim 32 "
             "--batch_size 8 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
             "--device cpu").split()
 VRNN, VAE, IWAE = "vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae"
-VRNN_SCALED = "tests/clipping"
+VRNN_SCALED = "tests/experiments/clipping"
 # The published batch of 128 clipped the gradient of the mean over sequences at 640 for VRNN and, because its loss is
 # a sum over them, at 5 for IWAE_5. With a sum over 8 sequences, 40 does that.
 SUM_OF_8 = ["--as_published", "--grad_clip=40"]

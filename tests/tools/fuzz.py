@@ -1,6 +1,6 @@
 """Damage inputs of every kind at random, read them, and count what happens.
 
-    python tests/fuzz.py [--cases 2400] [--seed 0]
+    python tests/tools/fuzz.py [--cases 3000] [--seed 0]
 
 An input may be accepted (what was damaged does not matter, or is sound) or refused with a sentence. Everything else is
 a failure: another exception, a crash, more than 60 seconds, a file left behind, or code from the input that ran. Inputs
@@ -9,7 +9,9 @@ are read by another process, which may die of one. Prints a table; exit status 1
 
 import argparse
 import collections
+import contextlib
 import io
+import math
 import os
 import pickle
 import shutil
@@ -22,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
-from tiny import SIZES, command, smooth_noise, write_tiny_data  # noqa: E402
+from tiny import SIZES, command, make_updates, smooth_noise, update_with, write_tiny_data  # noqa: E402
 
 import common  # noqa: E402
 import plot_recon  # noqa: E402
@@ -34,7 +37,8 @@ import vrnn_gauss  # noqa: E402
 
 TIME_LIMIT = 60  # seconds for one input
 SOUND = ("wav", "flac", "mp3", "ogg")
-KINDS = ("npz", "npz_members", "npy", "ragged_npy", "pickle_npy", *SOUND, "h5", "last_pt", "init_pt", "log", "eval")
+CHECKPOINTS = dict(last_pt="last.pt", init_pt="best.pt", evaluate_pt="best.pt")
+KINDS = ("npz", "npz_members", "npy", "ragged_npy", "pickle_npy", *SOUND, "h5", *CHECKPOINTS, "log", "eval")
 
 
 class Payload:
@@ -76,7 +80,7 @@ def whole_input(kind, random, run):
         file = io.BytesIO()
         soundfile.write(file, arrays[0], int(random.choice([16_000, 44_100])), format=kind.upper())
         return file.getvalue()
-    name = dict(h5="../tiny.h5", last_pt="last.pt", init_pt="best.pt", log="log.jsonl", eval="eval.json")[kind]
+    name = dict(CHECKPOINTS, h5="../tiny.h5", log="log.jsonl", eval="eval.json")[kind]
     return (run / name).read_bytes()
 
 
@@ -125,6 +129,27 @@ def damaged_members(data, random):
     return file.getvalue()
 
 
+ODD = (None, "x", -1, 1 << 62, math.nan, math.inf, 0.5, True, [], {}, [{}], (1, "x"), torch.zeros(3))
+
+
+def damaged_leaf(data, random):
+    """A sound checkpoint with something odd in place of one of its parts, or without it."""
+    checkpoint = torch.load(io.BytesIO(data), weights_only=True)
+    part = checkpoint
+    while True:
+        name = list(part)[random.integers(len(part))]
+        if not isinstance(part[name], dict) or not part[name] or random.random() < 0.2:
+            break
+        part = part[name]
+    if random.random() < 0.1:
+        del part[name]
+    else:
+        part[name] = ODD[random.integers(len(ODD))]
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    return file.getvalue()
+
+
 # ---- reading ----
 
 def convert_beside_good_recordings(path):
@@ -139,20 +164,34 @@ def convert_beside_good_recordings(path):
 def read_corpus_whole(path):
     corpus = common.open_corpus(path)
     excerpts = common.Excerpts(corpus.train, 20, 5, 2, 4, 0)
-    for group in range(min(excerpts.groups_per_epoch, 50)):
-        excerpts.group(group)
+    for batch in range(min(excerpts.batches_per_epoch, 50)):
+        excerpts.batch(batch)
     common.window_starts(corpus.valid, 100, 8)
     common.window_starts(corpus.test, 100, 8)
 
 
-def restore_from(path, option, run):
-    flags = [*SIZES, f"--data={run.parent / 'tiny.h5'}", f"--out_dir={path.parent / 'out'}"]
-    trainer = common.Trainer(common.hyperparameters(dict(vars(vrnn_gauss)), flags), vrnn_gauss.objective, 1, 1, False)
-    if option == "--init_from":
-        trainer.start_from(path)
+def train_from(kind, path, run):
+    """One update from a checkpoint, with its evaluation and the saving of a state; or the evaluation alone."""
+    out = path.parent / "out"
+    flags = [f"--data={run.parent / 'tiny.h5'}", f"--out_dir={out}"]
+    if kind == "last_pt":
+        shutil.copytree(run, out)
+        (out / "previous.pt").unlink()
+        shutil.copy(path, out / "last.pt")
+        flags += [*SIZES, "--resume"]
+    elif kind == "init_pt":
+        flags += [*SIZES, f"--init_from={path}"]
     else:
-        trainer.restore(common.load_checkpoint(path, option, *trainer.checkpoint().keys()), path)
-    trainer.update()
+        flags += ["--device=cpu", f"--evaluate={path}"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as last:
+        last.callback(shutil.rmtree, out, ignore_errors=True)
+        h = common.parse(vrnn_gauss.Hyperparameters, flags)
+        training = common.Training(h, h.k)
+        last.callback(os.close, training.folder.descriptor)
+        if h.evaluate:
+            common.evaluate(training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4)
+        else:
+            make_updates(training, update_with(training, vrnn_gauss.objective), 1)
 
 
 def draw_run(name, data, folder, run):
@@ -176,8 +215,8 @@ def read_input(kind, data, folder, run):
         path.write_bytes(data)
         if kind == "h5":
             read_corpus_whole(path)
-        elif kind.endswith("_pt"):
-            restore_from(path, dict(last_pt="--resume", init_pt="--init_from")[kind], run)
+        elif kind in CHECKPOINTS:
+            train_from(kind, path, run)
         else:
             return convert_beside_good_recordings(path)
         return "accepted"
@@ -197,6 +236,8 @@ def read_inputs(first, last, seed, run):
         data = whole_input(kind, random, run)
         if kind == "npz_members":
             data = damaged_members(data, random)
+        elif kind in CHECKPOINTS and random.random() < 0.5:
+            data = damaged_leaf(data, random)
         elif kind != "pickle_npy" or random.random() < 0.5:
             data = damaged(data, random)
         print(case, end=" ", flush=True)
@@ -233,7 +274,7 @@ def outcomes(cases, seed, run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=2800, help="in all")
+    parser.add_argument("--cases", type=int, default=3000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)

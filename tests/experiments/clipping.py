@@ -1,0 +1,70 @@
+"""What about clipping does the harm: train VRNN with gradients scaled to a norm that is the same for all batches.
+
+    python tests/experiments/clipping.py [--norm growing] [--beta2 0.99] [flags of vrnn_gauss.py]
+
+--norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
+sizes of experiment.py, until it reaches 640, at which VRNN is clipped by default. No batch then counts more than
+another, and yet the scale grows as it does without clipping. The log holds the norms before they were scaled.
+experiment.py has the runs.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
+import vrnn_gauss  # noqa: E402
+
+UPDATES, MEDIAN_NORMS = (0, 125, 375, 625, 875), (60, 123, 272, 490, 640)  # linear between them, 640 from there on
+
+
+@dataclass
+class Hyperparameters(vrnn_gauss.Hyperparameters):
+    """Each is also a flag."""
+    out_dir: str = "runs/clipping"            # where the run goes: log, checkpoints, evaluation, generated speech
+    norm: str = "clipped"                     # of the gradient: clipped at grad_clip, or growing with the updates
+    beta2: float = 0.999                      # decay of Adam's second moment
+
+
+def median_norms(device):
+    """The norm for each update up to the last of UPDATES."""
+    updates = np.arange(UPDATES[-1] + 1)
+    return torch.tensor(np.interp(updates, UPDATES, MEDIAN_NORMS), dtype=torch.float32, device=device)
+
+
+def main():
+    h = common.parse(Hyperparameters)
+    if h.norm not in ("clipped", "growing"):
+        raise common.UserError(f"--norm={h.norm} is neither clipped nor growing; give one of them")
+    training = common.Training(h, particles=h.k, name="vrnn_gauss")
+    if not h.evaluate:
+        training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
+    norms = median_norms(training.device)
+
+    @training.captured
+    def update():
+        x_TBX, noise = training.window(), training.noise(h.k, h.z_dim)
+        rollout = training.model(x_TBX, training.state, noise, h.k)
+        loss = vrnn_gauss.objective(rollout)
+        loss.backward()
+        if h.norm == "clipped":
+            training.step(loss, rollout.state)
+        else:
+            gradients = [p.grad for p in training.model.parameters()]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            wanted = norms.take(training.counts.updates.clamp(max=UPDATES[-1]))
+            torch._foreach_mul_(gradients, wanted / norm)
+            training.step(loss, rollout.state)
+            training.counts.grad_norm.copy_(norm)  # for the log
+
+    for _ in training.updates():
+        update()
+    training.finish()
+
+
+if __name__ == "__main__":
+    common.run_as_script(main)
