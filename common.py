@@ -724,7 +724,7 @@ class Training:
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(*(getattr(h, size) for size in SIZES))
-        self.model = prepared(model, h).to(self.device)
+        self.model = (model if h.evaluate else prepared(model, h)).to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         if h.evaluate:
@@ -1030,12 +1030,15 @@ class Training:
 
     def load_for_evaluation(self, path):
         """Take the parameters of a checkpoint, and mean and std of the data that it was trained on."""
-        checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
+        checkpoint = load_trained(path)
         load_parameters(self.averaged, checkpoint["model"], path, "--evaluate")
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
         self.progress["updates"] = checkpoint["update"]
+        config = checkpoint["config"]
+        self.script = config.get("script", self.script)
+        self.name = config.get("name", self.script)
         if is_first():
-            self.folder.start(self.config())
+            self.folder.start({**config, **self.config()})
 
     # ---- the end ----
 
@@ -1151,9 +1154,10 @@ class RunFolder:
         has_state = self.last.exists() or self.previous.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
-        if not h.resume and (has_state or self.eval.exists()):
-            remedy = "give another --out_dir" if h.evaluate else "pass --resume to go on with it, or another --out_dir"
-            raise UserError(f"{self.folder} already holds a run; {remedy}")
+        if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
+            is_resumable = has_state and not h.evaluate
+            remedy = "pass --resume to go on with it, or another --out_dir" if is_resumable else "give another --out_dir"
+            raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
     def keep_others_out(self):
         """Lock the folder for as long as this process lives."""
@@ -1257,14 +1261,25 @@ def load_checkpoint(path, option, *parts):
                         f"without {option}") from None
 
 
+def load_trained(path):
+    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters. Raises UserError."""
+    checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
+    config, mean, std, update = (checkpoint[part] for part in ("config", "mean", "std", "update"))
+    if not (type(config) is dict and type(mean) is type(std) is float and type(update) is int
+            and math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"--evaluate: {path} has no usable config, mean, std or update; name another checkpoint")
+    return checkpoint
+
+
 def load_parameters(model, parameters, path, option):
+    sizes = "" if option == "--evaluate" else " and the sizes"  # those are the checkpoint's own
     try:
         model.load_state_dict(parameters)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"{option}: {path} holds parameters that are not finite; name another")
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{option}: {path} holds another model than this {type(model).__name__}, or one of other "
-                        "sizes; give the script and the sizes that it was trained with") from None
+                        f"sizes; give the script{sizes} that it was trained with") from None
 
 
 def commit():
@@ -1313,7 +1328,7 @@ def parse(script, argv=None):
         for name in ["resume"] * resume + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = load_checkpoint(path, "--evaluate", "config")["config"]
+        config = load_trained(path)["config"]
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
