@@ -470,7 +470,7 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     for start in range(0, particles, at_once):
         k = min(at_once, particles - start)
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
-        rollout = model(x_TBX, noise=noise, k=k)
+        rollout = model(x_TBX, None, noise, k)
         log_w.append(rollout.log_w_TBK.double().sum(0))
         kl.append(rollout.kl_TBK.double().sum(0))
         elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
