@@ -1,30 +1,18 @@
 """--evaluate CHECKPOINT: the bounds of any checkpoint on any data, without an update."""
 
 import functools
-import importlib
 import json
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, run, smooth_noise, write_tiny_data
+from tiny import SIZES, main_of, run, smooth_noise, write_tiny_data
 
 import common
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 DEVICE = ("--device=cpu",)
-
-
-def main_of(script, *arguments):
-    """Call the main of a script in this process."""
-    module, before = importlib.import_module(script), sys.argv
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture(scope="module", autouse=True)
