@@ -1155,8 +1155,7 @@ class RunFolder:
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
-            is_resumable = has_state and not h.evaluate
-            remedy = "pass --resume to go on with it, or another --out_dir" if is_resumable else "give another --out_dir"
+            remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
     def keep_others_out(self):
@@ -1347,10 +1346,18 @@ def kinds_of(script):
     where, kinds = f"{script_of(script)}.py", typing.get_type_hints(script)
     for cls in script.__mro__[:-1]:
         for name, value in vars(cls).items():
-            if not (name.startswith("_") or callable(value) or name in inspect.get_annotations(cls)):
+            is_method = callable(value) or hasattr(value, "__get__")
+            if not (name.startswith("_") or is_method or name in inspect.get_annotations(cls)):
                 raise UserError(f"{where}: {name} = {value!r} has no type; write {name}: {type(value).__name__} = "
                                 f"{value!r}")
+    fields = {field.name: field.default for field in dataclasses.fields(script)}
     for name, kind in kinds.items():
+        if name not in fields:
+            raise UserError(f"{where}: {name} is no field of {script.__name__}; write @dataclass above its class")
+        if fields[name] is dataclasses.MISSING:
+            raise UserError(f"{where}: {name} has no default; give one behind an equals sign")
+        if name in ("resume", "demo", "help"):
+            raise UserError(f"{where}: every script has a flag --{name}; give this hyperparameter another name")
         if kind not in FROM_TEXT:
             raise UserError(f"{where}: {name} has a type that no flag can have; make it int, float, str, bool or "
                             "tuple[int, ...]")
