@@ -97,6 +97,7 @@ def read_evaluation(folder):
     with reading(folder / "eval.json", remedy):
         evaluation = json.loads((folder / "eval.json").read_text())
         data, checkpoint = evaluation["data"], Path(evaluation["checkpoint"]).name
+        title(data), common.bits_per_sample(0.0, 1, data["std"])  # fail here, where the file has a name
     with reading(folder / "config.json", remedy):
         run = described(folder, json.loads((folder / "config.json").read_text()), data)
     run["name"] = f"{run['name']}, {checkpoint} on {data['file']}"
@@ -198,6 +199,7 @@ def draw(folders, out):
         draw_bounds(right, runs, labels, colours)
     figure.suptitle("Variational RNN on raw audio")
     figure.savefig(out, dpi=150)
+    plt.close(figure)
 
 
 def draw_curves(axis, runs, colours):
