@@ -462,7 +462,7 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     for start in range(0, particles, at_once):
         k = min(at_once, particles - start)
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
-        rollout = model(x_TBX, noise=noise, k=k)
+        rollout = model(x_TBX, None, noise, k)
         log_w.append(rollout.log_w_TBK.double().sum(0))
         kl.append(rollout.kl_TBK.double().sum(0))
         elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
@@ -708,25 +708,19 @@ class Training:
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(*(getattr(h, size) for size in SIZES))
-        self.model = prepared(model, h).to(self.device)
+        self.model = (model if h.evaluate else prepared(model, h)).to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
+        self.create_state()
         if h.evaluate:
-            checkpoint = load_checkpoint(h.evaluate, "--evaluate", "model", "config", "mean", "std", "update")
-            load_parameters(self.averaged, checkpoint["model"], h.evaluate, "--evaluate")
-            self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-            self.progress["updates"] = checkpoint["update"]
-            self.folder.start(self.config())
+            self.take_trained(load_trained(h.evaluate))
         else:
-            self.create_state()
             self.begin()
 
     def create_state(self):
-        """Everything besides the model that a checkpoint holds, in place on the device, and the excerpts."""
+        """Everything besides the model that a checkpoint holds, in place on the device."""
         h, model = self.h, self.model
         model.bf16 = h.bf16
-        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
-        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
                                           capturable=self.device.type == "cuda")
         for p in model.parameters():  # a step creates Adam's moments, so that they can be restored in place
@@ -750,6 +744,8 @@ class Training:
     def begin(self):
         """Start the run folder, or go on from the state in it."""
         h, folder, header = self.h, self.folder, self.header()
+        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
             folder.check_unchanged(header)
             folder.keep_others_out()
@@ -767,6 +763,15 @@ class Training:
                   f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
                   f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
                   flush=True)
+
+    def take_trained(self, checkpoint):
+        """Parameters and name of a checkpoint that is to be evaluated, and mean and std of what it was trained on."""
+        load_parameters(self.averaged, checkpoint["model"], self.h.evaluate, "--evaluate")
+        self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
+        self.progress["updates"], config = checkpoint["update"], checkpoint["config"]
+        self.script = config.get("script", self.script)
+        self.name = config.get("name", self.script)
+        self.folder.start({**config, **self.config()})
 
     def config(self):
         """The hyperparameters as plain Python, with the name of the run."""
@@ -1115,9 +1120,9 @@ class RunFolder:
         has_state = self.last.exists() or self.previous.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
-        if not h.resume and (has_state or self.eval.exists()):
-            remedy = "give another --out_dir" if h.evaluate else "pass --resume to go on with it, or another --out_dir"
-            raise UserError(f"{self.folder} already holds a run; {remedy}")
+        if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
+            remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
+            raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
     def keep_others_out(self):
         """Lock the folder for as long as this process lives."""
@@ -1212,14 +1217,25 @@ def load_checkpoint(path, option, *parts):
                         f"without {option}") from None
 
 
+def load_trained(path):
+    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters. Raises UserError."""
+    checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
+    config, mean, std, update = (checkpoint[part] for part in ("config", "mean", "std", "update"))
+    if not (type(config) is dict and type(mean) is type(std) is float and type(update) is int
+            and math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"--evaluate: {path} has no usable config, mean, std or update; name another checkpoint")
+    return checkpoint
+
+
 def load_parameters(model, parameters, path, option):
+    sizes = "" if option == "--evaluate" else " and the sizes"  # those are the checkpoint's own
     try:
         model.load_state_dict(parameters)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"{option}: {path} holds parameters that are not finite; name another")
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{option}: {path} holds another model than this {type(model).__name__}, or one of other "
-                        "sizes; give the script and the sizes that it was trained with") from None
+                        f"sizes; give the script{sizes} that it was trained with") from None
 
 
 def commit():
@@ -1268,7 +1284,7 @@ def parse(script, argv=None):
         for name in ["resume"] * resume + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = load_checkpoint(path, "--evaluate", "config")["config"]
+        config = load_trained(path)["config"]
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
@@ -1287,10 +1303,18 @@ def kinds_of(script):
     where, kinds = f"{script_of(script)}.py", typing.get_type_hints(script)
     for cls in script.__mro__[:-1]:
         for name, value in vars(cls).items():
-            if not (name.startswith("_") or callable(value) or name in inspect.get_annotations(cls)):
+            is_method = callable(value) or hasattr(value, "__get__")
+            if not (name.startswith("_") or is_method or name in inspect.get_annotations(cls)):
                 raise UserError(f"{where}: {name} = {value!r} has no type; write {name}: {type(value).__name__} = "
                                 f"{value!r}")
+    fields = {field.name: field.default for field in dataclasses.fields(script)}
     for name, kind in kinds.items():
+        if name not in fields:
+            raise UserError(f"{where}: {name} is no field of {script.__name__}; write @dataclass above its class")
+        if fields[name] is dataclasses.MISSING:
+            raise UserError(f"{where}: {name} has no default; give one behind an equals sign")
+        if name in ("resume", "demo", "help"):
+            raise UserError(f"{where}: every script has a flag --{name}; give this hyperparameter another name")
         if kind not in FROM_TEXT:
             raise UserError(f"{where}: {name} has a type that no flag can have; make it int, float, str, bool or "
                             "tuple[int, ...]")

@@ -4,9 +4,11 @@
     python plot_recon.py --demo        first trains the three scripts on synthetic data where runs/demo lacks them
 
 Left: held-out NLL while training, by one bound for all runs. Right: bounds on the test split from each eval.json.
+Folders made by --evaluate are rows of the table. Beside the .wav files of a run goes their picture, samples.png.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import subprocess
@@ -15,15 +17,18 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import soundfile
 
 import common
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
+SAMPLES = "*/samples/[rs]*_[0-9].wav"  # of runs: real_0.wav, sample_0.wav, ...
 MARKERS = "osD^v"
-PERSONAL = {"seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}  # settings that set no run apart
+PERSONAL = {"name", "seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}  # these set no run apart
 
 
 def train_demo_runs(folder):
@@ -37,10 +42,15 @@ def train_demo_runs(folder):
                 sys.exit(status)
 
 
-def objective(config):
-    """The objective of a run, as the legend and the table name it."""
+# ---- reading ----
+
+def name_of(config):
+    """The name of a run: its objective for the three scripts, and otherwise what its script stated to Training."""
+    script, name = config["script"], str(config.get("name", config["script"]))  # older logs have no name
+    if script not in SCRIPTS or name != script:
+        return name
     k = config["k"]
-    name = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": f"VAE_{k}", "vrnn_gauss_iwae": f"IWAE_{k}"}[config["script"]]
+    name = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script]
     if config.get("as_published"):
         name += " as published"
     if config.get("corrections"):
@@ -51,30 +61,63 @@ def objective(config):
 
 
 def label_apart(runs):
-    """Give each run its label: its objective, and the settings in which runs of that objective differ."""
+    """Give each run its label: its name, and the settings in which runs of that name differ."""
     for run in runs:
-        siblings = [other["config"] for other in runs if objective(other["config"]) == objective(run["config"])]
+        siblings = [other["config"] for other in runs if other["name"] == run["name"]]
         settings = sorted({name for config in siblings for name in config} - PERSONAL)
+        settings += ["data"] * (run["curve"] is None)  # of evaluations, which may be on files of one name
         differing = [name for name in settings if len({str(config.get(name)) for config in siblings}) > 1]
-        run["label"] = ", ".join([objective(run["config"]),
-                                  *(f"{name} {run['config'].get(name)}" for name in differing)])
+        run["label"] = ", ".join([run["name"], *(f"{name} {run['config'].get(name)}" for name in differing)])
+
+
+@contextlib.contextmanager
+def reading(path, remedy):
+    """Turn what a damaged file raises into one sentence that names it and the remedy."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else common.first_line(error)
+        raise common.UserError(f"{path.parent} holds no readable {path.name} ({why}); {remedy}") from None
 
 
 def read_run(folder):
     """A run's header, its curve and its test bounds (None where there are none yet)."""
-    try:
-        header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        bound = common.tracked_bound(header["config"]["eval_k"])
-        curve = [(line["sequences"], -line["valid"][bound]["nats_per_frame"]) for line in lines]
-        config, data, test = header["config"], header["data"], read_test(folder / "eval.json")
-        objective(config), common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where it has a name
-        return dict(name=folder.name, config=config, seed=int(config["seed"]), bound=bound, title=title(data),
-                    data=data, window=(config["x_dim"], config["seq_frames"]),
-                    order=SCRIPTS.index(config["script"]), test=test, tested=test and test["windows"],
-                    windows=read_windows(folder / "windows.csv", test), curve=np.array(curve, float).reshape(-1, 2))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise common.UserError(f"{folder} holds no readable log of a run ({error}); go on with the run by --resume, "
-                               "which repairs a torn log, or remove it") from None
+    with reading(folder / "log.jsonl", "put this folder elsewhere, because its header cannot be repaired"):
+        header, *lines = (folder / "log.jsonl").read_text().splitlines() or [""]
+        run = described(folder, **{name: json.loads(header)[name] for name in ("config", "data")})
+    with reading(folder / "log.jsonl", "go on with the run by --resume, which drops torn lines, or remove them"):
+        curve = [(line["sequences"], -line["valid"][run["bound"]]["nats_per_frame"]) for line in map(json.loads, lines)]
+        run["curve"] = np.array(curve, float).reshape(-1, 2)
+    return run | read_tests(folder, "go on with the run by --resume, which writes it anew")
+
+
+def read_evaluation(folder):
+    """The same of a folder made by --evaluate; it has no curve, and its name tells checkpoint and data."""
+    remedy = "put this folder elsewhere, or make it anew if --evaluate made it"
+    with reading(folder / "eval.json", remedy):
+        evaluation = json.loads((folder / "eval.json").read_text())
+        data, checkpoint = evaluation["data"], Path(evaluation["checkpoint"]).name
+        title(data), common.bits_per_sample(0.0, 1, data["std"])  # fail here, where the file has a name
+    with reading(folder / "config.json", remedy):
+        run = described(folder, json.loads((folder / "config.json").read_text()), data)
+    run["name"] = f"{run['name']}, {checkpoint} on {data['file']}"
+    return run | read_tests(folder, remedy)
+
+
+def described(folder, config, data):
+    """What a configuration, and the data of an evaluation or a training, say of a run."""
+    common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where the file has a name
+    order = SCRIPTS.index(config["script"]) if config["script"] in SCRIPTS else len(SCRIPTS)
+    return dict(folder=folder.name, config=config, name=name_of(config), seed=int(config["seed"]), order=order,
+                bound=common.tracked_bound(config["eval_k"]), title=title(data), data=data, curve=None,
+                window=(config["x_dim"], config["seq_frames"]))
+
+
+def read_tests(folder, remedy):
+    with reading(folder / "eval.json", remedy):
+        test = read_test(folder / "eval.json")
+    with reading(folder / "windows.csv", remedy):
+        return dict(test=test, tested=test and test["windows"], windows=read_windows(folder / "windows.csv", test))
 
 
 def read_test(path):
@@ -99,18 +142,30 @@ def read_windows(path, test):
 
 
 def read_runs(folder):
-    runs = [read_run(log.parent) for log in sorted(folder.glob("*/log.jsonl"), key=common.natural_order)]
-    if not runs:
+    """The runs and the evaluations in a folder, with their labels, in the order of the table."""
+    logs, tests = (sorted(folder.glob(f"*/{name}"), key=common.natural_order) for name in ("log.jsonl", "eval.json"))
+    runs = [read_run(log.parent) for log in logs]
+    evaluations = [read_evaluation(test.parent) for test in tests if not test.with_name("log.jsonl").exists()]
+    if not runs + evaluations:
         raise common.UserError(f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo")
+    require_equal(folder, runs)
+    label_apart(runs)
+    label_apart(evaluations)
+
+    def in_order(some):
+        return sorted(some, key=lambda run: (run["order"], len(run["label"]), run["label"]))
+    return in_order(runs) + in_order(evaluations)
+
+
+def require_equal(folder, runs):
+    """Raise UserError where runs cannot be drawn on one axis."""
     tested = [run for run in runs if run["test"]]
     for some, what in (runs, "bound"), (runs, "data"), (runs, "window"), (tested, "tested"):
         for run in some[1:]:
             if run[what] != some[0][what]:
-                raise common.UserError(f"{folder / run['name']} and {folder / some[0]['name']} differ in their {what}"
-                                       f"{' windows' * (what == 'tested')}, so their nats cannot be compared; put them "
-                                       "into different folders")
-    label_apart(runs)
-    return sorted(runs, key=lambda run: (run["order"], len(run["label"]), run["label"]))
+                raise common.UserError(f"{folder / run['folder']} and {folder / some[0]['folder']} differ in their "
+                                       f"{what}{' windows' * (what == 'tested')}, so their nats cannot be compared; "
+                                       "put them into different folders")
 
 
 def title(data):
@@ -130,6 +185,8 @@ def shared_bounds(tested):
                   key=lambda name: (name.split("_")[0], len(name)))
 
 
+# ---- pictures ----
+
 def draw(folders, out):
     """A row of two panels for the runs of each folder."""
     heights = [1.6 + 0.34 * max(6, len(labels_of(runs))) for runs in folders]
@@ -142,6 +199,7 @@ def draw(folders, out):
         draw_bounds(right, runs, labels, colours)
     figure.suptitle("Variational RNN on raw audio")
     figure.savefig(out, dpi=150)
+    plt.close(figure)
 
 
 def draw_curves(axis, runs, colours):
@@ -182,11 +240,36 @@ def draw_bounds(axis, runs, labels, colours):
         axis.text(0.5, 0.5, "no run has an eval.json yet", transform=axis.transAxes, ha="center", color="0.4")
 
 
+def draw_samples(folder):
+    """Waveform over spectrogram of two real and two generated excerpts, as samples.png beside them; its path."""
+    path = folder / "samples.png"
+    files = [file for kind in ("real", "sample") for file in sorted(folder.glob(f"{kind}_*.wav"))[:2]]
+    figure, axes = plt.subplots(2, len(files), figsize=(3.4 * len(files), 4.4), sharex=True, sharey="row",
+                                squeeze=False, layout="constrained")
+    for file, (wave, spectrum) in zip(files, axes.T):
+        with reading(file, "remove it, or have it made anew by --resume of the run, or by --evaluate"):
+            samples, rate = soundfile.read(file, always_2d=True)
+            samples = np.pad(samples[:, 0], (0, max(0, 1024 - len(samples))))
+        wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.3, color="black")
+        wave.set(title="real" if file.name.startswith("real") else "generated", xlim=(0, len(samples) / rate))
+        *_, image = spectrum.specgram(samples, NFFT=512, Fs=rate, noverlap=384, scale="linear", cmap="magma",
+                                      norm=LogNorm(1e-13, 1e-3, clip=True))
+        spectrum.set(xlabel="seconds")
+    axes[0, 0].set_ylabel("amplitude")
+    axes[1, 0].set_ylabel("Hz")
+    figure.colorbar(image, ax=axes[1], label="power per Hz", pad=0.01)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+# ---- table ----
+
 def table(runs, others):
     """The test bounds as Markdown: mean and standard error over the runs of each label.
 
     The last column compares the last bound to that of the first label of the others, in runs of the same seed, on the
-    same windows.
+    same windows; it is empty where the windows are others.
     """
     tested = [run for run in runs if run["test"]]
     if not tested:
@@ -212,14 +295,20 @@ def table(runs, others):
 
 def paired(group, reference, bound):
     """Mean difference of a bound between two groups of runs over the seeds that both have, and its standard errors."""
-    by_seed = [{run["seed"]: run["windows"][bound] for run in runs if bound in (run["windows"] or ())}
-               for runs in (group, reference)]
-    differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]])
+    by_seed = [{run["seed"]: run for run in runs if bound in (run["windows"] or ())} for runs in (group, reference)]
+    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
+    differences = np.array([ours["windows"][bound] - theirs["windows"][bound] for ours, theirs in pairs
+                            if same_windows(ours, theirs)])
     if not len(differences):
         return ""
     of_windows = differences.mean(0)
     over_windows = of_windows.std(ddof=1) / len(of_windows) ** 0.5 if len(of_windows) > 1 else math.nan
     return f"{mean_and_error(differences.mean(1))} (± {over_windows:.2f} over windows)"
+
+
+def same_windows(one, other):
+    """Whether two runs were evaluated on the same windows in the same unit: data, its normalisation, and sizes."""
+    return all(one[what] == other[what] for what in ("data", "window", "tested"))
 
 
 def mean_and_error(values, digits=2):
@@ -263,12 +352,17 @@ def main():
     if options.demo:
         train_demo_runs(folders[0])
     rows = [read_runs(folder) for folder in folders]
-    draw(rows, options.out)
+    drawn = [trained for runs in rows if (trained := [run for run in runs if run["curve"] is not None])]
+    if drawn:
+        draw(drawn, options.out)
     for folder, runs in zip(folders, rows):
         is_comparable = all(runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window"))
-        print(f"{folder}: {', '.join(run['name'] for run in runs)}\n")
+        print(f"{folder}: {', '.join(run['folder'] for run in runs)}\n")
         print(table(runs, rows[0] if is_comparable else runs), end="\n\n")
-    print(options.out)
+    for samples in sorted({wav.parent for folder in folders for wav in folder.glob(SAMPLES)}, key=common.natural_order):
+        print(draw_samples(samples))
+    if drawn:
+        print(options.out)
 
 
 if __name__ == "__main__":

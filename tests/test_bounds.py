@@ -250,7 +250,7 @@ def test_bounds_in_chunks_equal_bounds_at_once():
         """Particle j of a sequence gets noise j, in whatever chunks the particles come."""
         seen = 0
 
-        def __call__(self, x_TBX, state=None, k=1, **noise_of_the_chunk):
+        def __call__(self, x_TBX, state, noise_of_the_chunk, k):
             first, self.seen = self.seen, self.seen + k
             return super().__call__(x_TBX, state, noise[:, :, first:first + k].flatten(1, 2), k)
 

@@ -1,5 +1,6 @@
 """Tiny recordings, tiny models and runs of the scripts as processes, for tests."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -40,6 +41,16 @@ def command(script, *arguments):
 
 def run(script, *arguments, cwd):
     return subprocess.run(command(script, *arguments), cwd=cwd, text=True, capture_output=True, timeout=120)
+
+
+def main_of(script, *arguments):
+    """Call the main of a script in this process."""
+    module, before = importlib.import_module(script), sys.argv
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
 
 
 def log_of(folder):

@@ -217,7 +217,8 @@ def benchmark_conversion(folder):
     x = np.random.default_rng(0).normal(0, 1000, 3600 * common.SAMPLE_RATE).astype(np.int16)
     parts = {f"minute_{i}": part for i, part in enumerate(np.array_split(x, 60))} | {"three_hours": np.tile(x, 3)}
     np.savez(folder / "four_hours.npz", **parts)
-    taken = seconds(torch.device("cpu"), lambda: prepare_blizzard.convert_files([folder / "four_hours.npz"], folder / "out.h5"))
+    taken = seconds(torch.device("cpu"), lambda: prepare_blizzard.convert_files([folder / "four_hours.npz"],
+                                                                                folder / "out.h5"))
     print(f"\nConversion of a 4-hour .npz: {4 * 3600 / taken:,.0f} times real time")
     import soundfile
     for suffix in ("wav", "flac", "mp3", "ogg"):

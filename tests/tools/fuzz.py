@@ -189,7 +189,7 @@ def train_from(kind, path, run):
         training = common.Training(h, h.k)
         last.callback(os.close, training.folder.descriptor)
         if h.evaluate:
-            common.evaluate(training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4)
+            common.window_bounds(training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4)
         else:
             make_updates(training, update_with(training, vrnn_gauss.objective), 1)
 

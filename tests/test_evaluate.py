@@ -1,0 +1,202 @@
+"""--evaluate CHECKPOINT: the bounds of any checkpoint on any data, without an update."""
+
+import functools
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny import SIZES, main_of, run, smooth_noise, write_tiny_data
+
+import common
+
+SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
+DEVICE = ("--device=cpu",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_samples():
+    """A tenth of a second of speech in place of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "write_samples", functools.partial(common.write_samples, seconds=0.1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two data files, a run of each script on the first, and one of IWAE with a variant."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_tiny_data(folder / "tiny.h5")
+    write_louder_data(folder)
+    for script, name, *flags in *zip(SCRIPTS, SCRIPTS), ("vrnn_gauss_iwae", "dreg", "--dreg", "--seq_frames=6"):
+        main_of(script, *SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={folder / 'runs' / name}",
+                "--max_updates=6", "--monitor_every=3", "--eval_recordings=1", *flags)
+    return folder
+
+
+def write_louder_data(folder):
+    """Recordings of three times the standard deviation, and fewer."""
+    random = np.random.default_rng(1)
+    (folder / "loud").mkdir()
+    np.savez(folder / "loud/loud.npz", **{f"rec_{i}": 3 * smooth_noise(random, 2_500) for i in range(8)})
+    result = run("prepare_blizzard", "loud", "--out=loud.h5", "--valid=.2", "--test=.2", cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
+def evaluated(checkpoint, out, *flags, script="vrnn_gauss"):
+    main_of(script, f"--evaluate={checkpoint}", f"--out_dir={out}", *DEVICE, *flags)
+    return json.loads((out / "eval.json").read_text())
+
+
+def contents(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def of_run(folder, name):
+    return json.loads((folder / "runs" / name / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_best_pt_on_the_data_of_its_run_has_the_bounds_of_its_run(folder, tmp_path, script):
+    checkpoint, before = folder / "runs" / script / "best.pt", of_run(folder, script)
+    found = evaluated(checkpoint, tmp_path / "again", script=script)
+    assert found == before | dict(checkpoint=str(checkpoint))
+    windows = [(out / "windows.csv").read_text() for out in (checkpoint.parent, tmp_path / "again")]
+    assert windows[0] == windows[1]
+
+
+def test_an_evaluation_makes_no_log_and_no_checkpoint_and_names_checkpoint_and_data(folder, tmp_path):
+    checkpoint = folder / "runs/vrnn_gauss/best.pt"
+    found = evaluated(checkpoint, tmp_path / "loud", f"--data={folder / 'loud.h5'}")
+    assert contents(tmp_path / "loud") == {"config.json", "eval.json", "windows.csv", "samples"}
+    assert found["checkpoint"] == str(checkpoint) and found["data"]["file"] == "loud.h5"
+    assert found["update"] == torch.load(checkpoint, weights_only=True)["update"]
+    assert "whole_recordings" in found and list((tmp_path / "loud/samples").glob("sample_*.wav"))
+
+
+def test_no_update_is_made_and_no_window_of_training_is_read(folder, tmp_path, monkeypatch):
+    for name in ("window", "step", "next_window", "monitor"):
+        monkeypatch.delattr(common.Training, name)
+    evaluated(folder / "runs/vrnn_gauss/best.pt", tmp_path / "out")
+
+
+def test_other_data_are_normalised_as_the_training_was(folder, tmp_path):
+    checkpoint = folder / "runs/vrnn_gauss/best.pt"
+    trained, corpus = torch.load(checkpoint, weights_only=True), common.open_corpus(str(folder / "loud.h5"))
+    assert corpus.std > 2 * trained["std"]
+    found = evaluated(checkpoint, tmp_path / "loud", f"--data={folder / 'loud.h5'}", "--eval_recordings=0")
+    sizes = [trained["config"][name] for name in common.SIZES]
+    model = common.VRNN(*sizes)
+    model.load_state_dict(trained["model"])
+    corpus.mean, corpus.std = trained["mean"], trained["std"]
+    expected = common.evaluate(model, corpus, corpus.test, (2, 6), 5, smc=6)
+    assert found["bounds"] == expected
+    nats, bits = (expected["elbo"][unit] for unit in ("nats_per_frame", "bits_per_sample"))
+    assert bits == pytest.approx((np.log(trained["std"]) - nats / 20) / np.log(2))
+
+
+def test_any_number_of_particles_can_be_asked_for(folder, tmp_path):
+    found = evaluated(folder / "runs/vrnn_gauss/best.pt", tmp_path / "out", "--eval_k=3,4,8")
+    assert {"iwae_3", "iwae_4", "iwae_8", "smc_8"} <= found["bounds"].keys()
+    assert list(found["whole_recordings"]) == ["smc_8"]
+    assert json.loads((tmp_path / "out/config.json").read_text())["eval_k"] == [3, 4, 8]
+
+
+def test_last_pt_has_the_weights_of_the_last_update_and_best_pt_their_average(folder, tmp_path):
+    last = torch.load(folder / "runs/vrnn_gauss/last.pt", weights_only=True)
+    best = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
+    assert last["update"] == best["update"] == 6
+    found = [evaluated(folder / f"runs/vrnn_gauss/{name}.pt", tmp_path / name)["bounds"] for name in ("last", "best")]
+    for name, weights, expected in zip(("raw", "averaged"), ("model", "averaged"), found):
+        torch.save({**best, "model": last[weights]}, tmp_path / f"{name}.pt")
+        assert evaluated(tmp_path / f"{name}.pt", tmp_path / name)["bounds"] == expected
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("evaluating", SCRIPTS)
+def test_a_checkpoint_of_another_script_is_welcome_and_keeps_its_name(folder, tmp_path, evaluating):
+    found = evaluated(folder / "runs/dreg/best.pt", tmp_path / "out", script=evaluating)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert found["bounds"] == of_run(folder, "dreg")["bounds"] and found["frames"] == 6
+    assert found["script"] == found["name"] == config["script"] == "vrnn_gauss_iwae"
+    assert config["dreg"] is True and config["k"] == 5
+
+
+def test_unknown_names_in_the_configuration_of_a_checkpoint_are_ignored(folder, tmp_path):
+    checkpoint = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
+    checkpoint["config"] |= dict(beta=0.5, script="mine", name="my objective")
+    torch.save(checkpoint, tmp_path / "mine.pt")
+    found = evaluated(tmp_path / "mine.pt", tmp_path / "out")
+    assert found["bounds"] == of_run(folder, "vrnn_gauss")["bounds"] and found["name"] == "my objective"
+
+
+def refusal(*arguments, script="vrnn_gauss"):
+    with pytest.raises(common.UserError) as error:
+        main_of(script, *DEVICE, *arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("flag", [f"--{name}=20" for name in common.SIZES])
+def test_sizes_beside_a_checkpoint_are_refused(folder, tmp_path, flag):
+    text = refusal(f"--evaluate={folder / 'runs/vrnn_gauss/best.pt'}", f"--out_dir={tmp_path / 'out'}", flag)
+    assert flag.split("=")[0] in text and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_evaluated_is_refused_by_name(folder, tmp_path):
+    best, out = folder / "runs/vrnn_gauss/best.pt", f"--out_dir={tmp_path / 'out'}"
+    assert "--resume" in refusal(f"--evaluate={best}", out, "--resume")
+    assert "missing.pt does not exist" in refusal("--evaluate=missing.pt", out)
+    assert "missing.h5 does not exist" in refusal(f"--evaluate={best}", out, "--data=missing.h5")
+    (tmp_path / "text.pt").write_text("text")
+    assert "text.pt is not a readable checkpoint" in refusal(f"--evaluate={tmp_path / 'text.pt'}", out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part, value", (
+    ("config", None), ("config", [1]), ("mean", "1"), ("mean", float("nan")), ("std", 0.0), ("std", -1.0),
+    ("update", None), ("model", {}), ("model", None),
+    ("config", {"k": "x"}), ("config", {"seq_frames": -1}), ("config", {"eval_k": [None]}),
+))
+def test_a_checkpoint_with_a_senseless_part_is_refused_in_one_sentence(folder, tmp_path, part, value):
+    checkpoint = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
+    checkpoint[part] = checkpoint["config"] | value if part == "config" and type(value) is dict else value
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    text = refusal(f"--evaluate={tmp_path / 'odd.pt'}", f"--out_dir={tmp_path / 'out'}")
+    assert "\n" not in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kept", ("last.pt", "log.jsonl", "eval.json"))
+def test_a_folder_that_holds_a_run_or_an_evaluation_is_refused(folder, tmp_path, kept):
+    source = folder / "runs/vrnn_gauss"
+    (tmp_path / kept).write_bytes((source / kept).read_bytes())
+    text = refusal(f"--evaluate={source / 'best.pt'}", f"--out_dir={tmp_path}")
+    assert "already holds a run" in text and contents(tmp_path) == {kept}
+
+
+def test_a_run_is_not_trained_into_the_folder_of_an_evaluation(folder, tmp_path):
+    evaluated(folder / "runs/vrnn_gauss/best.pt", tmp_path / "out")
+    assert "already holds" in refusal(*SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={tmp_path / 'out'}")
+
+
+def test_a_checkpoint_of_a_foreign_model_gets_one_sentence_and_status_2(folder, tmp_path):
+    checkpoint = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
+    checkpoint["model"] = torch.nn.GRUCell(3, 4).state_dict()
+    torch.save(checkpoint, tmp_path / "foreign.pt")
+    result = run("vrnn_gauss", "--evaluate=foreign.pt", "--out_dir=out", *DEVICE, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "foreign.pt holds another model than this VRNN" in result.stderr
+    assert result.stderr.endswith("give the script that it was trained with\n")  # the sizes are in the checkpoint
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_evaluation_can_be_repeated_on_data_of_which_a_run_knows_nothing(folder, tmp_path):
+    """Its checkpoint alone suffices: no log, no data of its own."""
+    (tmp_path / "alone.pt").write_bytes((folder / "runs/vrnn_gauss/best.pt").read_bytes())
+    checkpoint = torch.load(tmp_path / "alone.pt", weights_only=True)
+    checkpoint["config"]["data"] = "gone.h5"
+    torch.save(checkpoint, tmp_path / "alone.pt")
+    with h5py.File(folder / "loud.h5") as file:
+        samples = len(file["test/audio"])
+    found = evaluated(tmp_path / "alone.pt", tmp_path / "out", f"--data={folder / 'loud.h5'}")
+    assert found["data"]["samples"]["test"] == samples

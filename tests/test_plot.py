@@ -1,0 +1,223 @@
+"""plot_recon.py on the files of runs: names, tables, differences, pictures, and damage."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+from tiny import ROOT, main_of
+
+import common
+
+CONFIG = dict(script="vrnn_gauss", name="vrnn_gauss", data="data/a.h5", out_dir="x", seed=0, device="cpu", x_dim=200,
+              seq_frames=40, k=5, eval_k=[5, 100], init_from="", rnn_dim=128)
+DATA = dict(file="a.h5", created_by="prepare_blizzard.py", mean=0.0, std=2000.0,
+            samples=dict(train=1_920_000, valid=96_000, test=96_000))
+BOUNDS = dict(elbo=100.0, iwae_5=101.0, iwae_100=102.0, smc_100=110.0, kl=40.0)
+
+
+def write_evaluation(folder, shift, data, config, bounds, windows=4, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    bounds = {name: bound + shift * (name != "kl") for name, bound in bounds.items()}
+    evaluation = dict(split="test", update=30, windows=windows, frames=config["seq_frames"], data=data, **more,
+                      bounds={name: dict(nats_per_frame=bound, stderr=1.0) for name, bound in bounds.items()})
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    rows = [",".join(f"{bound + window:.3f}" for bound in bounds.values()) for window in range(windows)]
+    (folder / "windows.csv").write_text("\n".join([",".join(bounds), *rows]) + "\n")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_run(folder, shift=0.0, data=DATA, bounds=BOUNDS, **config):
+    """A run whose bounds are those above and shift."""
+    config = CONFIG | config
+    write_evaluation(folder, shift, data, config, bounds, checkpoint="best.pt")
+    header = dict(config=config, data=data)
+    lines = [dict(update=10 * i, sequences=10 * i, valid=dict(iwae_5=dict(nats_per_frame=50.0 + i))) for i in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [header, *lines])) + "\n")
+
+
+def evaluation_of(folder, shift=0.0, data=DATA, bounds=BOUNDS, windows=4, checkpoint="runs/x/best.pt", **config):
+    """What --evaluate leaves: no log."""
+    write_evaluation(folder, shift, data, CONFIG | config, bounds, windows, checkpoint=checkpoint)
+
+
+@pytest.fixture
+def plot(tmp_path, monkeypatch, capsys):
+    """A function that draws folders below tmp_path; the rows of its tables, each a list of cells."""
+    monkeypatch.chdir(tmp_path)
+
+    def plot(*arguments):
+        main_of("plot_recon", *(arguments or ["runs"]))
+        lines = capsys.readouterr().out.splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+        return [row for row in rows if row[0] != "objective"]
+    return plot
+
+
+def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, plot):
+    iwae = dict(script="vrnn_gauss_iwae", name="vrnn_gauss_iwae")
+    runs = dict(
+        a=dict(script="mine", name="my objective"), b=dict(script="other", name="other"),
+        c=dict(iwae, dreg=True), d=dict(iwae, as_published=True, corrections="sign"), e=dict(iwae, resample=True, k=7),
+        f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True), g=dict(init_from="x.pt"),
+        h=dict(name="changed"))
+    for name, config in runs.items():
+        write_run(tmp_path / "runs" / name, **config)
+    assert [row[0] for row in plot()] == [
+        "changed", "VRNN warm", "VAE_5 as published", "IWAE_5 DReG", "IWAE_7 resampled",
+        "IWAE_5 as published but for sign", "other", "my objective"]
+
+
+def test_a_log_without_names_is_drawn_by_its_script(tmp_path, plot):
+    write_run(tmp_path / "runs/old")
+    log = tmp_path / "runs/old/log.jsonl"
+    log.write_text(log.read_text().replace('"name": "vrnn_gauss", ', ""))
+    assert '"name"' not in log.read_text().splitlines()[0]
+    write_run(tmp_path / "runs/new", seed=1)
+    assert [row[:2] for row in plot()] == [["VRNN", "2"]]  # one kind
+
+
+def test_the_results_in_the_repository_have_the_tables_of_the_readme(plot):
+    results = ROOT / "data/results"
+    rows = plot(results / "objectives", results / "variants", "--out=x.png")
+    assert len(rows) == 14
+    for row in rows:
+        assert " | ".join(row).rstrip(" |") in (ROOT / "README.md").read_text()
+
+
+def test_runs_of_two_scripts_with_one_name_are_told_apart(tmp_path, plot):
+    for script in ("mine", "yours"):
+        write_run(tmp_path / "runs" / script, script=script, name="beta")
+    assert [row[0] for row in plot()] == ["beta, script mine", "beta, script yours"]
+
+
+def test_an_evaluation_is_a_row_that_names_its_checkpoint_and_its_data(tmp_path, plot):
+    other = DATA | dict(file="b.h5")
+    write_run(tmp_path / "runs/a")
+    evaluation_of(tmp_path / "runs/b", shift=3.0, script="vrnn_gauss_iwae", name="vrnn_gauss_iwae", dreg=True)
+    evaluation_of(tmp_path / "runs/c", shift=5.0, data=other, windows=6, checkpoint="last.pt")
+    run, of_other, same = plot()
+    assert run[0] == "VRNN" and run[-1] == ""
+    assert same[0] == "IWAE_5 DReG, best.pt on a.h5" and same[3] == "103.00"
+    assert same[-1] == "3.00 (± 0.00 over windows)"
+    assert of_other[0] == "VRNN, last.pt on b.h5" and of_other[3] == "105.00" and of_other[-1] == ""
+    assert (tmp_path / "recon.png").exists()
+
+
+@pytest.mark.parametrize("what", (
+    dict(data=DATA | dict(std=1000.0)), dict(data=DATA | dict(file="b.h5")), dict(windows=5), dict(seq_frames=80),
+    dict(data=DATA | dict(samples=DATA["samples"] | dict(test=1))), dict(seed=1),
+))
+def test_no_difference_is_formed_on_other_windows_in_another_unit_or_between_seeds(tmp_path, plot, what):
+    write_run(tmp_path / "runs/a")
+    evaluation_of(tmp_path / "runs/b", shift=3.0, **what)
+    evaluation_of(tmp_path / "runs/c", shift=4.0, checkpoint="last.pt")
+    assert {row[0].split(", ")[1]: row[-1] for row in plot()[1:]} == {
+        f"best.pt on {what.get('data', DATA)['file']}": "", "last.pt on a.h5": "4.00 (± 0.00 over windows)"}
+
+
+def test_bits_of_an_evaluation_are_in_the_unit_of_its_training(tmp_path, plot):
+    evaluation_of(tmp_path / "runs/a", data=DATA | dict(std=500.0))
+    assert plot()[0][-2] == f"{(np.log(500.0) - 110 / 200) / np.log(2):.3f}"
+
+
+def test_evaluations_alone_are_a_table_without_a_picture(tmp_path, plot):
+    evaluation_of(tmp_path / "runs/a")
+    evaluation_of(tmp_path / "runs/b", shift=1.0, seed=1)
+    evaluation_of(tmp_path / "runs/c", shift=1.0, checkpoint="last.pt")
+    assert [row[:2] for row in plot()] == [["VRNN, best.pt on a.h5", "2"], ["VRNN, last.pt on a.h5", "1"]]
+    assert not (tmp_path / "recon.png").exists()
+
+
+def test_evaluations_on_files_of_one_name_and_by_other_particles_are_told_apart(tmp_path, plot):
+    for name, config in (("a", dict(data="x/a.h5")), ("b", dict(data="y/a.h5", seed=1))):
+        write_evaluation(tmp_path / "runs" / name, 0.0, DATA, CONFIG | config, BOUNDS, checkpoint="best.pt")
+    assert [row[0] for row in plot()] == ["VRNN, best.pt on a.h5, data x/a.h5", "VRNN, best.pt on a.h5, data y/a.h5"]
+    few = dict(elbo=1.0, iwae_3=2.0, smc_3=3.0, kl=4.0)
+    evaluation_of(tmp_path / "few/a", bounds=few, eval_k=[3])
+    evaluation_of(tmp_path / "few/b")
+    assert [row[0] for row in plot("few")] == ["VRNN, best.pt on a.h5, eval_k [3]",
+                                               "VRNN, best.pt on a.h5, eval_k [5, 100]"]
+
+
+def test_runs_on_other_data_are_not_drawn_on_one_axis(tmp_path, plot):
+    write_run(tmp_path / "runs/a")
+    write_run(tmp_path / "runs/b", data=DATA | dict(std=1000.0))
+    with pytest.raises(common.UserError, match="runs/b and runs/a differ in their data"):
+        plot()
+
+
+def test_the_picture_of_generated_speech_is_drawn_beside_it(tmp_path, plot):
+    write_run(tmp_path / "runs/a")
+    evaluation_of(tmp_path / "runs/b")
+    write_run(tmp_path / "runs/silent")
+    random = np.random.default_rng(0)
+    for run, length in (("a", 8_000), ("b", 100)):
+        samples = tmp_path / "runs" / run / "samples"
+        samples.mkdir()
+        for name, scale in (("real_0", 1000), ("real_1", 0), ("sample_0", 500), ("sample_1", 20), ("sample_2", 20)):
+            soundfile.write(samples / f"{name}.wav", (scale * random.normal(size=length)).astype(np.int16), 16_000)
+    plot()
+    pictures = sorted(tmp_path.glob("runs/*/samples/samples.png"))
+    assert [path.parts[-3] for path in pictures] == ["a", "b"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, plot):
+    (tmp_path / "runs/empty").mkdir(parents=True)
+    with pytest.raises(common.UserError, match="runs holds no runs"):
+        plot()
+
+
+def damage(path, text, instead):
+    before = path.read_text()
+    assert text in before
+    path.write_text(before.replace(text, instead, 1))
+
+
+@pytest.mark.parametrize("file, text, instead, words", (
+    ("log.jsonl", '{"update": 30', "", "--resume"), ("log.jsonl", '"nats_per_frame": 5', '"nats": 5', "--resume"),
+    ("log.jsonl", '"seed"', '"sead"', "header"), ("log.jsonl", '"std"', '"sd"', "header"),
+    ("log.jsonl", '"std": ', '"std": -', "header"), ("log.jsonl", '"script"', '"scrip"', "header"),
+    ("log.jsonl", '{"config"', '[{"config"', "header"), ("log.jsonl", '"eval_k": [5, 100]', '"eval_k": []', "header"),
+    ("eval.json", '"elbo": {', '"elbow": {', "anew"), ("eval.json", '"windows": 4', '"windows": "x"', "anew"),
+    ("eval.json", "{", "", "anew"), ("windows.csv", "elbo", "elbo,x", "anew"), ("windows.csv", ".000", "x", "anew"),
+    ("windows.csv", "\n", "\n1,2,3,4,5\n", "anew"),
+))
+def test_a_damaged_file_of_a_run_is_named_with_a_remedy_that_fits(tmp_path, plot, file, text, instead, words):
+    write_run(tmp_path / "runs/damaged")
+    damage(tmp_path / "runs/damaged" / file, text, instead)
+    with pytest.raises(common.UserError, match=f"^runs/damaged holds no readable {file} .*{words}") as error:
+        plot()
+    assert "\n" not in str(error.value) and ("torn" in str(error.value)) == (words == "--resume")
+
+
+@pytest.mark.parametrize("file, text, instead", (
+    ("eval.json", '"checkpoint"', '"point"'), ("eval.json", '"data": {', '"date": {'), ("eval.json", "{", ""),
+    ("config.json", '"seed"', '"sead"'), ("config.json", "{", "["), ("windows.csv", "elbo", "elbo,x"),
+    ("eval.json", '"file": "a.h5", ', ""),
+))
+def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, plot, file, text, instead):
+    evaluation_of(tmp_path / "runs/damaged")
+    damage(tmp_path / "runs/damaged" / file, text, instead)
+    with pytest.raises(common.UserError, match=f"^runs/damaged holds no readable {file} .*--evaluate") as error:
+        plot()
+    assert "\n" not in str(error.value) and "torn" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", (b"", b"[" * 100_000, b"\xff\xfe", b"null", b"{}", b"3"))
+@pytest.mark.parametrize("file", ("log.jsonl", "eval.json", "config.json"))
+def test_a_file_of_something_else_is_named(tmp_path, plot, file, content):
+    evaluation_of(tmp_path / "runs/damaged")
+    (tmp_path / "runs/damaged" / file).write_bytes(content)
+    with pytest.raises(common.UserError, match=f"^runs/damaged holds no readable {file} "):
+        plot()
+
+
+def test_a_damaged_sound_file_is_named(tmp_path, plot):
+    write_run(tmp_path / "runs/a")
+    (tmp_path / "runs/a/samples").mkdir()
+    (tmp_path / "runs/a/samples/sample_0.wav").write_bytes(os.urandom(100))
+    with pytest.raises(common.UserError, match="^runs/a/samples holds no readable sample_0.wav"):
+        plot()

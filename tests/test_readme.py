@@ -1,0 +1,140 @@
+"""The scripts of the README's section "Your own objective or model", as they are printed there."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import ROOT, SIZES, assert_same_run, main_of, run, write_tiny_data
+
+import common
+
+PRINTED = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.DOTALL)
+FLAGS = (*SIZES, "--data=tiny.h5", "--max_updates=60", "--monitor_every=20", "--eval_recordings=1")
+
+
+def command(script, *flags):
+    return [sys.executable, f"{script}.py", *flags]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def started(folder, script, *flags):
+    return subprocess.Popen(command(script, *flags), cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finished(process):
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The printed scripts, and a run of each beside one of ours; the GRU twice, once killed and resumed."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_tiny_data(folder / "tiny.h5")
+    for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
+        (folder / name).write_text(source)
+    ours = run("vrnn_gauss", *FLAGS, cwd=folder)
+    assert ours.returncode == 0, ours.stderr
+    runs = [started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"), started(folder, "stochastic_gru", *FLAGS)]
+    for process in runs:
+        finished(process)
+    kill_and_resume(folder, folder / "killed/stochastic_gru")
+    return folder
+
+
+def kill_and_resume(folder, out):
+    flags = ("stochastic_gru", *FLAGS, f"--out_dir={out}")
+    process = started(folder, *flags)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "eval.json").exists()
+    finished(started(folder, *flags, "--resume"))
+
+
+def test_the_readme_prints_two_scripts_of_at_most_sixty_lines_without_their_docstrings_and_blank_lines():
+    scripts = dict(PRINTED.findall((ROOT / "README.md").read_text()))
+    lines = [line for source in scripts.values() for line in source.splitlines()[1:] if line]
+    assert list(scripts) == ["beta_vrnn.py", "stochastic_gru.py"] and len(lines) <= 60
+
+
+def test_a_printed_script_learns(folder):
+    for name in ("beta_vrnn", "stochastic_gru"):
+        _, *lines = map(json.loads, (folder / f"runs/{name}/log.jsonl").read_text().splitlines())
+        bounds = [line["valid"]["iwae_2"]["nats_per_frame"] for line in lines]
+        assert bounds == sorted(bounds) and len(bounds) == 3
+
+
+def test_a_killed_and_resumed_run_of_a_printed_model_is_as_if_it_had_never_stopped(folder):
+    assert_same_run(folder / "runs/stochastic_gru", folder / "killed/stochastic_gru")
+
+
+@pytest.fixture
+def printed(folder, monkeypatch):
+    """A function that calls the main of a printed script in this process."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    beta_vrnn = importlib.import_module("beta_vrnn")
+    beta_vrnn.main = lambda: beta_vrnn.train(common.parse(beta_vrnn.Hyperparameters))
+    yield main_of
+    for name in ("beta_vrnn", "stochastic_gru"):
+        sys.modules.pop(name, None)
+
+
+def test_a_printed_hyperparameter_has_its_flag_and_its_comment_as_help(folder, printed, capsys):
+    with pytest.raises(SystemExit):
+        printed("beta_vrnn", "--help")
+    assert "weight of the KL; 1 is VRNN (default: 0.5)" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((folder / "runs/beta_vrnn/config.json").read_text())["beta"] == 0.7
+
+
+def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate_and_all_runs_are_drawn_by_name(folder):
+    shutil.copytree(folder / "runs", folder / "drawn", dirs_exist_ok=True)
+    finished(started(folder, "stochastic_gru", "--evaluate=runs/stochastic_gru/best.pt", "--out_dir=drawn/again"))
+    first, again = (json.loads((folder / f"drawn/{run}/eval.json").read_text()) for run in ("stochastic_gru", "again"))
+    assert again == first | dict(checkpoint="runs/stochastic_gru/best.pt")
+    result = run("plot_recon", "drawn", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| VRNN", "| beta-VRNN", "| stochastic GRU",
+                                        "| stochastic GRU, best.pt on tiny.h5"]
+    assert rows[2][3:] == rows[3][3:]
+    for row, name in zip(rows, ("vrnn_gauss", "beta_vrnn", "stochastic_gru")):
+        bounds = json.loads((folder / f"runs/{name}/eval.json").read_text())["bounds"]
+        assert row[3] == f"{bounds['elbo']['nats_per_frame']:.2f}"
+    assert (folder / "recon.png").exists() and (folder / "drawn/beta_vrnn/samples/samples.png").exists()
+    assert not (folder / "drawn/stochastic_gru/samples").exists()  # it cannot generate
+
+
+def test_with_beta_one_the_printed_objective_is_that_of_ours(folder, printed):
+    printed("beta_vrnn", *FLAGS, "--beta=1", "--out_dir=one")
+    ours, theirs = (json.loads((folder / out / "eval.json").read_text()) for out in ("runs/vrnn_gauss", "one"))
+    assert ours["bounds"] == theirs["bounds"]
+
+
+def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script(folder, printed):
+    for script, other, model in (("vrnn_gauss", "stochastic_gru", "VRNN"),
+                                 ("stochastic_gru", "vrnn_gauss", "StochasticGRU")):
+        with pytest.raises(common.UserError, match=f"holds another model than this {model}"):
+            printed(script, f"--evaluate=runs/{other}/best.pt", "--out_dir=no")
+    assert not (folder / "no").exists()
+
+
+def test_a_checkpoint_of_a_users_script_with_a_vrnn_is_evaluated_by_ours(folder, printed):
+    printed("vrnn_gauss", "--evaluate=runs/beta_vrnn/best.pt", "--out_dir=by_ours", "--device=cpu")
+    ours, theirs = (json.loads((folder / out / "eval.json").read_text()) for out in ("by_ours", "runs/beta_vrnn"))
+    assert ours == theirs | dict(checkpoint="runs/beta_vrnn/best.pt")
