@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny products gain nothing from threads, 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import common  # noqa: E402
 import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
