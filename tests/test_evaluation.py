@@ -125,6 +125,12 @@ def test_every_batch_of_windows_is_dequantised_with_noise_of_its_own(data, corpu
     assert bounds["iwae_6"].tolist() == pytest.approx([-window.sum() for window in windows])
 
 
+def test_the_particle_filter_of_a_window_counts_all_of_its_frames(data, corpus):
+    bounds = common.window_bounds(Listener(corpus), corpus, corpus.valid, (2,), seq_frames=5, smc=6)
+    assert bounds["smc_6"].tolist() == pytest.approx(bounds["iwae_2"].tolist())  # the same for all particles
+    assert bounds["ess_smc_6"].tolist() == pytest.approx([6] * 5)
+
+
 @pytest.mark.parametrize("at_most, chosen", ((10, [0, 1, 2, 3, 4]), (3, [0, 2, 4])))
 def test_the_standard_error_over_recordings_is_that_of_a_ratio(data, corpus, at_most, chosen):
     found = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, k=4, at_most=at_most)

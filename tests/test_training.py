@@ -6,6 +6,7 @@ The main test runs each script's own main() beside a plain loop in float64 that 
 import importlib
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -115,10 +116,10 @@ def per_frame(bound_B, x):
 
 # ---- the loop ----
 
-def excerpts_of_epoch(h, epoch):
+def excerpts_of_epoch(data, h, epoch):
     """The excerpts of an epoch, (reset_freq, T, X) each, in the order of training."""
     samples = h.reset_freq * h.seq_frames * h.x_dim
-    with h5py.File(h.data) as file:
+    with h5py.File(data) as file:
         audio, offsets = file["train/audio"][:], file["train/offsets"][:]
     random, lengths = np.random.default_rng((h.seed, epoch)), np.diff(offsets)
     order = random.permutation((lengths // samples).sum())
@@ -129,16 +130,26 @@ def excerpts_of_epoch(h, epoch):
             np.array(starts)[order]]
 
 
-def windows_of_training(h, count):
-    """(T, B, X) each: every window of a batch of excerpts, then those of the next; an epoch has two whole batches."""
-    batches = [excerpts_of_epoch(h, epoch)[first:first + h.batch_size] for epoch in range(count)
-               for first in (0, h.batch_size)]
-    return [torch.from_numpy(np.stack([excerpt[w] for excerpt in batch], axis=1)).double() for batch in batches
-            for w in range(h.reset_freq)][:count]
+def windows_of_training(data, h):
+    """(T, B, X) each: the windows of a batch of excerpts, then those of the next, of which an epoch has two."""
+    excerpts = [excerpt for epoch in (0, 1) for excerpt in excerpts_of_epoch(data, h, epoch)[:2 * h.batch_size]]
+    batches = [np.stack(excerpts[first:first + h.batch_size], axis=2) for first in range(0, 12, h.batch_size)]
+    return [torch.from_numpy(window).double() for batch in batches for window in batch]
 
 
-def plain_run(h, loss_of):
-    """Training on six windows in the most obvious way, in float64."""
+def mean_and_std(data):
+    with h5py.File(data) as file:
+        return file.attrs["mean"], file.attrs["std"]
+
+
+def numbers_in(flags):
+    """What flags such as --lr=0.01 say."""
+    pairs = [flag.removeprefix("--").split("=") for flag in flags if re.fullmatch(r"--\w+=[0-9.]+", flag)]
+    return SimpleNamespace(**{name: json.loads(value) for name, value in pairs})
+
+
+def plain_run(h, windows, mean_and_std, loss_of):
+    """Training in the most obvious way, in float64."""
     torch.manual_seed(h.seed)
     model = common.VRNN(*(getattr(h, size) for size in common.SIZES))
     model.mirror()
@@ -153,11 +164,11 @@ def plain_run(h, loss_of):
 
     replays = h.k if loss_of is vae_as_published else 1
     rows = h.batch_size * (1 if loss_of is vae_as_published else h.k)
-    for w, pcm in enumerate(windows_of_training(h, 6)):
+    for w, pcm in enumerate(windows):
         zeros = torch.zeros(rows, h.rnn_dim, dtype=torch.float64)
         run.before = (zeros, zeros) if w % h.reset_freq == 0 else run.after
         for n in range(w * replays, (w + 1) * replays):
-            x = noisy(h, pcm, n, draw)
+            x = noisy(h, pcm, mean_and_std, n, draw)
             noise = draw(torch.randn, h.seq_frames, rows, h.z_dim)
             uniform = draw(torch.rand, h.seq_frames, h.batch_size) if loss_of is resampled else None
             loss, state = loss_of(model, x, run.before, noise, h.k, uniform)
@@ -168,10 +179,10 @@ def plain_run(h, loss_of):
     return run
 
 
-def noisy(h, pcm, n, draw):
+def noisy(h, pcm, mean_and_std, n, draw):
     """x of update n: dequantised, normalised, and noise that fades to a hundredth and ends."""
-    with h5py.File(h.data) as file:
-        x = (pcm + draw(torch.rand, *pcm.shape) - 0.5 - file.attrs["mean"]) / file.attrs["std"]
+    mean, std = mean_and_std
+    x = (pcm + draw(torch.rand, *pcm.shape) - 0.5 - mean) / std
     sigma = h.x_noise * 0.01 ** (n / h.x_noise_updates) if n < h.x_noise_updates else 0
     return x + sigma * draw(torch.randn, *pcm.shape)
 
@@ -226,10 +237,12 @@ def assert_near(ours, plain, tolerance=1e-4):
 ))
 def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, script, flags, loss_of):
     """Over six windows: three batches of excerpts, of which the third is of the second epoch."""
-    updates = 6 * (3 if loss_of is vae_as_published else 1)
-    training, lines = trained_by_script(script, [*SIZES, *LIMITS, *flags, f"--data={data}", f"--max_updates={updates}",
-                                                 f"--out_dir={tmp_path / 'run'}"], monkeypatch)
-    plain = plain_run(training.h, loss_of)
+    flags = [*SIZES, *LIMITS, *flags]
+    updates = 18 if loss_of is vae_as_published else 6
+    training, lines = trained_by_script(script, [*flags, f"--data={data}", f"--out_dir={tmp_path / 'run'}",
+                                                 f"--max_updates={updates}"], monkeypatch)
+    h = numbers_in(flags)
+    plain = plain_run(h, windows_of_training(data, h), mean_and_std(data), loss_of)
     moments = training.optimiser.state.values()
     assert_near(training.model.parameters(), plain.parameters)
     assert_near(training.averaged.parameters(), plain.averaged)
@@ -242,7 +255,7 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monke
     assert [line["grad_norm"] for line in lines] == pytest.approx(plain.norms[1::2], rel=1e-4)
     assert all(part.norm() > 0.1 for part in plain.before), "no state was carried"
     assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 50, "a limit was not reached"
-    assert len(excerpts_of_epoch(training.h, 0)) == 9, "the third batch should be of another epoch"
+    assert len(excerpts_of_epoch(data, h, 0)) == 9, "the third batch should be of another epoch"
 
 
 class FixedWeights:
