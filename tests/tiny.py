@@ -115,5 +115,5 @@ def write_quiet_data(path, **recordings):
             file[f"{split}/offsets"] = np.cumsum([0, *lengths])
             file[f"{split}/names"] = [f"{split}_{i}" for i in range(len(lengths))]
         train = file["train/audio"][:]
-        file.attrs.update(format=common.FORMAT, version=common.VERSION, sample_rate=common.SAMPLE_RATE,
-                          mean=train.mean(), std=train.std(), created_by="test")
+        file.attrs.update(format="vrnn-audio", version=1, sample_rate=16_000, mean=train.mean(), std=train.std(),
+                          created_by="test")
