@@ -6,6 +6,7 @@ The main test runs each script's own main() beside a plain loop in float64 that 
 import importlib
 import json
 import math
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from plain import plain_rollout
-from tiny import SIZES, write_quiet_data
+from tiny import SIZES, flat, log_of, write_quiet_data
 from torch.distributions import Normal
 
 import common
@@ -256,6 +257,26 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monke
     assert all(part.norm() > 0.1 for part in plain.before), "no state was carried"
     assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 50, "a limit was not reached"
     assert len(excerpts_of_epoch(data, h, 0)) == 9, "the third batch should be of another epoch"
+
+
+def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not(data, tmp_path, monkeypatch):
+    def train(out, updates, *more):
+        training, _ = trained_by_script("vrnn_gauss_iwae", [
+            *SIZES, *LIMITS, "--monitor_every=3", f"--data={data}", f"--out_dir={out}", f"--max_updates={updates}",
+            *more], monkeypatch)
+        os.close(training.folder.descriptor)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, 7)
+    train(parts, 3)
+    with (parts / "log.jsonl").open("a") as log:
+        log.write('{"update": 6}\n{"update": 7, "sequ')  # what was logged before the machine stopped
+    train(parts, 7, "--resume")
+    assert log_of(whole) == log_of(parts)
+    ours, theirs = (flat(torch.load(out / "last.pt", weights_only=True)) for out in (parts, whole))
+    for name, value in theirs.items():
+        if not name.endswith(("seconds", "out_dir")):
+            assert torch.equal(value, ours[name]) if torch.is_tensor(value) else value == ours[name], name
 
 
 class FixedWeights:

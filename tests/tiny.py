@@ -13,6 +13,7 @@ import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import common  # noqa: E402
 import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

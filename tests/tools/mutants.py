@@ -35,7 +35,7 @@ RECORDINGS = "test_evaluation.py::test_the_standard_error_over_recordings_is_tha
 MONITOR = "test_evaluation.py::test_the_bounds_in_the_log_are_those_of_the_averaged_weights"
 BEST = "test_evaluation.py::test_best_pt_holds_the_averaged_weights_of_the_highest_iwae"
 TEST_SPLIT = "test_evaluation.py::test_the_test_split_is_evaluated_with_the_weights_of_best_pt"
-OTHER_DATA = "test_evaluation.py::test_other_data_is_normalised_as_in_the_training_of_the_checkpoint"
+OTHER_DATA = "test_evaluate.py::test_other_data_are_normalised_as_the_training_was"
 PLAIN_MODEL = "test_model.py::test_rollout_and_gradients_equal_the_plain_implementation[5]"
 GENERATION = "test_model.py::test_generation_is_the_prior_and_decoder_that_training_scores"
 INITIAL = "test_model.py::test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
@@ -44,16 +44,22 @@ FORMULAS = "test_bounds.py::test_objectives_equal_their_formulas_written_out"
 FILTER = "test_bounds.py::test_the_particle_filter_equals_a_plain_one_and_so_does_its_gradient"
 PUBLISHED_COLUMNS = "test_published.py::test_weight_norm_rescales_every_published_column_of_w_and_nothing_else"
 NOT_FINITE = "test_scripts.py::test_steps_that_are_not_finite_change_nothing_and_are_counted"
-RESUME = "test_scripts.py::test_stopping_and_resuming_equals_never_stopping[vrnn_gauss_iwae-flags0]"
-TORN = "test_scripts.py::test_a_torn_log_line_is_dropped_on_resume"
+RESUME = "test_training.py::test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not"
+RESTORED = "test_scripts.py::test_restoring_leaves_a_training_and_its_progress_in_place"
 OTHER_RUN = "test_scripts.py::test_other_data_under_the_same_name_is_refused_on_resume"
 TWO_PROCESSES = "test_scale.py::test_two_processes_compute_the_gradient_of_one"
 OTHER_NUMBER = "test_scale.py::test_a_job_goes_on_with_another_number_of_processes"
-TYPES = "test_parse.py::test_flags_take_the_type_of_their_field"
-DEMO = "test_parse.py::test_the_demo_is_small_and_leaves_what_is_given_as_it_is"
-REFUSED = "test_parse.py::test_values_of_another_type_or_out_of_range_are_refused_by_name"
-ADDED = "test_parse.py::test_a_field_that_is_added_is_a_flag_with_its_comment_as_help"
-UNTYPED = "test_parse.py::test_a_line_without_a_type_is_refused_by_name"
+TYPES = "test_hyperparameters.py::test_an_added_field_is_a_flag_of_its_own_type"
+DEMO = "test_hyperparameters.py::test_the_demo_is_small_and_leaves_what_is_given_as_it_is"
+REFUSED = "test_hyperparameters.py::test_a_flag_of_another_type_or_name_or_out_of_range_is_refused_in_one_line"
+HELP = "test_hyperparameters.py::test_the_comment_behind_a_field_is_its_help_with_the_default"
+UNTYPED = "test_hyperparameters.py::test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file"
+NEEDIEST = "test_data.py::test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples"
+OF_TRAIN = "test_data.py::test_statistics_are_those_of_train_alone"
+HALF_WAY = "test_data.py::test_a_damaged_recording_is_skipped_whole_and_the_others_stay"
+ONE_WRITER = "test_data.py::test_two_conversions_cannot_write_the_same_file"
+PCM = "test_data.py::test_pcm_of_every_type_becomes_the_same_int16"
+PICKLES = "test_data.py::test_an_array_of_arrays_is_refused_but_for_allow_pickle"
 
 COMMON, ALT, GAUSS, IWAE_SCRIPT = "common.py", "vrnn_gauss_alt_nll.py", "vrnn_gauss.py", "vrnn_gauss_iwae.py"
 
@@ -90,8 +96,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("average of weights off by one update", VRNN, COMMON,
      "decay = ((1 + self.counts.updates)", "decay = ((2 + self.counts.updates)"),
     ("average of the weights before the step", VRNN, COMMON,
-     "        self.optimiser.step()\n        self.optimiser.zero_grad()\n",
-     "        self.average()\n        self.optimiser.step()\n        self.optimiser.zero_grad()\n", COMMON,
+     "        if replace_non_finite:\n", "        self.average()\n        if replace_non_finite:\n", COMMON,
      "        self.average()\n        for carried", "        for carried"),
     ("mirror() never called", VRNN, COMMON, "        model.mirror()\n", "        pass\n"),
     ("a learning rate that falls to nothing", PUBLISHED_VAE, COMMON, ".clamp(min=0.01)", ".clamp(min=0.0)"),
@@ -123,6 +128,13 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("an excerpt over the end of its recording", VRNN, COMMON,
      'self.counts, chosen, side="right")', "self.counts, chosen)"),
     ("held-out windows that overlap", WINDOWS, COMMON, "+ nth * samples\n", "+ nth * (samples // 2)\n"),
+    # ---- conversion ----
+    ("a recording to the split that has most", NEEDIEST, COMMON, "neediest = max(writers,", "neediest = min(writers,"),
+    ("mean and standard deviation of the test split", OF_TRAIN, COMMON, "(mean, std), *_ = [", "*_, (mean, std) = ["),
+    ("half a recording stays", HALF_WAY, COMMON, "            self.audio.resize((start,))\n", ""),
+    ("two conversions into one file", ONE_WRITER, COMMON, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH"),
+    ("arrays of arrays read in any case", PICKLES, COMMON,
+     'mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle', "mmap_mode=None, allow_pickle=True"),
     # ---- objectives ----
     ("--dreg runs the plain objective", DREG, IWAE_SCRIPT, "elif h.dreg:", "elif False:"),
     ("DReG with weights that are not squared", DREG, IWAE_SCRIPT,
@@ -178,8 +190,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("weights that outlive their resampling", FILTER, COMMON,
      "log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)", "log_w_BK = log_w_BK + 0.0"),
     # ---- evaluation ----
-    ("raw weights in the monitor", MONITOR, COMMON, "evaluate(self.averaged, self.corpus, self.corpus.valid",
-     "evaluate(self.model, self.corpus, self.corpus.valid"),
+    ("raw weights in the monitor", MONITOR, COMMON, "window_bounds(self.averaged, self.corpus, self.corpus.valid",
+     "window_bounds(self.model, self.corpus, self.corpus.valid"),
     ("raw weights in best.pt", BEST, COMMON,
      "model=self.averaged.state_dict(), update=", "model=self.model.state_dict(), update="),
     ("test split evaluated with the last weights", TEST_SPLIT, COMMON,
@@ -216,13 +228,21 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      'self.generator.set_state(checkpoint["generator"])', "pass"),
     ("averaged weights forgotten on resume", RESUME, COMMON,
      'load_parameters(self.averaged, checkpoint["averaged"]', 'load_parameters(self.averaged, checkpoint["model"]'),
-    ("a torn log line kept on resume", TORN, COMMON, "if update_of(line) <= update]", "]"),
-    ("other data accepted on resume", OTHER_RUN, COMMON, 'if before["data"] != header["data"]:', "if False:"),
+    ("the best bound so far forgotten on resume", RESTORED, COMMON,
+     "for name, value in self.progress.items():\n",
+     'for name, value in [item for item in self.progress.items() if item[0] != "best"]:\n'),
+    ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
+     'copy_same(of_this_process(checkpoint["tensors"][name], axis), tensor)', "pass"),
+    ("a torn log line kept on resume", RESUME, COMMON,
+     "                return False\n\n        header, *lines", "                return True\n\n        header, *lines"),
+    ("log lines that the checkpoint has not seen kept on resume", RESUME, COMMON,
+     'json.loads(line)["update"] <= update', 'json.loads(line)["update"] > 0'),
+    ("other data accepted on resume", OTHER_RUN, COMMON, 'before["data"], header["data"]),', "0, 0),"),
     # ---- processes ----
     ("each process draws the same noise", TWO_PROCESSES, COMMON,
      "return drawn[:, my_part(rows)]", "return drawn[:, :rows // self.processes]"),
-    ("gradients of processes added up", TWO_PROCESSES, COMMON, "for tensor in tensors])) / job()[1]\n",
-     "for tensor in tensors]))\n"),
+    ("gradients of processes added up", TWO_PROCESSES, COMMON, "tensor.copy_(total.view_as(tensor) / job()[1])",
+     "tensor.copy_(total.view_as(tensor))"),
     ("every process reads the first part of the batch", TWO_PROCESSES, COMMON,
      "(index + 1) * self.batch_size][my_part(self.batch_size)]",
      "(index + 1) * self.batch_size][:self.batch_size // job()[1]]"),
@@ -232,9 +252,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("the demo overrules what is given", DEMO, COMMON, "{**changed, **given}", "{**given, **changed}"),
     ("whole numbers cut off", REFUSED, COMMON, "    if not number.is_integer():\n", "    if False:\n"),
     ("2e4 is no whole number", TYPES, COMMON, "    number = float(text)\n", "    number = float(int(text))\n"),
-    ("infinity in range", REFUSED, COMMON, " and abs(part) < math.inf for part", " for part", COMMON,
-     "MOST = 1_000_000_000", "MOST = math.inf"),
-    ("help of the class alone, not of those that it extends", ADDED, COMMON,
+    ("numbers without limits", REFUSED, COMMON, "not all(least <= part <= most for part in parts)", "False"),
+    ("help of the class alone, not of those that it extends", HELP, COMMON,
      "reversed(script.__mro__[:-1])", "reversed(script.__mro__[:1])"),
     ("a line without a type passed over", UNTYPED, COMMON, 'or name in inspect.get_annotations(cls)):', "or True):"),
 )
