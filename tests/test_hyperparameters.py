@@ -66,6 +66,12 @@ def test_added_fields_keep_their_defaults_and_their_class_its_methods():
     assert h.all_layers == 6 and h.doubled() == 1.0
 
 
+def test_the_demo_is_small_and_leaves_what_is_given_as_it_is():
+    h = parsed("--demo", "--temperature=0.7", "--lr=0.5", "--k=2", of=Added)
+    assert (h.rnn_dim, h.data, h.max_updates, h.weight_norm) == (128, "data/demo.h5", 1000, 1.9365)
+    assert (h.temperature, h.lr, h.k) == (0.7, 0.5, 2)
+
+
 def test_types_as_text_are_types():
     h = parsed("--temperature=1", "--widths=3", of=Postponed)
     assert type(h.temperature) is float and h.widths == (3,)

@@ -114,6 +114,9 @@ def test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width():
         largest = model.phi_x[2].weight.abs().max().item()
         assert largest == pytest.approx(0.08 * (600 / width) ** 0.5, rel=0.02)
         spread.append(model.phi_x(torch.randn(1000, 200)).std(0).mean().item())
+        for head in (model.posterior[-1], model.prior[-1], model.decoder[-1]):
+            mean, sigma = head.bias.chunk(2)
+            assert not mean.any() and (sigma == torch.tensor(0.6)).all()
         for block in model.lstm_h.weight.chunk(4):
             torch.testing.assert_close(block @ block.T, torch.eye(64), atol=1e-5, rtol=0)
     assert min(spread) > 0.05

@@ -1,0 +1,354 @@
+"""Break the code in one place at a time, and see whether the tests that ought to notice do.
+
+    python tests/tools/mutants.py [--only WORD] [--jobs 2]
+
+Each mutant replaces texts that must occur exactly once by others, in a copy of the tree, and runs the tests named with
+it. Prints a line per mutant, and at the end those that no test noticed; exit status 1 if there are any, or if a text no
+longer applies.
+"""
+
+import argparse
+import multiprocessing
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+
+LOOP = "test_training.py::test_the_updates_of_a_script_are_those_of_a_plain_loop"
+VRNN, VAE, IWAE, DREG, RESAMPLED, PUBLISHED_VAE, PUBLISHED_IWAE = (
+    f"{LOOP}[{objective}]" for objective in
+    ("VRNN", "VAE", "IWAE", "DReG", "resampled", "published-VAE", "published-IWAE"))
+LAST_FRAME = "test_training.py::test_a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at_no_other"
+BOUNDS = "test_evaluation.py::test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand"
+SUMMARIES = "test_evaluation.py::test_summaries_of_three_windows_equal_those_computed_by_hand"
+TABLE = "test_evaluation.py::test_the_table_of_windows_holds_bounds_alone_in_nats_per_frame"
+WINDOWS = "test_evaluation.py::test_every_batch_of_windows_is_dequantised_with_noise_of_its_own"
+FILTERED_WINDOWS = "test_evaluation.py::test_the_particle_filter_of_a_window_counts_all_of_its_frames"
+RECORDINGS = "test_evaluation.py::test_the_standard_error_over_recordings_is_that_of_a_ratio"
+MONITOR = "test_evaluation.py::test_the_bounds_in_the_log_are_those_of_the_averaged_weights"
+BEST = "test_evaluation.py::test_best_pt_holds_the_averaged_weights_of_the_highest_iwae"
+TEST_SPLIT = "test_evaluation.py::test_the_test_split_is_evaluated_with_the_weights_of_best_pt"
+OTHER_DATA = "test_evaluate.py::test_other_data_are_normalised_as_the_training_was"
+PLAIN_MODEL = "test_model.py::test_rollout_and_gradients_equal_the_plain_implementation[5]"
+GENERATION = "test_model.py::test_generation_is_the_prior_and_decoder_that_training_scores"
+INITIAL = "test_model.py::test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
+DENSITIES = "test_bounds.py::test_analytic_kl_and_densities_equal_torch_distributions"
+FORMULAS = "test_bounds.py::test_objectives_equal_their_formulas_written_out"
+FILTER = "test_bounds.py::test_the_particle_filter_equals_a_plain_one_and_so_does_its_gradient"
+PUBLISHED_COLUMNS = "test_published.py::test_weight_norm_rescales_every_published_column_of_w_and_nothing_else"
+NOT_FINITE = "test_scripts.py::test_steps_that_are_not_finite_change_nothing_and_are_counted"
+RESUME = "test_training.py::test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not"
+RESTORED = "test_scripts.py::test_restoring_leaves_a_training_and_its_progress_in_place"
+OTHER_RUN = "test_scripts.py::test_other_data_under_the_same_name_is_refused_on_resume"
+TWO_PROCESSES = "test_scale.py::test_two_processes_compute_the_gradient_of_one"
+OTHER_NUMBER = "test_scale.py::test_a_job_goes_on_with_another_number_of_processes"
+TYPES = "test_hyperparameters.py::test_an_added_field_is_a_flag_of_its_own_type"
+DEMO = "test_hyperparameters.py::test_the_demo_is_small_and_leaves_what_is_given_as_it_is"
+REFUSED = "test_hyperparameters.py::test_a_flag_of_another_type_or_name_or_out_of_range_is_refused_in_one_line"
+HELP = "test_hyperparameters.py::test_the_comment_behind_a_field_is_its_help_with_the_default"
+UNTYPED = "test_hyperparameters.py::test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file"
+NEEDIEST = "test_data.py::test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples"
+OF_TRAIN = "test_data.py::test_statistics_are_those_of_train_alone"
+HALF_WAY = "test_data.py::test_a_damaged_recording_is_skipped_whole_and_the_others_stay"
+ONE_WRITER = "test_data.py::test_two_conversions_cannot_write_the_same_file"
+PCM = "test_data.py::test_pcm_of_every_type_becomes_the_same_int16"
+PICKLES = "test_data.py::test_an_array_of_arrays_is_refused_but_for_allow_pickle"
+
+COMMON, ALT, GAUSS, IWAE_SCRIPT = "common.py", "vrnn_gauss_alt_nll.py", "vrnn_gauss.py", "vrnn_gauss_iwae.py"
+
+MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in its place), once or several times
+    # ---- carried states ----
+    ("no carry of state between windows", VRNN, COMMON,
+     "before.zero_() if window == 0 else before.copy_(after)", "before.zero_()"),
+    ("carry of state across excerpts", VRNN, COMMON,
+     "before.zero_() if window == 0 else before.copy_(after)", "before.copy_(after)"),
+    ("published replays start from the new state", PUBLISHED_VAE, COMMON,
+     "        if replay == 0:\n", "        if True:\n", COMMON,
+     "before.zero_() if window == 0 else", "before.zero_() if window == replay == 0 else"),
+    ("the state of the particle filter is not carried on", RESAMPLED, IWAE_SCRIPT,
+     "particle_filter(training.model, x_TBX, state, noise", "particle_filter(training.model, x_TBX, None, noise"),
+    ("a filter that ignores its incoming state", RESAMPLED, COMMON,
+     "rollout = model(x, state, frame_noise.unsqueeze(0), k)",
+     "rollout = model(x, state if t else None, frame_noise.unsqueeze(0), k)"),
+    ("the first window of an excerpt, again and again", VRNN, COMMON,
+     "self.read(batch)[window]", "self.read(batch)[0]"),
+    ("the batch after the one that was asked for", VRNN, COMMON,
+     "return self.read_ahead[index].result()", "return self.read_ahead[index + 1].result()"),
+    # ---- the step ----
+    ("grad_clip ten times too large", VRNN, COMMON,
+     "torch.tensor(h.grad_clip or math.inf", "torch.tensor(10 * h.grad_clip or math.inf"),
+    ("published gradient not divided before the clip", PUBLISHED_IWAE, COMMON, "if divide_by != 1:", "if False:"),
+    ("published gradient not divided, in the VAE_K script", PUBLISHED_VAE, ALT,
+     "divide_by=h.batch_size if h.as_published else 1", "divide_by=1"),
+    ("the published limit not divided", PUBLISHED_IWAE, COMMON, "self.grad_clip / divide_by *", "self.grad_clip *"),
+    ("weight norm never applied", VRNN, COMMON,
+     "self.model.constrain_weights(h.weight_norm)", "pass"),
+    ("weight norm of the recurrent weights too", PUBLISHED_COLUMNS, COMMON, ' and name != "lstm_h":', ":"),
+    ("weight norm over outputs", VRNN, COMMON,
+     "layer.weight.norm(dim=1, keepdim=True)", "layer.weight.norm(dim=0, keepdim=True)"),
+    ("average of weights off by one update", VRNN, COMMON,
+     "decay = ((1 + self.counts.updates)", "decay = ((2 + self.counts.updates)"),
+    ("average of the weights before the step", VRNN, COMMON,
+     "        if replace_non_finite:\n", "        self.average()\n        if replace_non_finite:\n", COMMON,
+     "        self.average()\n        for carried", "        for carried"),
+    ("mirror() never called", VRNN, COMMON, "        model.mirror()\n", "        pass\n"),
+    ("a learning rate that falls to nothing", PUBLISHED_VAE, COMMON, ".clamp(min=0.01)", ".clamp(min=0.0)"),
+    ("a gradient that is not finite moves the state", NOT_FINITE, COMMON,
+     "carried.copy_(torch.where(is_finite, part, 0.0))", "carried.copy_(part)"),
+    ("a gradient that is not finite moves the parameters", NOT_FINITE, COMMON,
+     "self.optimiser.found_inf = (~is_finite).float()", "pass"),
+    ("the gradients of updates add up", VRNN, COMMON,
+     "        self.optimiser.zero_grad()\n        if h.weight_norm:", "        if h.weight_norm:"),
+    ("the mean loss of all updates so far", VRNN, COMMON,
+     "        counts.loss_sum.zero_()\n        counts.losses.zero_()\n", ""),
+    # ---- noise in training ----
+    ("no dequantisation in training", VRNN, COMMON,
+     "x_TBX = normalise(self.pcm, self.corpus, uniform)", "x_TBX = normalise(self.pcm, self.corpus)"),
+    ("x_noise never applied", VRNN, COMMON,
+     "x_TBX = x_TBX + self.x_noise() * self.draw(", "x_TBX = x_TBX + 0 * self.draw("),
+    ("x_noise on the target alone", VRNN, COMMON,
+     "        if h.x_noise:\n", "        self.model.clean = x_TBX\n        if h.x_noise:\n", COMMON,
+     "x = x_TBX.bfloat16() if self.bf16 else x_TBX\n", "x = getattr(self, 'clean', x_TBX)\n"),
+    ("x_noise on the input alone", VRNN, COMMON,
+     "        if h.x_noise:\n", "        self.model.clean = x_TBX\n        if h.x_noise:\n", COMMON,
+     "gaussian_log_density(x_TBX.unsqueeze(2), ", "gaussian_log_density(getattr(self, 'clean', x_TBX).unsqueeze(2), "),
+    ("x_noise that falls to a tenth", VRNN, COMMON, "self.h.x_noise * 0.01 ** done", "self.h.x_noise * 0.1 ** done"),
+    ("x_noise that never ends", PUBLISHED_VAE, COMMON, "torch.where(done < 1, ", "torch.where(done < 99, "),
+    # ---- excerpts ----
+    ("the same order in every epoch", VRNN, COMMON, "default_rng((self.seed, epoch))", "default_rng((self.seed, 0))"),
+    ("excerpts that begin at the beginning of a recording", VRNN, COMMON,
+     "self.split.offsets[recording] + self.shift[recording]", "self.split.offsets[recording]"),
+    ("an excerpt over the end of its recording", VRNN, COMMON,
+     'self.counts, chosen, side="right")', "self.counts, chosen)"),
+    ("held-out windows that overlap", WINDOWS, COMMON, "+ nth * samples\n", "+ nth * (samples // 2)\n"),
+    # ---- conversion ----
+    ("a recording to the split that has most", NEEDIEST, COMMON, "neediest = max(writers,", "neediest = min(writers,"),
+    ("mean and standard deviation of the test split", OF_TRAIN, COMMON, "(mean, std), *_ = [", "*_, (mean, std) = ["),
+    ("half a recording stays", HALF_WAY, COMMON, "            self.audio.resize((start,))\n", ""),
+    ("two conversions into one file", ONE_WRITER, COMMON, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH"),
+    ("arrays of arrays read in any case", PICKLES, COMMON,
+     'mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle', "mmap_mode=None, allow_pickle=True"),
+    # ---- objectives ----
+    ("--dreg runs the plain objective", DREG, IWAE_SCRIPT, "elif h.dreg:", "elif False:"),
+    ("DReG with weights that are not squared", DREG, IWAE_SCRIPT,
+     "v_BK ** 2 * (log_w_BK + log_q_TBK.sum(0))", "v_BK * (log_w_BK + log_q_TBK.sum(0))"),
+    ("densities at fixed z from zero states", DREG, IWAE_SCRIPT,
+     "at_fixed_z(x_TBX, rollout.phi_x, z, state, h.k)",
+     "at_fixed_z(x_TBX, rollout.phi_x, z, training.model.zero_state(len(state[0])), h.k)"),
+    ("IWAE with one particle", IWAE, IWAE_SCRIPT,
+     "corrections = chosen_corrections(h)", "corrections, h.k = chosen_corrections(h), 1"),
+    ("IWAE of the first of its particles", FORMULAS, IWAE_SCRIPT,
+     "-common.importance_weighted(log_w_BK).mean()", "-common.importance_weighted(log_w_BK[:, :1]).mean()"),
+    ("last-frame resampling dropped", RESAMPLED, IWAE_SCRIPT, "resample_last=True", "resample_last=False"),
+    ("last-frame resampling dropped by the filter", LAST_FRAME, COMMON,
+     "is_carried_on = resample_last and t == len(x_TBX) - 1", "is_carried_on = False"),
+    ("as published with the right sign", PUBLISHED_IWAE, IWAE_SCRIPT,
+     '-s_BK if "sign" in corrections else s_BK', "-s_BK"),
+    ("as published without its gradient through the weights", PUBLISHED_IWAE, IWAE_SCRIPT,
+     'if "gradient" in corrections:', "if True:"),
+    ("as published without replays", PUBLISHED_VAE, ALT, "particles=samples, replays=replays", "particles=samples"),
+    ("VRNN without its KL", VRNN, GAUSS, "(rollout.nll_TBK + rollout.kl_TBK).mean()", "rollout.nll_TBK.mean()"),
+    ("the importance-weighted bound without log K", FORMULAS, COMMON,
+     "return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])", "return log_w_BK.logsumexp(dim=1)"),
+    # ---- model ----
+    ("input and forget gate exchanged", PLAIN_MODEL, COMMON,
+     "candidate, i, forget, o = gates.chunk(4, dim=1)", "candidate, forget, i, o = gates.chunk(4, dim=1)"),
+    ("a cell that generates with other gates", GENERATION, COMMON,
+     "candidate, i, f, o = gates.chunk(4, dim=-1)", "candidate, f, i, o = gates.chunk(4, dim=-1)"),
+    ("no gradient through the cell to earlier frames", PLAIN_MODEL, COMMON, "            d_c.mul_(forget)\n",
+     "            d_c.zero_()\n"),
+    ("the slope of softplus without its floor", PLAIN_MODEL, COMMON,
+     "-torch.expm1(SIGMA_FLOOR - sigma[t])", "-torch.expm1(-sigma[t])"),
+    ("KL by the other variance", DENSITIES, COMMON, "(q_mean - p_mean) / p_sigma", "(q_mean - p_mean) / q_sigma"),
+    ("log q left out of log w", PLAIN_MODEL, COMMON,
+     "log_px + (log_pz - log_qz).view(by_particle)", "log_px + log_pz.view(by_particle)"),
+    ("particles that share one state", PLAIN_MODEL, COMMON,
+     "torch.add(from_h, from_x[t].unsqueeze(1), out=", "torch.add(from_h[:, :1].expand_as(from_h), "
+     "from_x[t].unsqueeze(1), out="),
+    ("sigmas that begin elsewhere", INITIAL, COMMON, "head.bias.chunk(2)[1].fill_(0.6)", "head.bias.fill_(0.6)"),
+    # ---- bounds ----
+    ("log_w_std is a variance", BOUNDS, COMMON, "log_w_BK.std(1, correction=0)", "log_w_BK.var(1, correction=0)"),
+    ("log_w_std is per frame", BOUNDS, COMMON,
+     "log_w_BK.std(1, correction=0)", "log_w_BK.std(1, correction=0) / frames"),
+    ("iwae_k of the first group alone", BOUNDS, COMMON,
+     "log_w_BK[:, :particles // k * k].reshape(-1, k)", "log_w_BK[:, :k]"),
+    ("elbo_K is the analytic elbo", BOUNDS, COMMON,
+     'f"elbo_{particles}": log_w_BK.mean(1)', 'f"elbo_{particles}": elbo_BK.mean(1)'),
+    ("effective sample size without its square", BOUNDS, COMMON,
+     "(2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()",
+     "(log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1) / 2).exp()"),
+    ("resampling without its random offset", FILTER, COMMON, "+ uniform_B.unsqueeze(1)) / k", "+ 0.5) / k"),
+    ("resampling under a quarter of the particles", FILTER, COMMON,
+     "math.inf if is_carried_on else k / 2", "math.inf if is_carried_on else k / 4"),
+    ("weights that outlive their resampling", FILTER, COMMON,
+     "log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)", "log_w_BK = log_w_BK + 0.0"),
+    # ---- evaluation ----
+    ("raw weights in the monitor", MONITOR, COMMON, "window_bounds(self.averaged, self.corpus, self.corpus.valid",
+     "window_bounds(self.model, self.corpus, self.corpus.valid"),
+    ("raw weights in best.pt", BEST, COMMON,
+     "model=self.averaged.state_dict(), update=", "model=self.model.state_dict(), update="),
+    ("test split evaluated with the last weights", TEST_SPLIT, COMMON,
+     '            load_parameters(self.averaged, best["model"], folder.best, "--resume")\n', ""),
+    ("best is worst", BEST, COMMON,
+     'is_best = tracked > progress["best"]', 'is_best = tracked < -progress["best"] or progress["best"] == -math.inf',
+     COMMON, 'max(tracked, progress["best"])', "-abs(tracked)"),
+    ("best is better than the last", BEST, COMMON, 'max(tracked, progress["best"])', "tracked"),
+    ("best.pt chosen by the elbo", BEST, COMMON,
+     'line["valid"][tracked_bound(self.h.eval_k)]', 'line["valid"]["elbo"]'),
+    ("evaluation not dequantised", WINDOWS, COMMON,
+     "normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))",
+     "normalise(pcm, corpus, 0 * torch.rand(pcm.shape, generator=generator, device=generator.device) + 0.5)"),
+    ("one evaluation seed for all batches", WINDOWS, COMMON,
+     "manual_seed(EVAL_SEED + batch)", "manual_seed(EVAL_SEED)"),
+    ("standard error divided by n", SUMMARIES, COMMON, "/ len(values) ** 0.5", "/ len(values)"),
+    ("standard error of a population", SUMMARIES, COMMON, "values.std() /", "values.std(correction=0) /"),
+    ("bits of a sample with the nats of a sequence", SUMMARIES, COMMON,
+     "bits_per_sample(mean / seq_frames, x_dim, corpus.std)", "bits_per_sample(mean, x_dim, corpus.std)"),
+    ("effective sample sizes in windows.csv", TABLE, COMMON,
+     'name.startswith(("elbo", "iwae", "smc"))]', 'name.startswith(("elbo", "iwae", "smc", "ess"))]'),
+    ("the filter's bound of the first frame", FILTERED_WINDOWS, COMMON,
+     'f"smc_{smc}": estimate_TB[-1]', 'f"smc_{smc}": estimate_TB[0]'),
+    ("standard error over recordings of their means", RECORDINGS, COMMON,
+     "deviations = (nats - mean * frames) / frames.mean()", "deviations = nats / frames"),
+    ("standard error over recordings of a population", RECORDINGS, COMMON, ".std(ddof=1)", ".std()"),
+    ("recordings that count alike, long or short", RECORDINGS, COMMON,
+     "mean = nats.sum() / frames.sum()", "mean = (nats / frames).mean()"),
+    ("other data normalised by its own mean and std", OTHER_DATA, COMMON,
+     'self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]', "pass"),
+    # ---- resume ----
+    ("Adam's moments forgotten on resume", RESUME, COMMON, "copy_same(saved[i][name], tensor)", "pass"),
+    ("random numbers begin anew on resume", RESUME, COMMON,
+     'self.generator.set_state(checkpoint["generator"])', "pass"),
+    ("averaged weights forgotten on resume", RESUME, COMMON,
+     'load_parameters(self.averaged, checkpoint["averaged"]', 'load_parameters(self.averaged, checkpoint["model"]'),
+    ("the best bound so far forgotten on resume", RESTORED, COMMON,
+     "for name, value in self.progress.items():\n",
+     'for name, value in [item for item in self.progress.items() if item[0] != "best"]:\n'),
+    ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
+     'copy_same(of_this_process(checkpoint["tensors"][name], axis), tensor)', "pass"),
+    ("a torn log line kept on resume", RESUME, COMMON,
+     "                return False\n\n        header, *lines", "                return True\n\n        header, *lines"),
+    ("log lines that the checkpoint has not seen kept on resume", RESUME, COMMON,
+     'json.loads(line)["update"] <= update', 'json.loads(line)["update"] > 0'),
+    ("other data accepted on resume", OTHER_RUN, COMMON, 'before["data"], header["data"]),', "0, 0),"),
+    # ---- processes ----
+    ("each process draws the same noise", TWO_PROCESSES, COMMON,
+     "return drawn[:, my_part(rows)]", "return drawn[:, :rows // self.processes]"),
+    ("gradients of processes added up", TWO_PROCESSES, COMMON, "tensor.copy_(total.view_as(tensor) / job()[1])",
+     "tensor.copy_(total.view_as(tensor))"),
+    ("every process reads the first part of the batch", TWO_PROCESSES, COMMON,
+     "(index + 1) * self.batch_size][my_part(self.batch_size)]",
+     "(index + 1) * self.batch_size][:self.batch_size // job()[1]]"),
+    ("the state of the first process alone is saved", OTHER_NUMBER, COMMON,
+     "return torch.cat(parts, axis)", "return torch.cat([parts[0]] * len(parts), axis)"),
+    # ---- hyperparameters ----
+    ("the demo overrules what is given", DEMO, COMMON, "{**changed, **given}", "{**given, **changed}"),
+    ("whole numbers cut off", REFUSED, COMMON, "    if not number.is_integer():\n", "    if False:\n"),
+    ("2e4 is no whole number", TYPES, COMMON, "    number = float(text)\n", "    number = float(int(text))\n"),
+    ("numbers without limits", REFUSED, COMMON, "not all(least <= part <= most for part in parts)", "False"),
+    ("help of the class alone, not of those that it extends", HELP, COMMON,
+     "reversed(script.__mro__[:-1])", "reversed(script.__mro__[:1])"),
+    ("a line without a type passed over", UNTYPED, COMMON, 'or name in inspect.get_annotations(cls)):', "or True):"),
+)
+
+
+def parts(mutant):
+    """(name, test, [(file, text, text in its place), ...])"""
+    name, test, *edits = mutant
+    return name, f"tests/{test}", list(zip(edits[::3], edits[1::3], edits[2::3], strict=True))
+
+
+def mutated(edits, source):
+    """{file: its text with these edits}. Raises ValueError where a text does not occur exactly once."""
+    texts = {}
+    for file, text, instead in edits:
+        before = texts.setdefault(file, (source / file).read_text())
+        if before.count(text) != 1:
+            raise ValueError(f"{file} holds {before.count(text)} times: {text!r}")
+        texts[file] = before.replace(text, instead)
+    return texts
+
+
+def run_pytest(tree, tests, output):
+    """In a process of its own, which has imported PyTorch already: the longest part of most of these tests."""
+    import pytest
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(tree)
+    sys.path.remove(str(Path(__file__).parent))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(tree), *tests]))
+
+
+def status_of(tree, tests):
+    """(exit status of pytest, what it printed); None for tests that do not end."""
+    output = tree.with_suffix(".output")
+    process = CONTEXT.Process(target=run_pytest, args=(tree, tests, output))
+    process.start()
+    process.join(600)
+    process.kill()
+    return process.exitcode, output.read_text()
+
+
+def outcome(mutant, source, trees):
+    """`killed` by its test, `SURVIVED` or, where the test could not even be collected, `ERROR`."""
+    name, test, edits = parts(mutant)
+    tree, start = trees.get(), time.monotonic()
+    texts = mutated(edits, source)
+    for file, text in texts.items():
+        (tree / file).write_text(text)
+    status, output = status_of(tree, [test])
+    for file in texts:
+        shutil.copy(source / file, tree / file)
+    trees.put(tree)
+    found = {0: "SURVIVED", 1: "killed", None: "killed"}.get(status, "ERROR")
+    print(f"{found:9}{time.monotonic() - start:5.0f} s  {name}", flush=True)
+    if found == "ERROR":
+        print(output)
+    return found
+
+
+def stale(mutants):
+    """Why mutants no longer apply."""
+    for name, _, edits in map(parts, mutants):
+        try:
+            mutated(edits, ROOT)
+        except ValueError as why:
+            yield f"{name}: {why}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name holds this word")
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the tree that are tested at once")
+    options = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if options.only in mutant[0]]
+    if problems := list(stale(mutants)):
+        sys.exit("\n".join(problems))
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")  # before the server of processes begins
+    CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "h5py", "matplotlib.pyplot", "pytest", "hypothesis"])
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        source, *copies = (Path(folder, str(n)) for n in range(1 + options.jobs))
+        trees = queue.SimpleQueue()
+        for tree in (source, *copies):
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.h5", "__pycache__"))
+        for tree in copies:
+            trees.put(tree)
+        status, output = status_of(copies[0], sorted({test for _, test, _ in map(parts, mutants)}))
+        if status:
+            sys.exit(f"the tests fail before anything is broken:\n{output}")
+        found = list(pool.map(lambda mutant: outcome(mutant, source, trees), mutants))
+    alive = [mutant[0] for mutant, what in zip(mutants, found) if what != "killed"]
+    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants killed", *alive, sep="\n")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
