@@ -4,7 +4,7 @@
     python tests/gate.py compare FILE FILE
 
 21 updates pass ten excerpt boundaries (an excerpt has two windows). A record holds parameters, averaged parameters,
-Adam's moments by the name of their parameter, the log without its first line and `seconds`, and the bounds of eval.json.
+21 updates pass ten excerpt boundaries (an excerpt has two windows). A record holds parameters, averaged parameters,
 """
 
 import json

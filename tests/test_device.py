@@ -34,7 +34,7 @@ def test_evaluation_has_no_tf32_though_updates_have(tmp_path, monkeypatch):
 
 def test_a_clipping_limit_that_changes_between_updates_is_not_a_number_in_a_graph(tmp_path):
     write_tiny_data(tmp_path / "tiny.h5")
-    h = common.parse(vrnn_gauss.Hyperparameters, [*SIZES, f"--data={tmp_path / 'tiny.h5'}", f"--out_dir={tmp_path}/run"])
+    h = common.parse(vrnn_gauss.Hyperparameters, [*SIZES, f"--data={tmp_path}/tiny.h5", f"--out_dir={tmp_path}/run"])
     training, moments = common.Training(h, particles=1), []
     for limit in (1.0, 1e-6):
         training.grad_clip.fill_(limit)
