@@ -333,7 +333,7 @@ def main():
     if problems := list(stale(mutants)):
         sys.exit("\n".join(problems))
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")  # before the server of processes begins
-    CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "h5py", "matplotlib.pyplot", "pytest", "hypothesis"])
+    CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "h5py", "matplotlib.pyplot", "pytest"])
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         source, *copies = (Path(folder, str(n)) for n in range(1 + options.jobs))
         trees = queue.SimpleQueue()
