@@ -418,16 +418,20 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(training):
 def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     training = training()
     progress, before = training.progress, copy.deepcopy(training.checkpoint())
-    places = [*training.model.parameters(), *training.averaged.parameters(), *training.in_place().values()]
+
+    def tensors():
+        return {name: tensor for name, tensor, _ in training.in_place()}
+
+    places = [*training.model.parameters(), *training.averaged.parameters(), *tensors().values()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
     assert progress["updates"] == 3 and progress["best"] > -math.inf
     training.restore(before, None)
     assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
     for part, model in dict(model=training.model, averaged=training.averaged).items():
         assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
-    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in training.in_place().items())
+    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in tensors().items())
     assert torch.equal(training.generator.get_state(), before["generator"])
-    now = [*training.model.parameters(), *training.averaged.parameters(), *training.in_place().values()]
+    now = [*training.model.parameters(), *training.averaged.parameters(), *tensors().values()]
     assert all(a is b for a, b in zip(places, now, strict=True))
     assert all(state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
                for state in training.optimiser.state.values())
