@@ -1876,12 +1876,11 @@ def choose_device(name):
     if name == "cuda" and job()[1] > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device  # with its index
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        elif device.type != "cpu":
+            raise RuntimeError("only cpu and cuda are supported")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
