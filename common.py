@@ -50,9 +50,7 @@ from tqdm import tqdm
 SAMPLE_RATE = 16_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- model ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Rollout:
@@ -433,9 +431,7 @@ def sample_gaussian(mean, sigma, generator=None):
     return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bounds
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- bounds ---------------------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 1280    # particles at once in an evaluation
 
@@ -543,9 +539,7 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
@@ -676,9 +670,7 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
             soundfile.write(folder / f"{kind}_{i}.wav", samples, SAMPLE_RATE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 10  # updates in a row
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")  # of a VRNN
@@ -1101,9 +1093,7 @@ def progress_line(h, line):
             f"{rate:.2f} updates/s | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left{skipped}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run folder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- run folder -----------------------------------------------------------------------------------------------------
 
 FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
 
@@ -1249,9 +1239,7 @@ def commit():
     return head.stdout.strip() + ("+" if is_changed else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# hyperparameters
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- hyperparameters ------------------------------------------------------------------------------------------------
 
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
@@ -1384,9 +1372,7 @@ def check_values(h, kinds):
         raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# excerpts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- excerpts -------------------------------------------------------------------------------------------------------
 
 class Excerpts:
     """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
@@ -1448,9 +1434,7 @@ def normalise(pcm, corpus, uniform=None):
     return (x - corpus.mean) / corpus.std
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HDF5
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- HDF5 -----------------------------------------------------------------------------------------------------------
 
 FORMAT, VERSION = "vrnn-audio", 1
 SPLITS = ("train", "valid", "test")
@@ -1630,9 +1614,7 @@ def read_corpus(path):
     return SimpleNamespace(path=str(path), created_by=found["created_by"], mean=mean, std=std, **splits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arrays (.npz, .npy)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
 MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
@@ -1748,9 +1730,7 @@ def to_int16(samples):
     return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes and errors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- processes and errors -------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something only the user can mend; its text names the file or option, the problem and the remedy."""
