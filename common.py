@@ -13,12 +13,12 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import errno
 import fcntl
 import functools
 import inspect
-import io
 import json
 import math
 import os
@@ -29,9 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-import tokenize
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +48,7 @@ from tqdm import tqdm
 SAMPLE_RATE = 16_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- model ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Rollout:
@@ -433,9 +429,7 @@ def sample_gaussian(mean, sigma, generator=None):
     return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bounds
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- bounds ---------------------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 1280    # particles at once in an evaluation
 
@@ -543,12 +537,11 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
+BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
 
 
 def bits_per_sample(nats_per_frame, x_dim, std):
@@ -564,11 +557,10 @@ def frames_at(split, starts, frames, model, corpus, generator):
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
-    """Bounds on each non-overlapping window of a split, from a zero state: {name: (windows,) tensor}.
+    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)}.
 
-    Names and units are those of estimate_bounds; with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over
-    frames). The windows, the dequantisation noise and the latent noise are the same for every model of one size, and
-    for any number of processes, which share the work.
+    With smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
+    model of one size, and for any number of processes, which share the work.
     """
     device = next(model.parameters()).device
     starts = window_starts(split, seq_frames * model.x_dim, at_most)
@@ -588,30 +580,23 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
 
 
 def summarise(by_window, seq_frames, x_dim, corpus):
-    """Means of the bounds over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}.
+    """Means over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}, stderr over windows.
 
-    stderr is over windows, in nats per frame. What is no bound is {mean, stderr} (effective sample sizes, in particles)
-    or has no bits (kl and log_w_std).
+    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles).
     """
     result = {}
     for name, values in by_window.items():
         mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-        if name.startswith("ess"):
-            result[name] = dict(mean=mean, stderr=stderr)
-        else:
-            result[name] = dict(nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames,
-                                nats_per_sequence=mean)
-        if name.startswith(("elbo", "iwae", "smc")):
+        result[name] = dict(mean=mean, stderr=stderr) if name.startswith("ess") else dict(
+            nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames, nats_per_sequence=mean)
+        if name.startswith(BOUNDS):
             result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
-    """smc_k on whole recordings from a zero state, at_most of them evenly spread.
-
-    Returns {recordings, frames, nats_per_frame, stderr, bits_per_sample, ess}: means over all frames; stderr over
-    recordings, of the ratio of their nats to their frames.
-    """
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread: means over all frames, and stderr
+    over recordings, of the ratio of their nats to their frames."""
     device = next(model.parameters()).device
     lengths = np.diff(split.offsets) // model.x_dim
     usable = np.flatnonzero(lengths)
@@ -622,9 +607,8 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         ends = torch.from_numpy(lengths[batch])
         x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
-        for i, recording in enumerate(batch):
-            start, end = split.offsets[[recording]], int(ends[i])
-            x_TBX[:end, i:i + 1] = frames_at(split, start, end, model, corpus, generator)
+        for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
+            x_TBX[:end, i:i + 1] = frames_at(split, split.offsets[[recording]], end, model, corpus, generator)
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
@@ -643,7 +627,7 @@ def describe_corpus(corpus):
 
 def windows_table(by_window, seq_frames):
     """A line per window of the test split, in order: its bounds in nats per frame, for paired comparisons of runs."""
-    names = [name for name in by_window if name == "kl" or name.startswith(("elbo", "iwae", "smc"))]
+    names = [name for name in by_window if name.startswith(("kl", *BOUNDS))]
     rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1).tolist()
     return "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)]) + "\n"
 
@@ -654,10 +638,9 @@ def evaluation_table(result):
              for name, found in result.get("whole_recordings", {}).items()}
     lines = []
     for name, bound in (result["bounds"] | whole).items():
-        mean, stderr = bound.get("nats_per_frame", bound.get("mean")), bound["stderr"]
-        stderr = "" if stderr is None else f" +- {stderr:.2f}"  # one window has none
+        stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
         bits = f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
-        lines.append(f"test {name:12} {mean:8.2f}{stderr}{bits}")
+        lines.append(f"test {name:12} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}")
     return "\n".join(lines)
 
 
@@ -665,8 +648,7 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
     """Generated speech as folder/sample_N.wav, and beside it as much of the longest recordings as real_N.wav."""
     import soundfile
     folder.mkdir(exist_ok=True)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(EVAL_SEED)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     x_TBX = model.generate(math.ceil(seconds * SAMPLE_RATE / model.x_dim), count, generator)
     generated = to_int16((x_TBX.double() * corpus.std + corpus.mean).transpose(0, 1).reshape(count, -1).cpu().numpy())
     lengths = np.diff(split.offsets)
@@ -676,11 +658,10 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
             soundfile.write(folder / f"{kind}_{i}.wav", samples, SAMPLE_RATE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 10  # updates in a row
+SHARED_AXIS = dict(pcm=1)  # along which processes share what a checkpoint holds of the device; 0 but for these
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")  # of a VRNN
 
 
@@ -690,25 +671,24 @@ class Training:
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
     by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: whether the
-    bound of the particle filter is logged too. Raises UserError.
-
-    What an update reads and writes stays in place on the device, and nothing there waits for the host, so that on a GPU
-    the whole update is one CUDA graph.
+    particle filter's bound is logged too. On a GPU an update is one CUDA graph: what it reads and writes stays in
+    place, and nothing there waits for the host.
     """
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
-        self.script = script_of(type(h))
-        self.name = name or self.script
+        self.script, self.name = script_of(type(h)), name or script_of(type(h))
         self.processes = start_processes(h.batch_size)
         self.folder, self.device = RunFolder(h), choose_device(h.device)
-        self.precision = "high" if self.device.type == "cuda" else "highest"  # of products in updates; high is TF32
+        self.precision = "high" if self.device.type == "cuda" else "highest"  # of products in updates: TF32 on a GPU
         ensure_demo_data(h.data)
         self.corpus = open_corpus(h.data)
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(*(getattr(h, size) for size in SIZES))
-        self.model = (model if h.evaluate else prepared(model, h)).to(self.device)
+        if not h.evaluate:
+            prepare(model, h)
+        self.model = model.to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
@@ -737,13 +717,16 @@ class Training:
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
         self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
         self.counts = SimpleNamespace(
-            **{name: torch.zeros((), dtype=torch.int64, device=self.device)
-               for name in ("updates", "skipped", "skipped_in_a_row")},
-            **{name: torch.zeros((), device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
+            **{name: torch.tensor(0, device=self.device) for name in ("updates", "skipped", "skipped_in_a_row")},
+            **{name: torch.tensor(0.0, device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
 
     def begin(self):
         """Start the run folder, or go on from the state in it."""
-        h, folder, header = self.h, self.folder, self.header()
+        h, folder, config = self.h, self.folder, self.config()
+        header = dict(
+            config=config, particles=self.particles, replays=self.replays, processes=self.processes, commit=commit(),
+            device=describe(self.device), data=describe_corpus(self.corpus),
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
@@ -751,13 +734,13 @@ class Training:
             folder.keep_others_out()
             folder.restore(self)
             gather("restored")
-            folder.go_on(header["config"], self.progress["updates"])
+            folder.go_on(config, self.progress["updates"])
         else:
             if h.init_from:
                 parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-                load_parameters(self.model, parameters, h.init_from, "--init_from")
-                load_parameters(self.averaged, parameters, h.init_from, "--init_from")
-            folder.start(header["config"], header)
+                for model in (self.model, self.averaged):
+                    load_parameters(model, parameters, h.init_from, "--init_from")
+            folder.start(config, header)
         if is_first():
             print(f"{self.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
@@ -778,12 +761,6 @@ class Training:
         values = {**dataclasses.asdict(self.h), "script": self.script, "name": self.name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
                 if name != "evaluate"}
-
-    def header(self):
-        return dict(
-            config=self.config(), particles=self.particles, replays=self.replays, processes=self.processes,
-            commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
 
     # ---- one update, in the order in which a script calls these ----
 
@@ -860,19 +837,16 @@ class Training:
         return self.h.lr * (1 - self.counts.updates / self.h.lr_updates).clamp(min=0.01)
 
     def average(self):
-        """Exponential moving average of the parameters: single updates throw the held-out bound up and down by tens of
-        nats, their average does not. Early on it is shorter, so that it forgets the initial values."""
+        """Exponential moving average of the parameters, shorter early on, so that it forgets the initial values: single
+        updates throw the held-out bound up and down by tens of nats, their average does not."""
         decay = ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
         for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
             averaged.lerp_(p, 1 - decay)
 
     def captured(self, update):
         """Decorator of a script's update: on a GPU it becomes one CUDA graph, because launching its thousands of small
-        kernels takes longer than running them.
-
-        What a checkpoint holds stays as it is. Where a graph fails, and with several processes, updates are launched
-        kernel by kernel, with the same results.
-        """
+        kernels takes longer than running them. Where that fails, and with several processes, they are launched one by
+        one, with the same results. What a checkpoint holds stays as it is."""
         if self.device.type != "cuda" or self.processes > 1 or self.h.evaluate:
             return update
         before = copy.deepcopy(self.checkpoint())
@@ -899,10 +873,8 @@ class Training:
     # ---- the loop around the updates ----
 
     def updates(self):
-        """Yield once for every update that is still to be made, with its window in place; none with --evaluate.
-
-        Between them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go on from.
-        """
+        """Yield once for every update that is still to be made, with its window in place; none with --evaluate. Between
+        them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go on from."""
         h, progress = self.h, self.progress
         if h.evaluate:
             return
@@ -921,67 +893,58 @@ class Training:
                     raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
                                     f"update {progress['updates']}; start again with a lower --lr or --grad_clip")
                 if progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates:
-                    self.monitor_and_save()
-                if signal_number := max(gather(sum(received))):
-                    self.save_and_exit(signal_number)
+                    self.monitor()
+                if signal_number := max(gather(max(received, default=0))):
+                    self.stop(signal_number)
 
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
         windows, replay = divmod(self.progress["updates"], self.replays)
         if replay == 0:
             batch, window = divmod(windows, self.h.reset_freq)
-            self.pcm.copy_(self.read(batch)[window], non_blocking=True)
+            is_pinned = self.device.type == "cuda"
+            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(self.excerpts.batch, i, is_pinned)
+                               for i in (batch, batch + 1)}  # by a thread
+            self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
             for before, after in zip(self.state, self.next_state):
                 before.zero_() if window == 0 else before.copy_(after)
 
-    def read(self, index):
-        """Windows of batch `index`, read ahead by a thread; in pinned memory where a GPU will copy them."""
-        is_pinned = self.device.type == "cuda"
-        self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(self.excerpts.batch, i, is_pinned)
-                           for i in (index, index + 1)}
-        return self.read_ahead[index].result()
-
-    def monitor_and_save(self):
+    def monitor(self):
         """A log line with the held-out bounds, best.pt where the tracked one is higher than ever, and last.pt."""
         self.stop_clock()
-        line, progress = self.monitor(), self.progress
-        tracked = line["valid"][tracked_bound(self.h.eval_k)]["nats_per_frame"]
-        is_best = tracked > progress["best"]
-        progress["best"] = max(tracked, progress["best"])
-        self.folder.append(**line)
-        if is_first():
-            tqdm.write(progress_line(self.h, line))  # above the bar, where there is one
-            sys.stdout.flush()
-        if is_best:
-            best = dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"])
-            self.folder.save(self.folder.best, best)
-        self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
-        self.clock = time.monotonic()
-
-    def monitor(self):
-        """Held-out bounds and what else a log line holds; also starts the next interval."""
-        h, done, counts = self.h, self.progress["updates"], self.counts
+        h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
         by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
                                   h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
         line = dict(
-            update=done, sequences=done * h.batch_size, seconds=self.progress["seconds"],
+            update=progress["updates"], sequences=progress["updates"] * h.batch_size, seconds=progress["seconds"],
             train_loss=(counts.loss_sum / counts.losses).item(), grad_norm=counts.grad_norm.item(),
             skipped=counts.skipped.item(), valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()
-        return line
+        if is_first():
+            folder.append(line)
+            tqdm.write(progress_line(h, line))  # above the bar, where there is one
+            sys.stdout.flush()
+        tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
+        if tracked > progress["best"]:
+            progress["best"] = tracked
+            folder.save(folder.best, dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
+        folder.save(folder.last, self.checkpoint(), folder.previous)
+        self.clock = time.monotonic()
 
     def stop_clock(self):
         self.counts.updates.item()  # wait for the device
         self.progress["seconds"] += time.monotonic() - self.clock
 
-    def save_and_exit(self, signal_number):
+    def stop(self, signal_number):
+        """Save the state, say how to go on, and exit."""
         self.stop_clock()
         self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
         if is_first():
-            start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"]
-            start = [*(start if self.processes > 1 else [sys.executable]), *sys.argv]
-            again = shlex.join([*start, *["--resume"] * (not self.h.resume)])
+            start = [sys.executable]
+            if self.processes > 1:
+                start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+            again = shlex.join([*start, *sys.argv, *["--resume"] * (not self.h.resume)])
             print(f"stopped after update {self.progress['updates']}; go on with: {again}", flush=True)
         sys.exit(128 + signal_number)
 
@@ -992,31 +955,36 @@ class Training:
         return dict(config=self.config(), mean=self.corpus.mean, std=self.corpus.std)
 
     def in_place(self):
-        """(name, tensor, axis) of what the device holds besides parameters and moments; processes share along axis."""
-        yield from ((name, tensor, None) for name, tensor in vars(self.counts).items())
-        yield "pcm", self.pcm, 1
-        for i, (before, after) in enumerate(zip(self.state, self.next_state)):
-            yield from ((f"state.{i}", before, 0), (f"next_state.{i}", after, 0))
+        """{name: tensor} of what the device holds besides parameters and moments."""
+        states = dict(state=self.state, next_state=self.next_state)
+        return {**vars(self.counts), "pcm": self.pcm,
+                **{f"{name}.{i}": part for name, parts in states.items() for i, part in enumerate(parts)}}
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
-        tensors = {name: of_all_processes(tensor, axis) for name, tensor, axis in self.in_place()}
+        tensors = {name: torch.cat(gather(tensor.cpu()), SHARED_AXIS.get(name, 0)) if tensor.dim() else tensor
+                   for name, tensor in self.in_place().items()}
         return dict(self.origin(), model=self.model.state_dict(), averaged=self.averaged.state_dict(),
                     optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
                     tensors=tensors, progress=self.progress, update=self.progress["updates"])
 
     def restore(self, checkpoint, path):
-        """Go on from a state, in place. Raises UserError, naming path, where it is of another model or damaged."""
-        load_parameters(self.model, checkpoint["model"], path, "--resume")
-        load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
+        """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
         try:
+            load_parameters(self.model, checkpoint["model"], path, "--resume")
+            load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
-            for name, tensor, axis in self.in_place():
-                copy_same(of_this_process(checkpoint["tensors"][name], axis), tensor)
-            saved = checkpoint["optimiser"]["state"]
-            for i, state in enumerate(self.optimiser.state.values()):
-                for name, tensor in state.items():
-                    copy_same(saved[i][name], tensor)
+            moments, tensors = checkpoint["optimiser"]["state"], dict(checkpoint["tensors"])
+            for name, tensor in self.in_place().items():
+                if tensor.dim():  # this process's part of it
+                    tensors[name] = tensors[name].chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
+            pairs = [(tensors[name], tensor) for name, tensor in self.in_place().items()]
+            pairs += [(moments[i][name], tensor) for i, state in enumerate(self.optimiser.state.values())
+                      for name, tensor in state.items()]
+            for saved, tensor in pairs:
+                if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+                    raise ValueError(f"{tuple(saved.shape)} in place of {tuple(tensor.shape)}")
+                tensor.copy_(saved)
             for name, value in self.progress.items():
                 self.progress[name] = type(value)(checkpoint["progress"][name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -1026,53 +994,42 @@ class Training:
     # ---- the end ----
 
     def finish(self):
-        """Evaluate best.pt, or the checkpoint of --evaluate, on the test split, and generate speech from it.
-
-        Writes eval.json, windows.csv and samples/ to the run folder, and prints the bounds.
-        """
-        h, folder, update = self.h, self.folder, self.progress["updates"]
+        """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
+        h, folder, update, model, corpus = self.h, self.folder, self.progress["updates"], self.averaged, self.corpus
         if not h.evaluate:
             if not folder.best.exists():
                 raise UserError(f"{folder.folder} has no best.pt, because no held-out bound was finite; start again "
                                 "with a lower --lr")
             best = load_checkpoint(folder.best, "--resume", "model", "update")
-            load_parameters(self.averaged, best["model"], folder.best, "--resume")
+            load_parameters(model, best["model"], folder.best, "--resume")
             update = best["update"]
         smc = max(h.eval_k)
-        by_window = window_bounds(self.averaged, self.corpus, self.corpus.test, h.eval_k, h.seq_frames, smc=smc)
+        by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
             result = dict(script=self.script, name=self.name, checkpoint=h.evaluate or folder.best.name,
-                          data=describe_corpus(self.corpus), split="test", update=update,
-                          windows=len(by_window["elbo"]), frames=h.seq_frames,
-                          bounds=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
+                          data=describe_corpus(corpus), split="test", update=update, windows=len(by_window["elbo"]),
+                          frames=h.seq_frames, bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus))
             if h.eval_recordings:
-                result["whole_recordings"] = {f"smc_{smc}": evaluate_recordings(
-                    self.averaged, self.corpus, self.corpus.test, smc, h.eval_recordings)}
+                whole = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
+                result["whole_recordings"] = {f"smc_{smc}": whole}
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
             print(f"{h.evaluate or folder.best}, update {update:,}\n{evaluation_table(result)}")
-            if hasattr(self.averaged, "generate"):
-                write_samples(self.averaged, self.corpus, self.corpus.test, folder.samples)
+            if hasattr(model, "generate"):
+                write_samples(model, corpus, corpus.test, folder.samples)
             print(folder.eval, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def prepared(model, h):
-    """The model as h wants it at first. Raises UserError where h asks for what the model does not have."""
+def prepare(model, h):
+    """Raises UserError where h asks for what the model does not have."""
     for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
         if getattr(h, option) and not hasattr(model, feature):
             off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
             raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
     if h.mirrored_init:
         model.mirror()
-    return model
-
-
-def copy_same(values, tensor):
-    if values.shape != tensor.shape or values.dtype != tensor.dtype:
-        raise ValueError(f"{tuple(values.shape)} in place of {tuple(tensor.shape)}")
-    tensor.copy_(values)
 
 
 def ensure_demo_data(path):
@@ -1091,26 +1048,22 @@ def tracked_bound(eval_k):
 
 
 def progress_line(h, line):
-    valid, bound = line["valid"], tracked_bound(h.eval_k)
-    rate = line["update"] / line["seconds"]
-    left = int((h.max_updates - line["update"]) / rate)
+    bound, rate = tracked_bound(h.eval_k), line["update"] / line["seconds"]
+    left = datetime.timedelta(seconds=int((h.max_updates - line["update"]) / rate))
+    nats = " ".join(f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl"))
     skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""
-    return (f"update {line['update']:,} | {line['sequences']:,} sequences | valid {bound} "
-            f"{valid[bound]['nats_per_frame']:.2f} elbo {valid['elbo']['nats_per_frame']:.2f} "
-            f"kl {valid['kl']['nats_per_frame']:.2f} nats/frame | {valid[bound]['bits_per_sample']:.3f} bits/sample | "
-            f"{rate:.2f} updates/s | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left{skipped}")
+    return (f"update {line['update']:,} | {line['sequences']:,} sequences | valid {nats} nats/frame | "
+            f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s | {left} left{skipped}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run folder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- run folder -----------------------------------------------------------------------------------------------------
 
 FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
 
 
 class RunFolder:
-    """config.json, log.jsonl, last.pt, previous.pt (the last.pt before), best.pt, eval.json, windows.csv (bounds of
-    every test window), samples/. Of the processes of a job only the first writes."""
+    """What a run leaves: previous.pt is the last.pt before, windows.csv the bounds of every window of the test split.
+    Of the processes of a job only the first writes."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
@@ -1125,18 +1078,19 @@ class RunFolder:
             raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
     def keep_others_out(self):
-        """Lock the folder for as long as this process lives."""
         if is_first():
-            self.descriptor = os.open(self.folder, os.O_RDONLY)
-            lock(self.descriptor, self.folder)
+            self.descriptor = lock(self.folder)
 
     def start(self, config, header=None):
         """A new folder; without a header it gets no log, since nothing is trained."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_others_out()
+        self.write(config, header)
+
+    def write(self, config, header, lines=()):
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
         if header:
-            write_durably(self.log, json.dumps(header) + "\n")
+            write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
 
     def check_unchanged(self, header):
         """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
@@ -1146,7 +1100,7 @@ class RunFolder:
                        if name not in FREE_ON_RESUME]
             changes += [("what --data holds", before["data"], header["data"]),
                         ("the kind of --device", before["device"][:4], header["device"][:4])]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
                             "(with --init_from best.pt to keep what was learnt)") from None
         for what, was, now in changes:
@@ -1154,54 +1108,43 @@ class RunFolder:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
                                 "give the old value, or start another --out_dir")
 
-    def append(self, **line):
-        if is_first():
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            sync(self.log)
+    def append(self, line):
+        with self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        sync(self.log)
 
     def save(self, path, checkpoint, previous=None):
         """Write a checkpoint such that path holds the old or the new one, whole; previous keeps the old one."""
-        partial = path.with_name(path.name + ".partial")
         if is_first():
             try:
-                torch.save(checkpoint, partial)
-                sync(partial)
-                if previous and path.exists():
-                    os.replace(path, previous)
-                replace_durably(partial, path)
+                torch.save(checkpoint, partial_of(path))
+                replace_durably(path, previous)
             except (OSError, RuntimeError) as error:
-                partial.unlink(missing_ok=True)
+                partial_of(path).unlink(missing_ok=True)
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
 
     def restore(self, training):
         """Restore the state in last.pt; where that is missing or damaged, the one before."""
-        parts = training.checkpoint().keys()
         try:
-            training.restore(load_checkpoint(self.last, "--resume", *parts), self.last)
+            training.restore(load_checkpoint(self.last, "--resume"), self.last)
         except UserError:
             if not self.previous.exists():
                 raise
-            training.restore(load_checkpoint(self.previous, "--resume", *parts), self.previous)
+            training.restore(load_checkpoint(self.previous, "--resume"), self.previous)
             print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
 
     def go_on(self, config, update):
-        """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen."""
-        def is_seen(line):
-            try:
-                return json.loads(line)["update"] <= update
-            except (ValueError, KeyError, TypeError):  # torn when the machine stopped
-                return False
-
+        """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen, one of
+        which may have been torn when the machine stopped."""
         header, *lines = self.log.read_text().splitlines()
-        header = json.dumps({**json.loads(header), "config": config})
-        write_durably(self.config, json.dumps(config, indent=1) + "\n")
-        write_durably(self.log, "\n".join([header, *filter(is_seen, lines)]) + "\n")
+        begins = [re.match(r'{"update": (\d+),', line) for line in lines]
+        seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
+        self.write(config, {**json.loads(header), "config": config}, seen)
 
 
 def load_checkpoint(path, option, *parts):
-    """Read a checkpoint with these parts, executing nothing in it. Raises UserError, naming the option that asked."""
+    """Read a checkpoint with these parts, executing nothing in it; option: that which asked for it."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
@@ -1218,7 +1161,7 @@ def load_checkpoint(path, option, *parts):
 
 
 def load_trained(path):
-    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters. Raises UserError."""
+    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters."""
     checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
     config, mean, std, update = (checkpoint[part] for part in ("config", "mean", "std", "update"))
     if not (type(config) is dict and type(mean) is type(std) is float and type(update) is int
@@ -1239,19 +1182,15 @@ def load_parameters(model, parameters, path, option):
 
 
 def commit():
-    """The commit of this code, with + where a Python file differs from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this code, with + where a file differs from it; None outside a repository."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    is_changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-    return head.stdout.strip() + ("+" if is_changed else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# hyperparameters
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- hyperparameters ------------------------------------------------------------------------------------------------
 
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
@@ -1265,16 +1204,16 @@ RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", 
 RANGES |= {name: (0, MOST) for name in ("seed", "lr_updates", "eval_recordings", "grad_clip", "weight_norm",
                                         "x_noise")}
 RANGES |= dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
-OTHERS = ("data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate")
-NEEDED = {*RANGES, *OTHERS, "x_dim"} - {"k", *SIZES[1:]}  # by Training
+NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
+    "k", *SIZES[1:]}  # by Training
 
 
 def parse(script, argv=None):
     """The hyperparameters of a script: its dataclass, changed by its command line.
 
-    script: a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with a default. Every field is a
-    flag of that type, with the comment behind it as its help; beside them are --resume and --demo. With --evaluate
-    CHECKPOINT, what is not given comes from the checkpoint. Returns an instance, with `resume` set. Raises UserError.
+    script: a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with a default and each a flag;
+    beside them are --resume and --demo. With --evaluate CHECKPOINT, what is not given comes from the checkpoint.
+    Returns an instance, with `resume` set. Raises UserError.
     """
     kinds = kinds_of(script)
     given = vars(flag_parser(script, kinds).parse_args(argv))
@@ -1300,26 +1239,25 @@ def script_of(cls):
 
 def kinds_of(script):
     """{field: type} of a script's dataclass. Raises UserError where a line of it cannot become a flag."""
-    where, kinds = f"{script_of(script)}.py", typing.get_type_hints(script)
-    for cls in script.__mro__[:-1]:
-        for name, value in vars(cls).items():
-            is_method = callable(value) or hasattr(value, "__get__")
-            if not (name.startswith("_") or is_method or name in inspect.get_annotations(cls)):
-                raise UserError(f"{where}: {name} = {value!r} has no type; write {name}: {type(value).__name__} = "
-                                f"{value!r}")
-    fields = {field.name: field.default for field in dataclasses.fields(script)}
+    kinds, defaults = typing.get_type_hints(script), {f.name: f.default for f in dataclasses.fields(script)}
+    problems = [f"{name} = {value!r} has no type; write {name}: {type(value).__name__} = {value!r}"
+                for cls in script.__mro__[:-1] for name, value in vars(cls).items()
+                if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
+                        or name in inspect.get_annotations(cls))]
     for name, kind in kinds.items():
-        if name not in fields:
-            raise UserError(f"{where}: {name} is no field of {script.__name__}; write @dataclass above its class")
-        if fields[name] is dataclasses.MISSING:
-            raise UserError(f"{where}: {name} has no default; give one behind an equals sign")
-        if name in ("resume", "demo", "help"):
-            raise UserError(f"{where}: every script has a flag --{name}; give this hyperparameter another name")
-        if kind not in FROM_TEXT:
-            raise UserError(f"{where}: {name} has a type that no flag can have; make it int, float, str, bool or "
+        if name not in defaults:
+            problems.append(f"{name} is no field of {script.__name__}; write @dataclass above its class")
+        elif defaults[name] is dataclasses.MISSING:
+            problems.append(f"{name} has no default; give one behind an equals sign")
+        elif name in ("resume", "demo", "help"):
+            problems.append(f"every script has a flag --{name}; give this hyperparameter another name")
+        elif kind not in FROM_TEXT:
+            problems.append(f"{name} has a type that no flag can have; make it int, float, str, bool or "
                             "tuple[int, ...]")
-    for name in sorted(NEEDED - kinds.keys()):
-        raise UserError(f"{where} has no hyperparameter {name}; add one, such as vrnn_gauss.py has")
+    problems += [f"there is no hyperparameter {name}; add one, such as vrnn_gauss.py has"
+                 for name in sorted(NEEDED - kinds.keys())]
+    if problems:
+        raise UserError(f"{script_of(script)}.py: {problems[0]}")
     return kinds
 
 
@@ -1332,20 +1270,21 @@ def whole_number(text):
 
 
 def whole_numbers(text):
-    """'5,100' as (5, 100)."""
-    return tuple(whole_number(part) for part in text.split(","))
+    return tuple(map(whole_number, text.split(",")))
 
 
-whole_number.__name__, whole_numbers.__name__ = "whole number", "comma-separated list of whole numbers"
 FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool, tuple[int, ...]: whole_numbers}
+whole_number.__name__, whole_numbers.__name__ = "whole number", "comma-separated list of whole numbers"  # in messages
 
 
 def flag_parser(script, kinds):
-    """Every field of a script as a flag; those that are not given have no value."""
+    """Every field of a script as a flag, with the comment behind it as its help; those not given have no value."""
     parser = OneLineParser(
         prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = comments_of(script)
+    comments = {}
+    for cls in reversed(script.__mro__[:-1]):
+        comments |= re.findall(r"^ +(\w+):.*?  # *(.*)$", inspect.getsource(cls), re.MULTILINE)
     for field in dataclasses.fields(script):
         about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
@@ -1357,25 +1296,14 @@ def flag_parser(script, kinds):
     return parser
 
 
-def comments_of(script):
-    """{field: the comment behind it}, of the class and those that it extends."""
-    comments = {}
-    for cls in reversed(script.__mro__[:-1]):
-        source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
-        comments |= {token.line.split(":")[0].strip(): token.string.lstrip("# ")
-                     for token in tokenize.generate_tokens(source.readline) if token.type == tokenize.COMMENT}
-    return comments
-
-
 def check_values(h, kinds):
     """Raise UserError where a hyperparameter is of another type than its field's, or out of its range."""
     for name, kind in kinds.items():
         value = getattr(h, name)
         if kind is float and type(value) is int:
             setattr(h, name, value := float(value))
-        parts = value if isinstance(value, tuple) else (value,)
-        part_kind = int if kind == tuple[int, ...] else kind
-        if not parts or isinstance(value, tuple) != (part_kind is not kind) or {*map(type, parts)} != {part_kind}:
+        parts, part_kind = (value, int) if kind == tuple[int, ...] else ((value,), kind)
+        if type(parts) is not tuple or {*map(type, parts)} != {part_kind}:
             raise UserError(f"--{name}={value!r} is no {FROM_TEXT[kind].__name__}; give one")
         least, most = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
         if kind not in (str, bool) and not all(least <= part <= most for part in parts):
@@ -1384,24 +1312,20 @@ def check_values(h, kinds):
         raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# excerpts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- excerpts -------------------------------------------------------------------------------------------------------
 
 class Excerpts:
     """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
 
     Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that
-    all of it is seen. A batch is batch_size excerpts, of which each process of a job reads its part; what an epoch
-    holds beyond whole batches is left out of it.
+    all of it is seen. What an epoch holds beyond whole batches is left out of it.
     """
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
-        lengths = np.diff(split.offsets)
-        self.counts, self.slack = lengths // self.samples, lengths % self.samples
+        self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.first = np.cumsum(self.counts) - self.counts
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         self.epoch = None
@@ -1410,16 +1334,13 @@ class Excerpts:
                 f"the training recordings hold {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, fewer "
                 f"than --batch_size={batch_size}; give a smaller --batch_size or --reset_freq, or more recordings")
 
-    def shuffle(self, epoch):
+    def batch(self, index, is_pinned=False):
+        """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
+        epoch, index = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
             self.epoch, self.order = epoch, random.permutation(int(self.counts.sum()))
             self.shift = random.integers(0, self.slack, endpoint=True)
-
-    def batch(self, index, is_pinned=False):
-        """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
-        epoch, index = divmod(index, self.batches_per_epoch)
-        self.shuffle(epoch)
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
         recording = np.searchsorted(self.first + self.counts, chosen, side="right")
         starts = (self.split.offsets[recording] + self.shift[recording]
@@ -1448,9 +1369,7 @@ def normalise(pcm, corpus, uniform=None):
     return (x - corpus.mean) / corpus.std
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HDF5
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- HDF5 -----------------------------------------------------------------------------------------------------------
 
 FORMAT, VERSION = "vrnn-audio", 1
 SPLITS = ("train", "valid", "test")
@@ -1504,11 +1423,10 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     """Write recordings to one HDF5 file, which appears under its name only when it is complete.
 
     recordings: an iterator over (source, name, blocks): where a recording lies, its name, and an iterator over its
-    samples in 1-D int16 arrays at 16 kHz. One whose blocks raise is skipped, or with `strict` an error. Each goes,
-    whole, to the split that is furthest below its share of the samples so far (train before valid before test where
-    they tie), so a rerun gives the same splits. valid and test are the shares of these two.
-    Returns a summary: splits {name: (recordings, samples)}, mean and std (of train, in 16-bit steps), short
-    (recordings, seconds), skipped ["source: why"]. Raises UserError.
+    samples in 1-D int16 arrays at 16 kHz. valid and test: the shares of these splits. Each recording goes, whole, to
+    the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
+    raise is skipped, or with `strict` an error. Returns a summary: splits {name: (recordings, samples)}, mean and std
+    (of train, in 16-bit steps), short (recordings, seconds), skipped ["source: why"].
     """
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
@@ -1518,10 +1436,10 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     with only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-        shares = zip(SPLITS, (1 - valid - test, valid, test))
-        writers = {split: SplitWriter(file.create_group(split), share) for split, share in shares}
+        writers = {split: SplitWriter(file.create_group(split), share)
+                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
         skipped = distribute(recordings, writers.values(), strict)
         splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
         for split, writer in writers.items():
@@ -1533,7 +1451,7 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
         file.close()
-        replace_durably(partial, out)
+        replace_durably(out)
     lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
@@ -1543,12 +1461,13 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
 @contextlib.contextmanager
 def only_writer(path):
     """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
-    with open(path, "ab") as file:
-        lock(file.fileno(), path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    path.touch()
+    descriptor = lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def distribute(recordings, writers, strict):
@@ -1592,10 +1511,7 @@ class Split:
 
 
 def open_corpus(path):
-    """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train).
-
-    Raises UserError.
-    """
+    """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train)."""
     if not Path(path).exists():
         raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
                         f"{path}', name another with --data, or try --demo")
@@ -1611,11 +1527,12 @@ def read_corpus(path):
     cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
     cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
     file.id.set_mdc_config(cache)
-    found = {name: str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by")}
+    kind, version, rate, created_by = (
+        str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by"))
     mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
-    if (found["format"], found["version"]) != (FORMAT, str(VERSION)):
+    if (kind, version) != (FORMAT, str(VERSION)):
         raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if found["sample_rate"] != str(SAMPLE_RATE):
+    if rate != str(SAMPLE_RATE):
         raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise BadAudio("has no usable mean and std")
@@ -1627,12 +1544,10 @@ def read_corpus(path):
                 and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
             raise BadAudio(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=found["created_by"], mean=mean, std=std, **splits)
+    return SimpleNamespace(path=str(path), created_by=created_by, mean=mean, std=std, **splits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arrays (.npz, .npy)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
 MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
@@ -1644,8 +1559,7 @@ class BadAudio(Exception):
 
 def natural_order(text):
     """Sort key that puts data_9 before data_10."""
-    parts = re.split("([0-9]+)", str(text))
-    return [(0, int(part), "") if n % 2 else (1, 0, part) for n, part in enumerate(parts) if part]
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))]
 
 
 def guarded(reader):
@@ -1659,7 +1573,7 @@ def guarded(reader):
 
 
 def raise_later(error):
-    """An iterator over blocks that fails when it is first used, so that only this recording is lost."""
+    """Blocks that fail when they are first asked for, so that only this recording is lost."""
     raise error
     yield
 
@@ -1667,9 +1581,8 @@ def raise_later(error):
 def array_recordings(path, name, allow_pickle=False):
     """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays.
 
-    A recording is an array (samples,) or (samples, channels), whose first channel is taken. With allow_pickle it may
-    be an element of an array of arrays, which NumPy reads by executing what the file says; without, nothing of a file
-    is executed. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
+    A recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
+    the file says. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
     """
     load = functools.partial(np.load, path, mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle,
                              encoding="latin1")  # Python 2 wrote some
@@ -1710,8 +1623,7 @@ def pcm16_blocks(array):
     """int16 blocks of one recording, its first channel, of any real dtype.
 
     int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole
-    numbers. Raises BadAudio.
+    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole.
     """
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
@@ -1727,19 +1639,19 @@ def pcm16_blocks(array):
         return
     peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
-    zero, scale = 0, None
+    zero = 128 if (kind, itemsize) == ("u", 1) else 0
     if itemsize == 1:
-        zero, scale = 128 * (kind == "u"), 256
+        scale = 256
     elif is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
     elif kind == "f" and peak <= 2:
         scale = 1 << 15
     elif kind == "i" and 1 << 23 < peak <= 1 << 31:
         scale = 2.0 ** -16
-    if not np.isfinite(peak):
-        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    if scale is None:
+    elif np.isfinite(peak):
         raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
+    else:
+        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
     yield from (to_int16((block.astype(np.float64) - zero) * scale) for block in blocks)
 
 
@@ -1748,9 +1660,7 @@ def to_int16(samples):
     return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes and errors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- processes and errors -------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something only the user can mend; its text names the file or option, the problem and the remedy."""
@@ -1790,26 +1700,20 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
 
     def error(self, message):
+        if unknown := re.match("unrecognized arguments: ([^ =]+)", message):
+            nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown argument {unknown[1]!r}" + (f", did you mean {nearest[0]}?" if nearest else "")
         raise UserError(f"{message}; {self.prog} --help lists what is valid")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
-        return parsed
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """A list that gets the first Ctrl-C or SIGTERM, so that training can finish its update; the second one kills."""
+    """A list that gets Ctrl-C or SIGTERM, so that training can finish its update; the same once more kills."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        for either in before:
-            signal.signal(either, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1819,28 +1723,36 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def lock(descriptor, path):
-    """Raise UserError where another process holds the same file or folder; the lock ends with the process."""
+def lock(path):
+    """A descriptor that holds a file or folder against other processes, until it is closed or the process ends."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
     except OSError:  # some network file systems know no locks
         pass
+    return descriptor
+
+
+def partial_of(path):
+    """Where a file is written, until it is complete."""
+    return path.with_name(path.name + ".partial")
 
 
 def write_durably(path, text):
     if is_first():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(text)
-        replace_durably(temporary, path)
+        partial_of(path).write_text(text)
+        replace_durably(path)
 
 
-def replace_durably(temporary, final):
-    """Rename a complete file into place, after its bytes have reached the disk."""
-    sync(temporary)
-    os.replace(temporary, final)
-    sync(final.parent)  # the new name as well
+def replace_durably(path, previous=None):
+    """Rename a complete file into place, after its bytes have reached the disk; previous keeps the one before it."""
+    sync(partial_of(path))
+    if previous and path.exists():
+        path.replace(previous)
+    partial_of(path).replace(path)
+    sync(path.parent)  # the new name as well
 
 
 def sync(path):
@@ -1851,23 +1763,18 @@ def sync(path):
 
 
 def start_processes(batch_size):
-    """Set up arithmetic, memory and, under torchrun, the job; returns its number of processes. Raises UserError."""
+    """Set up arithmetic, memory and, under torchrun, the job; returns its number of processes."""
     torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
-    keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-    if batch_size % job()[1]:
-        raise UserError(f"{job()[1]} processes cannot share --batch_size={batch_size} evenly; start as many as "
-                        "divide it")
-    return job()[1]
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed: every update needs the same large blocks again, and faulting them in page by page
-    costs a tenth of its time on a CPU. Does nothing under another C library."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # where the C library is not glibc
+        # keep what is freed: faulting the same large blocks in again costs a tenth of every update on a CPU
         m_trim_threshold, m_mmap_max, libc = -1, -4, ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, -1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    processes = job()[1]
+    if batch_size % processes:
+        raise UserError(f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do")
+    return processes
 
 
 def choose_device(name):
@@ -1876,12 +1783,11 @@ def choose_device(name):
     if name == "cuda" and job()[1] > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device  # with its index
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        elif device.type != "cpu":
+            raise RuntimeError("only cpu and cuda are supported")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
@@ -1899,7 +1805,7 @@ def job():
 
 
 def is_first():
-    """Whether this is the process of a job that writes and speaks for all."""
+    """Whether this process writes and speaks for its job."""
     return job()[0] == 0
 
 
@@ -1924,20 +1830,3 @@ def average_over_processes(tensors):
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor) / job()[1])
-
-
-def of_this_process(tensor, axis):
-    """The part of a tensor that this process holds along an axis; None: each holds the whole."""
-    if axis is None:
-        return tensor
-    mine = my_part(tensor.shape[axis])
-    return tensor.narrow(axis, mine.start, mine.stop - mine.start)
-
-
-def of_all_processes(tensor, axis):
-    """The parts that the processes hold of a tensor, put together along an axis; None: each holds the whole."""
-    if axis is None or job()[1] == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(job()[1])]
-    dist.all_gather([part.view(torch.uint8) for part in parts], tensor.view(torch.uint8))  # gloo knows no int16
-    return torch.cat(parts, axis)

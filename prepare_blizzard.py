@@ -71,9 +71,7 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
                     f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# finding files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- finding files --------------------------------------------------------------------------------------------------
 
 def find_audio(paths):
     """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
@@ -121,9 +119,7 @@ def files_below(folder, unusable):
     return files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sound files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- sound files ----------------------------------------------------------------------------------------------------
 
 def sound_file_blocks(path):
     """int16 blocks at 16 kHz of the first channel of a sound file."""
@@ -225,9 +221,7 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# demo speech
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- demo speech ----------------------------------------------------------------------------------------------------
 
 # formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
 VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
@@ -308,9 +302,7 @@ def resonate(source, gain, resonances, widths):
     return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_options():
     parser = common.OneLineParser(prog="prepare_blizzard.py", description=__doc__, allow_abbrev=False,

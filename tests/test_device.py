@@ -46,3 +46,10 @@ def test_a_clipping_limit_that_changes_between_updates_is_not_a_number_in_a_grap
         moments.append(torch.cat([state["exp_avg"].flatten() for state in training.optimiser.state.values()]))
     assert abs(moments[0].norm() - 0.1) < 1e-5                          # 0.1 times a gradient of norm 1
     torch.testing.assert_close(moments[1], 0.9 * moments[0], atol=1e-6, rtol=0)
+
+
+def test_a_gpu_is_taken_with_its_index_without_which_it_cannot_be_set(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(device=torch.device(device, 0)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device.index))
+    assert common.choose_device("cuda") == torch.device("cuda:0") and taken == [0]

@@ -150,7 +150,7 @@ class TypedIn:
     ("OfAnotherTuple", "betas has a type that no flag can have; make it int, float, str, bool or tuple[int, ...]"),
     ("NoDataclass", "temperature is no field of NoDataclass; write @dataclass"),
     ("WithoutDefault", "temperature has no default"), ("NameTaken", "flag --resume; give this hyperparameter another"),
-    ("Few", "has no hyperparameter batch_size"),
+    ("Few", "there is no hyperparameter batch_size"),
 ))
 def test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file(name, words):
     text = refusal(of=getattr(TypedIn, name))

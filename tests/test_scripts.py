@@ -273,7 +273,7 @@ def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkey
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(common.UserError, match="last.pt cannot be written"):
-        run_folder(folder_copy).save({})
+        run_folder(folder_copy).save(folder_copy / "last.pt", {})
     assert before == {name: (folder_copy / name).read_bytes() for name in before}
     assert not list(folder_copy.glob("*.partial"))
 

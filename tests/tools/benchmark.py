@@ -278,7 +278,7 @@ def main():
     parser.add_argument("--serve", choices=OBJECTIVES, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    common.keep_freed_memory()
+    common.start_processes(1)
     device = common.choose_device(options.device)
     sizes = QUICK if options.quick else {}
     if options.serve:
