@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 
 def flags(data, out, *more):
-    return ["vrnn_gauss_iwae", *SIZES, "--k=3", f"--data={data}", f"--out_dir={out}", *more]
+    return ["vrnn_gauss_iwae", *SIZES, "--k=3", "--ar_order=3", f"--data={data}", f"--out_dir={out}", *more]
 
 
 def state(out):
