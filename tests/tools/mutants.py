@@ -194,7 +194,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "state=(next_h, next_c, *memory)", "state=(next_h, next_c, *map(torch.zeros_like, memory))"),
     ("a filter that begins anew in each window of an excerpt", LSTM, COMMON,
      "before.zero_() if window == 0 else", "before.zero_() if window == 0 or before is self.state[-1] else"),
-    ("memories in another order than the particles", WINDOWED, COMMON,
+    ("memories in another order than the particles", PLAIN_LIKELIHOOD, COMMON,
      "(samples[:, -self.ar_order:].repeat_interleave(k, dim=0),)", "(samples[:, -self.ar_order:].repeat(k, 1),)"),
     ("coefficients without tanh", STABLE, COMMON, "step_up(0.9999 * k.tanh())", "step_up(0.9999 * k)"),
     ("coefficients of the lattice for those of the filter", STABLE, COMMON,
