@@ -60,9 +60,9 @@ class Rollout:
     q_sigma: torch.Tensor
     prior_mean: torch.Tensor
     prior_sigma: torch.Tensor
-    x_mean: torch.Tensor        # (T, B*K, X)
+    x_mean: torch.Tensor        # (T, B*K, X), without what a filter adds to it
     x_sigma: torch.Tensor
-    state: tuple                # (h, c) after the last frame, (B*K, R) each
+    state: tuple                # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
     phi_x: torch.Tensor         # of x, (T, B, .), for at_fixed_z
 
 
@@ -80,14 +80,97 @@ def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
 SIGMA_FLOOR = 1e-4
 
 
-def mean_and_sigma(network, below):
-    """Mean and sigma, (., D) each, from a network that ends in a head of 2D units; the floor keeps sigma off zero.
+def sample_gaussian(mean, sigma, generator=None):
+    return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
-    The head runs in the precision of its parameters, whatever that of the layers before it.
-    """
-    head = network[-1]
-    mean, sigma = head(network[:-1](below).to(head.weight.dtype)).chunk(2, dim=-1)
+
+def through_head(network, below):
+    """What a network says; its last layer runs in the precision of its parameters, whatever that of those before it."""
+    return network[-1](network[:-1](below).to(network[-1].weight.dtype))
+
+
+def of_units(units):
+    """Mean and sigma, (., D) each, from 2D units; the floor keeps sigma off zero."""
+    mean, sigma = units.chunk(2, dim=-1)
     return mean, F.softplus(sigma) + SIGMA_FLOOR
+
+
+def mean_and_sigma(network, below):
+    """Mean and sigma, (., D) each, from a network that ends in a head of 2D units."""
+    return of_units(through_head(network, below))
+
+
+def step_up(k):
+    """Predictor coefficients a_1..a_P, (., P), from reflection coefficients (Levinson's recursion): with all |k_i| < 1
+    the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle."""
+    a, *others = k.movedim(-1, 0).unsqueeze(1)  # the axis that grows goes first: its parts are then contiguous
+    for k_i in others:
+        a = torch.cat((a - k_i * a.flip(0), k_i))
+    return a.movedim(0, -1)
+
+
+class FrameLikelihood:
+    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it.
+
+        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.))
+
+    The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and particle. The filter runs
+    on across frames and windows: the P last samples, (rows, P), are its memory, the last part of the model's state.
+    With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
+
+    For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
+    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood.
+    """
+
+    density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
+
+    def __init__(self, x_dim, ar_order):
+        self.x_dim, self.ar_order, self.units = x_dim, ar_order, 2 * x_dim + ar_order
+
+    def initialise(self, head, sigma_gain=1.0):
+        """Start with the published sigma, and without a filter."""
+        _, of_sigma, of_filter = head.weight.split([self.x_dim, self.x_dim, self.ar_order])
+        of_sigma.mul_(sigma_gain)
+        of_filter.zero_()
+        head.bias[self.x_dim:2 * self.x_dim].fill_(0.6)
+
+    def zero_memory(self, like, rows):
+        """The parts of the state that are the likelihood's, at a start."""
+        return (like.new_zeros(rows, self.ar_order),) if self.ar_order else ()
+
+    def parameters(self, units):
+        """m, s (., X) and a (., P) from the units of the decoder's last layer."""
+        gaussian, k = units.split([2 * self.x_dim, self.ar_order], dim=-1)
+        return *of_units(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
+
+    def log_density(self, x_TBX, parameters, memory, k):
+        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
+
+        parameters: (T, B*k, .) each. While x is given no sample waits for the one before: all are predicted at once, in
+        one copy of x and of what came before it, because the k particles of a sequence have seen the same.
+        """
+        frames, batch, _ = x_TBX.shape
+        mean, sigma, a = (part if part is None else part.view(frames, batch, k, -1) for part in parameters)
+        error = x_TBX.unsqueeze(2)
+        if self.ar_order:
+            (recent,) = memory
+            samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
+            for i, a_i in enumerate(a.split(1, dim=-1), start=1):  # no matrix product, which a GPU rounds to TF32
+                past = samples[:, self.ar_order - i:-i].view(batch, frames, 1, -1).transpose(0, 1)
+                error = torch.addcmul(error, a_i, past, value=-1)
+            memory = (samples[:, -self.ar_order:].repeat_interleave(k, dim=0),)
+        return self.density(error, mean, sigma), memory
+
+    def sample(self, parameters, memory, generator=None):
+        """Draw a frame (rows, X), sample by sample, and the memory after it. parameters: (rows, .) each."""
+        mean, sigma, a = parameters
+        x = self.draw(mean, sigma, generator)
+        if self.ar_order:
+            samples, a = torch.cat((*memory, x), dim=1), a.flip(-1)
+            for n in range(self.x_dim):
+                samples[:, self.ar_order + n] += (a * samples[:, n:n + self.ar_order]).sum(1)
+            x, memory = samples[:, self.ar_order:], (samples[:, self.x_dim:],)
+        return x, memory
 
 
 def by_onednn(x):
@@ -273,27 +356,37 @@ class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
 
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
-    products, so that the one with phi_x(x_t) can run before the recurrence. tests/plain.py is the same model in 25
-    lines, slowly.
+    products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
+    from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
+    tests/plain.py is the same model in 50 lines, slowly.
     """
 
-    def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim):
+    Likelihood = FrameLikelihood
+
+    def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0):
         super().__init__()
         self.x_dim, self.z_dim, self.rnn_dim = x_dim, z_dim, rnn_dim
+        self.likelihood = self.Likelihood(x_dim, ar_order)
         self.bf16 = False  # products in bfloat16, except for those of the Gaussian heads
         self.phi_x = nn.Sequential(*relu_layers(x_dim, *[x2s_dim] * 4))
-        self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
-        self.posterior_x = Linear(x2s_dim, q_z_dim)
-        self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
-        self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Linear(q_z_dim, 2 * z_dim))
-        self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Linear(p_z_dim, 2 * z_dim))
-        self.decoder_z = Linear(z2s_dim, p_x_dim)
-        self.decoder_h = Linear(rnn_dim, p_x_dim, bias=False)
-        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Linear(p_x_dim, 2 * x_dim))
+        if z_dim:
+            self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
+            self.posterior_x = Linear(x2s_dim, q_z_dim)
+            self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
+            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Linear(q_z_dim, 2 * z_dim))
+            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Linear(p_z_dim, 2 * z_dim))
+            self.decoder_z = Linear(z2s_dim, p_x_dim)
+        self.decoder_h = Linear(rnn_dim, p_x_dim, bias=not z_dim)
+        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Linear(p_x_dim, self.likelihood.units))
         self.lstm_x = Linear(x2s_dim, 4 * rnn_dim)
-        self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
+        if z_dim:
+            self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
         self.lstm_h = Linear(rnn_dim, 4 * rnn_dim, bias=False)
         self.initialise()
+
+    def parts(self, *names):
+        """Those of its networks and layers that it has: without z some are missing."""
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     @torch.no_grad()
     def initialise(self):
@@ -308,8 +401,9 @@ class VRNN(nn.Module):
                 layer.weight.uniform_(-bound, bound)
                 if layer.bias is not None:
                     layer.bias.zero_()
-        for head in (self.posterior[-1], self.prior[-1], self.decoder[-1]):
-            head.bias.chunk(2)[1].fill_(0.6)
+        for network in self.parts("posterior", "prior"):
+            network[-1].bias.chunk(2)[1].fill_(0.6)
+        self.likelihood.initialise(self.decoder[-1])
         for block in self.lstm_h.weight.chunk(4):
             nn.init.orthogonal_(block)
 
@@ -332,87 +426,112 @@ class VRNN(nn.Module):
             weight = torch.cat((weight, -weight), dim=0) if to_relu else weight
             layer.weight.copy_(gain * weight[:rows, :columns])
 
-        see_no_relu = {self.phi_x[0], self.phi_z[0], self.prior[0], self.posterior_h, self.decoder_h}
-        stacks = self.phi_x, self.phi_z, self.posterior[:-1], self.prior[:-1], self.decoder[:-1]
-        in_stacks = [layer for stack in stacks for layer in stack if isinstance(layer, Linear)]
-        for layer in [*in_stacks, self.posterior_x, self.decoder_z, self.posterior_h, self.decoder_h]:
+        see_no_relu = {*self.parts("posterior_h", "decoder_h"), *(s[0] for s in self.parts("phi_x", "phi_z", "prior"))}
+        stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
+        in_stacks = [layer for stack in stacks for layer in stack[:-1] if isinstance(layer, Linear)]
+        for layer in [*in_stacks, *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")]:
             mirrored(layer, from_relu=layer not in see_no_relu)
-        for layer in (self.lstm_x, self.lstm_z):
+        for layer in self.parts("lstm_x", "lstm_z"):
             mirrored(layer, to_relu=False)
-        for head in (self.posterior[-1], self.prior[-1], self.decoder[-1]):
-            mirrored(head, to_relu=False, gain=0.3)
-            head.weight.chunk(2)[1].mul_(0.1)
-        self.posterior[-1].bias.chunk(2)[1].fill_(-1.5)  # a sigma of 0.2
+        for network in self.parts("posterior", "prior", "decoder"):
+            mirrored(network[-1], to_relu=False, gain=0.3)
+        for network, bias in zip(self.parts("posterior", "prior"), (-1.5, 0.6)):  # sigmas of 0.2 and 1.0
+            network[-1].weight.chunk(2)[1].mul_(0.1)
+            network[-1].bias.chunk(2)[1].fill_(bias)
+        self.likelihood.initialise(self.decoder[-1], sigma_gain=0.1)
 
     def zero_state(self, rows):
         zeros = self.lstm_h.weight.new_zeros(rows, self.rnn_dim)
-        return zeros, zeros
+        return zeros, zeros, *self.likelihood.zero_memory(zeros, rows)
+
+    def decode(self, phi_z, h_before):
+        """Parameters of the likelihood of x_t, from phi_z(z_t), None where there is no z, and h_{t-1}."""
+        from_h = self.decoder_h(h_before)
+        below = from_h if phi_z is None else self.decoder_z(phi_z) + from_h
+        return self.likelihood.parameters(through_head(self.decoder, below))
+
+    def lstm(self, gates, h, c):
+        """h before each frame, (T, rows, R), and h, c after the last, from what x and z add to the gates."""
+        h_before = []
+        for gates_t in gates:
+            h_before.append(h)
+            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
+        return torch.stack(h_before), h, c
 
     def forward(self, x_TBX, state=None, noise=None, k=1):
         """Sample z from the posterior along x and score both; returns a Rollout.
 
-        x_TBX: (T, B, X). state: (h, c) of (B*k, R), zeros if None. noise: standard normal (T, B*k, Z), drawn if None.
-        Only what depends on h_{t-1} or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
+        x_TBX: (T, B, X). state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in the
+        k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. Only what depends on h_{t-1} or z_t
+        runs inside the loop; the k particles of a sequence share phi_x(x_t).
         """
         frames, batch, _ = x_TBX.shape
-        h, c = self.zero_state(batch * k) if state is None else state
+        h, c, *memory = state = self.zero_state(batch * k) if state is None else state
+        phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
+        if not self.z_dim:
+            return self.without_z(x_TBX, phi_x, state, k)
         if noise is None:
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
-        x = x_TBX.bfloat16() if self.bf16 else x_TBX
         *layers, head, head_bias = self.posterior.parameters()
         weights = [*(torch.cat((of_q, of_lstm)) for of_q, of_lstm in (
             (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
             (self.posterior_h.weight, self.lstm_h.weight))), self.lstm_z.weight, *layers, *self.phi_z.parameters()]
-        x_weight, x_bias, h_weight, z_weight, *layers = (weight.to(x.dtype) for weight in weights)
-        phi_x = self.phi_x(x)
+        x_weight, x_bias, h_weight, z_weight, *layers = (weight.to(phi_x.dtype) for weight in weights)
         h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
             k, torch.is_grad_enabled(), Product.apply(phi_x, x_weight, x_bias), noise, h, c, h_weight, z_weight,
             *layers[:6], head, head_bias, *layers[6:])
         prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
-        x_mean, x_sigma = mean_and_sigma(self.decoder, self.decoder_z(phi_z) + self.decoder_h(h_before))
+        x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
         by_particle = (frames, batch, k)
-        log_px = gaussian_log_density(x_TBX.unsqueeze(2), x_mean.view(*by_particle, -1), x_sigma.view(*by_particle, -1))
+        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return Rollout(
             nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view(by_particle),
             log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
-            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma, state=(next_h, next_c),
-            phi_x=phi_x)
+            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
+            state=(next_h, next_c, *memory), phi_x=phi_x)
+
+    def without_z(self, x_TBX, phi_x, state, k):
+        """The Rollout of an LSTM: all of it is log p(x_t | x_<t)."""
+        if k > 1:
+            raise UserError("without latent variables (z_dim = 0) all particles are the same; give --k=1")
+        h, c, *memory = state
+        h_before, h, c = self.lstm(self.lstm_x(phi_x), h, c)
+        x_mean, x_sigma, *_ = decoded = self.decode(None, h_before.to(phi_x.dtype))
+        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
+        return Rollout(-log_px, torch.zeros_like(log_px), log_px, *[h_before[:, :, :0]] * 4, x_mean, x_sigma,
+                       state=(h, c, *memory), phi_x=phi_x)
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
         """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
 
         As functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state: before the window.
         """
-        def for_each_particle(shared):
-            return shared.repeat_interleave(k, dim=1)
-
-        by_particle = (*x_TBX.shape[:2], k)
-        h, c = state
+        if not self.z_dim:
+            log_px = self.without_z(x_TBX, phi_x, state, k).log_w_TBK
+            return log_px, torch.zeros_like(log_px)
+        h, c, *memory = state
         phi_z = self.phi_z(z.to(phi_x.dtype))
-        gates, h_before = for_each_particle(self.lstm_x(phi_x)) + self.lstm_z(phi_z), []
-        for t in range(len(gates)):
-            h_before.append(h)
-            h, c = lstm_cell(gates[t] + self.lstm_h(h), c)
-        h_before = torch.stack(h_before).to(phi_x.dtype)
-        q = mean_and_sigma(self.posterior, for_each_particle(self.posterior_x(phi_x)) + self.posterior_h(h_before))
-        x_mean, x_sigma = mean_and_sigma(self.decoder, self.decoder_z(phi_z) + self.decoder_h(h_before))
-        log_p = (gaussian_log_density(for_each_particle(x_TBX), x_mean, x_sigma)
-                 + gaussian_log_density(z, *mean_and_sigma(self.prior, h_before)))
-        return log_p.view(by_particle), gaussian_log_density(z, *q).view(by_particle)
+        h_before, *_ = self.lstm(self.lstm_x(phi_x).repeat_interleave(k, 1) + self.lstm_z(phi_z), h, c)
+        h_before = h_before.to(phi_x.dtype)
+        q = mean_and_sigma(self.posterior, self.posterior_x(phi_x).repeat_interleave(k, 1) + self.posterior_h(h_before))
+        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), memory, k)
+        log_pz = gaussian_log_density(z, *mean_and_sigma(self.prior, h_before))
+        return log_px + log_pz.view(log_px.shape), gaussian_log_density(z, *q).view(log_px.shape)
 
     @torch.no_grad()
     def generate(self, frames, batch, generator=None):
         """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder."""
-        h, c = self.zero_state(batch)
-        x = []
+        h, c, *memory = self.zero_state(batch)
+        x, phi_z, from_z = [], None, 0.0
         for _ in range(frames):
-            z = sample_gaussian(*mean_and_sigma(self.prior, h), generator)
-            phi_z = self.phi_z(z)
-            decoded = mean_and_sigma(self.decoder, self.decoder_z(phi_z) + self.decoder_h(h))
-            x.append(sample_gaussian(*decoded, generator))
-            h, c = lstm_cell(self.lstm_x(self.phi_x(x[-1])) + self.lstm_z(phi_z) + self.lstm_h(h), c)
+            if self.z_dim:
+                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior, h), generator))
+                from_z = self.lstm_z(phi_z)
+            x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
+            h, c = lstm_cell(self.lstm_x(self.phi_x(x_t)) + from_z + self.lstm_h(h), c)
+            x.append(x_t)
         return torch.stack(x)
 
     @torch.no_grad()
@@ -423,10 +542,6 @@ class VRNN(nn.Module):
                 norm = layer.weight.norm(dim=1, keepdim=True)
                 is_longer = norm > max_norm * (1 + 1e-6)  # but for rounding: to constrain twice is to constrain once
                 layer.weight.mul_(torch.where(is_longer, max_norm / norm, 1.0))
-
-
-def sample_gaussian(mean, sigma, generator=None):
-    return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
@@ -451,16 +566,17 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     """
     frames, batch, _ = x_TBX.shape
     particles = max(ks)
+    drawn = particles if model.z_dim else 1  # without z all particles are the same
     at_once = max(1, max_rows // batch)
     log_w, elbo, kl = [], [], []
-    for start in range(0, particles, at_once):
-        k = min(at_once, particles - start)
+    for start in range(0, drawn, at_once):
+        k = min(at_once, drawn - start)
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = model(x_TBX, None, noise, k)
         log_w.append(rollout.log_w_TBK.double().sum(0))
         kl.append(rollout.kl_TBK.double().sum(0))
         elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
-    log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1) for parts in (log_w, elbo, kl))
+    log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in (log_w, elbo, kl))
     bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
               "log_w_std": log_w_BK.std(1, correction=0)}
     for k in sorted(ks):
@@ -487,7 +603,7 @@ class Filtering:
     """What a particle filter says of T frames of B sequences."""
     log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), nats
     ess_TB: torch.Tensor             # effective sample size of the weights gathered since the last resampling
-    state: tuple                     # (h, c) of the particles after the last frame, (B*K, R) each
+    state: tuple                     # of the particles after the last frame, each part of B*K rows
 
 
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
@@ -525,7 +641,8 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     model: as in estimate_bounds. Returns two float64 tensors (T, B): the estimate, and the effective sample size of the
     k particles. Memory is bounded by max_rows particles, but no less than k.
     """
-    frames = len(x_TBX)
+    frames, same = len(x_TBX), 1 if model.z_dim else k  # without z all particles are the same: one is run
+    k = k // same
     estimates, effective = [], []
     drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
@@ -533,7 +650,7 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
         noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * frames)
         filtering = particle_filter(model, x, None, noise, uniform_TB, k)
         estimates.append(filtering.log_likelihood_TB.double())
-        effective.append(filtering.ess_TB.double())
+        effective.append(same * filtering.ess_TB.double())
     return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
 
 
@@ -662,7 +779,7 @@ def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
 
 MAX_SKIPPED = 10  # updates in a row
 SHARED_AXIS = dict(pcm=1)  # along which processes share what a checkpoint holds of the device; 0 but for these
-SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim")  # of a VRNN
+SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim", "ar_order")  # of a VRNN
 
 
 class Training:
@@ -685,7 +802,7 @@ class Training:
         self.corpus = open_corpus(h.data)
         if model is None:
             torch.manual_seed(h.seed)
-            model = VRNN(*(getattr(h, size) for size in SIZES))
+            model = VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
         if not h.evaluate:
             prepare(model, h)
         self.model = model.to(self.device)
@@ -1195,14 +1312,14 @@ def commit():
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
     data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500,
+    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500,
 )
 
 MOST = 1_000_000_000
 RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
                                        "monitor_every", "monitor_windows", "eval_k", "x_noise_updates")}
-RANGES |= {name: (0, MOST) for name in ("seed", "lr_updates", "eval_recordings", "grad_clip", "weight_norm",
-                                        "x_noise")}
+RANGES |= {name: (0, MOST) for name in ("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings", "grad_clip",
+                                        "weight_norm", "x_noise")}
 RANGES |= dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
 NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
     "k", *SIZES[1:]}  # by Training
@@ -1223,7 +1340,7 @@ def parse(script, argv=None):
         for name in ["resume"] * resume + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = load_trained(path)["config"]
+        config = {"ar_order": 0, **load_trained(path)["config"]}  # older ones have none
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
@@ -1310,6 +1427,8 @@ def check_values(h, kinds):
             raise UserError(f"--{name}={value} is out of range; give a number of at least {least}, at most {most}")
     if not h.out_dir:
         raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
+    if getattr(h, "z_dim", 1) == 0 and getattr(h, "k", 1) > 1:
+        raise UserError(f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; give --k=1")
 
 
 # ---- excerpts -------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def read_evaluation(folder):
 
 def described(folder, config, data):
     """What a configuration, and the data of an evaluation or a training, say of a run."""
+    config = {"ar_order": 0, **config}  # older ones have none
     common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where the file has a name
     order = SCRIPTS.index(config["script"]) if config["script"] in SCRIPTS else len(SCRIPTS)
     return dict(folder=folder.name, config=config, name=name_of(config), seed=int(config["seed"]), order=order,

@@ -16,13 +16,14 @@ class Hyperparameters:
     seed: int = 0                             # of initialisation, excerpt order and all noise in training
     device: str = "auto"                      # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
     x_dim: int = 200                          # samples in a frame (12.5 ms at 16 kHz)
-    z_dim: int = 200                          # latent variables in a frame
+    z_dim: int = 200                          # latent variables in a frame; 0 = an LSTM without them
     rnn_dim: int = 1000                       # LSTM units
     q_z_dim: int = 500                        # units in each of the four layers of the posterior
     p_z_dim: int = 500                        # ... of the prior
     p_x_dim: int = 600                        # ... of the decoder
     x2s_dim: int = 600                        # ... of phi_x, which the other networks see in place of x
     z2s_dim: int = 500                        # ... of phi_z, which the other networks see in place of z
+    ar_order: int = 0                         # past samples that predict each one in the decoder; 0 = none (published)
     k: int = 1                                # samples of z per sequence; the published script takes one
     seq_frames: int = 40                      # frames in a window, through which gradients flow (40 = 0.5 s)
     reset_freq: int = 4                       # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)

@@ -69,7 +69,7 @@ def test_added_fields_keep_their_defaults_and_their_class_its_methods():
 def test_the_demo_is_small_and_leaves_what_is_given_as_it_is():
     h = parsed("--demo", "--temperature=0.7", "--lr=0.5", "--k=2", of=Added)
     assert (h.rnn_dim, h.data, h.max_updates, h.weight_norm) == (128, "data/demo.h5", 1000, 1.9365)
-    assert (h.temperature, h.lr, h.k) == (0.7, 0.5, 2)
+    assert (h.temperature, h.lr, h.k, h.ar_order) == (0.7, 0.5, 2, 16)
 
 
 def test_types_as_text_are_types():
@@ -98,10 +98,12 @@ def test_the_comment_behind_a_field_is_its_help_with_the_default(capsys):
     ("--no-tide", "did you mean --no-tied?"), ("--layer=3", "did you mean --layers?"),
     ("--k=1e10", "at most 1000000000"), ("--lr=nan", "--lr=nan is out of range"), ("--lr=0", "at least 1e-30"),
     ("--ema=1", "--ema=1.0 is out of range"), ("--eval_k=5,0", "at least 1"), ("word", "unknown argument 'word'"),
-    ("--layers", "expected one argument"), ("--out_dir=", "--out_dir is empty"),
+    ("--layers", "expected one argument"), ("--out_dir=", "--out_dir is empty"), ("--z_dim=-1", "at least 0"),
+    ("--ar_order=-1", "at least 0"), ("--rnn_dim=0", "at least 1"),
+    ("--z_dim=0 --k=2", "--k=2: without latent variables"),
 ))
 def test_a_flag_of_another_type_or_name_or_out_of_range_is_refused_in_one_line(flag, words):
-    assert words in refusal(flag)
+    assert words in refusal(*flag.split(" "))
 
 
 class TypedIn:
@@ -190,6 +192,16 @@ def test_a_value_typed_in_is_checked_where_no_flag_replaces_it_and_a_whole_numbe
     assert "--max_updates=100000.0 is no whole number; give one" == refusal(of=Mistyped)
     lr = parsed("--max_updates=1e5", of=Mistyped).lr
     assert lr == 1 and type(lr) is float
+
+
+def test_a_script_without_the_field_ar_order_has_none(tmp_path, monkeypatch):
+    fewer = [(f.name, f.type, f.default) for f in dataclasses.fields(Added) if f.name != "ar_order"]
+    fewer = dataclasses.make_dataclass("Fewer", fewer)
+    fewer.__module__ = __name__
+    monkeypatch.setattr(common, "comments_of", lambda script: {})  # this one has no source
+    write_tiny_data(tmp_path / "tiny.h5")
+    h = parsed(*SIZES, "--demo", f"--data={tmp_path / 'tiny.h5'}", f"--out_dir={tmp_path / 'run'}", of=fewer)
+    assert common.Training(h, particles=1).model.likelihood.ar_order == 0
 
 
 class Bare(nn.Module):

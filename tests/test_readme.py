@@ -1,4 +1,4 @@
-"""The scripts of the README's section "Your own objective or model", as they are printed there."""
+"""The scripts of the README's section "Your own objective, likelihood or model", as they are printed there."""
 
 import importlib
 import json
@@ -47,7 +47,8 @@ def folder(tmp_path_factory):
         (folder / name).write_text(source)
     ours = run("vrnn_gauss", *FLAGS, cwd=folder)
     assert ours.returncode == 0, ours.stderr
-    runs = [started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"), started(folder, "stochastic_gru", *FLAGS)]
+    runs = [started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"), started(folder, "stochastic_gru", *FLAGS),
+            started(folder, "laplace_vrnn", *FLAGS, "--ar_order=3")]
     for process in runs:
         finished(process)
     kill_and_resume(folder, folder / "killed/stochastic_gru")
@@ -66,14 +67,15 @@ def kill_and_resume(folder, out):
     finished(started(folder, *flags, "--resume"))
 
 
-def test_the_readme_prints_two_scripts_of_at_most_sixty_lines_without_their_docstrings_and_blank_lines():
-    scripts = dict(PRINTED.findall((ROOT / "README.md").read_text()))
-    lines = [line for source in scripts.values() for line in source.splitlines()[1:] if line]
-    assert list(scripts) == ["beta_vrnn.py", "stochastic_gru.py"] and len(lines) <= 60
+def test_the_readme_prints_three_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
+    scripts = {name: len([line for line in source.splitlines()[1:] if line])
+               for name, source in PRINTED.findall((ROOT / "README.md").read_text())}
+    assert list(scripts) == ["beta_vrnn.py", "laplace_vrnn.py", "stochastic_gru.py"]
+    assert scripts["laplace_vrnn.py"] <= 25 and sum(scripts.values()) <= 85
 
 
 def test_a_printed_script_learns(folder):
-    for name in ("beta_vrnn", "stochastic_gru"):
+    for name in ("beta_vrnn", "laplace_vrnn", "stochastic_gru"):
         _, *lines = map(json.loads, (folder / f"runs/{name}/log.jsonl").read_text().splitlines())
         bounds = [line["valid"]["iwae_2"]["nats_per_frame"] for line in lines]
         assert bounds == sorted(bounds) and len(bounds) == 3
@@ -110,13 +112,14 @@ def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate_and_all_runs_
     result = run("plot_recon", "drawn", cwd=folder)
     assert result.returncode == 0, result.stderr
     rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| VRNN", "| beta-VRNN", "| stochastic GRU",
+    assert [row[0] for row in rows] == ["| VRNN", "| beta-VRNN", "| Laplace VRNN", "| stochastic GRU",
                                         "| stochastic GRU, best.pt on tiny.h5"]
-    assert rows[2][3:] == rows[3][3:]
-    for row, name in zip(rows, ("vrnn_gauss", "beta_vrnn", "stochastic_gru")):
+    assert rows[3][3:] == rows[4][3:]
+    for row, name in zip(rows, ("vrnn_gauss", "beta_vrnn", "laplace_vrnn", "stochastic_gru")):
         bounds = json.loads((folder / f"runs/{name}/eval.json").read_text())["bounds"]
         assert row[3] == f"{bounds['elbo']['nats_per_frame']:.2f}"
     assert (folder / "recon.png").exists() and (folder / "drawn/beta_vrnn/samples/samples.png").exists()
+    assert (folder / "drawn/laplace_vrnn/samples/sample_3.wav").exists()
     assert not (folder / "drawn/stochastic_gru/samples").exists()  # it cannot generate
 
 

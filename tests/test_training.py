@@ -152,7 +152,7 @@ def numbers_in(flags):
 def plain_run(h, windows, mean_and_std, loss_of):
     """Training in the most obvious way, in float64."""
     torch.manual_seed(h.seed)
-    model = common.VRNN(*(getattr(h, size) for size in common.SIZES))
+    model = common.VRNN(*(getattr(h, size, 0) for size in common.SIZES))
     model.mirror()
     parameters = list(model.double().parameters())
     first, second, averaged = ([p.detach() * scale for p in parameters] for scale in (0, 0, 1))
@@ -166,8 +166,7 @@ def plain_run(h, windows, mean_and_std, loss_of):
     replays = h.k if loss_of is vae_as_published else 1
     rows = h.batch_size * (1 if loss_of is vae_as_published else h.k)
     for w, pcm in enumerate(windows):
-        zeros = torch.zeros(rows, h.rnn_dim, dtype=torch.float64)
-        run.before = (zeros, zeros) if w % h.reset_freq == 0 else run.after
+        run.before = model.zero_state(rows) if w % h.reset_freq == 0 else run.after
         for n in range(w * replays, (w + 1) * replays):
             x = noisy(h, pcm, mean_and_std, n, draw)
             noise = draw(torch.randn, h.seq_frames, rows, h.z_dim)
@@ -233,8 +232,9 @@ def assert_near(ours, plain, tolerance=1e-4):
     pytest.param("vrnn_gauss_alt_nll", ["--grad_clip=0.86", "--as_published"], vae_as_published, id="published-VAE"),
     pytest.param("vrnn_gauss_iwae", ["--grad_clip=2.6"], iwae, id="IWAE"),
     pytest.param("vrnn_gauss_iwae", ["--grad_clip=10.3", "--as_published"], iwae_as_published, id="published-IWAE"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=2.75", "--dreg"], dreg, id="DReG"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=2.6", "--resample"], resampled, id="resampled"),
+    pytest.param("vrnn_gauss_iwae", ["--grad_clip=25", "--dreg", "--ar_order=3"], dreg, id="DReG"),
+    pytest.param("vrnn_gauss_iwae", ["--grad_clip=25", "--resample", "--ar_order=3"], resampled, id="resampled"),
+    pytest.param("vrnn_gauss", ["--grad_clip=25", "--k=1", "--z_dim=0", "--ar_order=3"], vrnn, id="LSTM"),
 ))
 def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, script, flags, loss_of):
     """Over six windows: three batches of excerpts, of which the third is of the second epoch."""
@@ -255,15 +255,18 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monke
     assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(plain.norms[1::2], rel=1e-4)
     assert all(part.norm() > 0.1 for part in plain.before), "no state was carried"
-    assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 50, "a limit was not reached"
+    assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 40, "a limit was not reached"
     assert len(excerpts_of_epoch(data, h, 0)) == 9, "the third batch should be of another epoch"
 
 
-def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", ("--ar_order=0", "--ar_order=3 --dreg", "--ar_order=3 --resample",
+                                   "--ar_order=3 --bf16", "--ar_order=3 --z_dim=0 --k=1"))
+def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not(data, tmp_path, monkeypatch,
+                                                                                     flags):
     def train(out, updates, *more):
         training, _ = trained_by_script("vrnn_gauss_iwae", [
-            *SIZES, *LIMITS, "--monitor_every=3", f"--data={data}", f"--out_dir={out}", f"--max_updates={updates}",
-            *more], monkeypatch)
+            *SIZES, *LIMITS, *flags.split(), "--monitor_every=3", f"--data={data}", f"--out_dir={out}",
+            f"--max_updates={updates}", *more], monkeypatch)
         os.close(training.folder.descriptor)
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 
 LOOP = "test_training.py::test_the_updates_of_a_script_are_those_of_a_plain_loop"
-VRNN, VAE, IWAE, DREG, RESAMPLED, PUBLISHED_VAE, PUBLISHED_IWAE = (
+VRNN, VAE, IWAE, DREG, RESAMPLED, PUBLISHED_VAE, PUBLISHED_IWAE, LSTM = (
     f"{LOOP}[{objective}]" for objective in
-    ("VRNN", "VAE", "IWAE", "DReG", "resampled", "published-VAE", "published-IWAE"))
+    ("VRNN", "VAE", "IWAE", "DReG", "resampled", "published-VAE", "published-IWAE", "LSTM"))
 LAST_FRAME = "test_training.py::test_a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at_no_other"
 BOUNDS = "test_evaluation.py::test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand"
 SUMMARIES = "test_evaluation.py::test_summaries_of_three_windows_equal_those_computed_by_hand"
@@ -38,6 +38,16 @@ TEST_SPLIT = "test_evaluation.py::test_the_test_split_is_evaluated_with_the_weig
 OTHER_DATA = "test_evaluate.py::test_other_data_are_normalised_as_the_training_was"
 PLAIN_MODEL = "test_model.py::test_rollout_and_gradients_equal_the_plain_implementation[5]"
 GENERATION = "test_model.py::test_generation_is_the_prior_and_decoder_that_training_scores"
+LIKELIHOOD = "test_likelihood.py::test"
+IMPLIED = f"{LIKELIHOOD}_the_density_of_frames_is_the_gaussian_that_the_filters_imply"
+WINDOWED = f"{LIKELIHOOD}_windows_in_sequence_equal_one_long_one"
+STABLE = f"{LIKELIHOOD}_reflection_coefficients_stay_below_one_and_poles_inside_the_unit_circle"
+PLAIN_LIKELIHOOD = f"{LIKELIHOOD}_rollout_and_gradients_equal_the_plain_ones"
+SAMPLED = f"{LIKELIHOOD}_samples_have_the_mean_and_covariance_that_the_filters_imply"
+GENERATED = f"{LIKELIHOOD}_generation_is_the_prior_and_decoder_that_training_scores"
+UNFILTERED = f"{LIKELIHOOD}_it_starts_without_a_filter_and_learns_one"
+FIXED_Z = f"{LIKELIHOOD}_densities_at_fixed_z_are_those_of_the_rollout"
+EXACT = f"{LIKELIHOOD}_without_latent_variables_every_bound_is_the_likelihood"
 INITIAL = "test_model.py::test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
 DENSITIES = "test_bounds.py::test_analytic_kl_and_densities_equal_torch_distributions"
 FORMULAS = "test_bounds.py::test_objectives_equal_their_formulas_written_out"
@@ -114,10 +124,11 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "x_TBX = x_TBX + self.x_noise() * self.draw(", "x_TBX = x_TBX + 0 * self.draw("),
     ("x_noise on the target alone", VRNN, COMMON,
      "        if h.x_noise:\n", "        self.model.clean = x_TBX\n        if h.x_noise:\n", COMMON,
-     "x = x_TBX.bfloat16() if self.bf16 else x_TBX\n", "x = getattr(self, 'clean', x_TBX)\n"),
+     "self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)", "self.phi_x(getattr(self, 'clean', x_TBX))"),
     ("x_noise on the input alone", VRNN, COMMON,
      "        if h.x_noise:\n", "        self.model.clean = x_TBX\n        if h.x_noise:\n", COMMON,
-     "gaussian_log_density(x_TBX.unsqueeze(2), ", "gaussian_log_density(getattr(self, 'clean', x_TBX).unsqueeze(2), "),
+     "        by_particle = (frames, batch, k)\n",
+     "        by_particle, x_TBX = (frames, batch, k), getattr(self, 'clean', x_TBX)\n"),
     ("x_noise that falls to a tenth", VRNN, COMMON, "self.h.x_noise * 0.01 ** done", "self.h.x_noise * 0.1 ** done"),
     ("x_noise that never ends", PUBLISHED_VAE, COMMON, "torch.where(done < 1, ", "torch.where(done < 99, "),
     # ---- excerpts ----
@@ -171,7 +182,33 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("particles that share one state", PLAIN_MODEL, COMMON,
      "torch.add(from_h, from_x[t].unsqueeze(1), out=", "torch.add(from_h[:, :1].expand_as(from_h), "
      "from_x[t].unsqueeze(1), out="),
-    ("sigmas that begin elsewhere", INITIAL, COMMON, "head.bias.chunk(2)[1].fill_(0.6)", "head.bias.fill_(0.6)"),
+    ("sigmas that begin elsewhere", INITIAL, COMMON, "bias.chunk(2)[1].fill_(0.6)", "bias.fill_(0.6)"),
+    # ---- likelihood of a frame ----
+    ("a filter off by one lag", IMPLIED, COMMON, "samples[:, self.ar_order - i:-i]",
+     "samples[:, self.ar_order - i + 1:1 - i or None]"),
+    ("a filter that adds its prediction", IMPLIED, COMMON, "a_i, past, value=-1)", "a_i, past, value=1)"),
+    ("a filter that begins anew in each frame", IMPLIED, COMMON, ".view(batch, frames, 1, -1).transpose(0, 1)\n",
+     ".view(batch, frames, 1, -1).transpose(0, 1) * (torch.arange(self.x_dim) >= i)\n"),
+    ("a filter that begins anew in each window", WINDOWED, COMMON,
+     "state=(next_h, next_c, *memory)", "state=(next_h, next_c, *map(torch.zeros_like, memory))"),
+    ("a filter that begins anew in each window of an excerpt", LSTM, COMMON,
+     "before.zero_() if window == 0 else", "before.zero_() if window == 0 or before is self.state[-1] else"),
+    ("memories in another order than the particles", PLAIN_LIKELIHOOD, COMMON,
+     "(samples[:, -self.ar_order:].repeat_interleave(k, dim=0),)", "(samples[:, -self.ar_order:].repeat(k, 1),)"),
+    ("coefficients without tanh", STABLE, COMMON, "step_up(0.9999 * k.tanh())", "step_up(0.9999 * k)"),
+    ("coefficients of the lattice for those of the filter", STABLE, COMMON,
+     "torch.cat((a - k_i * a.flip(0), k_i))", "torch.cat((a, k_i))"),
+    ("coefficients of a frame for those of the next", PLAIN_LIKELIHOOD, COMMON,
+     "for i, a_i in enumerate(a.split(", "for i, a_i in enumerate(a.roll(1, 0).split("),
+    ("samples without their filter", SAMPLED, COMMON,
+     "        if self.ar_order:\n            samples, a", "        if False:\n            samples, a"),
+    ("generation that forgets the frame before", GENERATED, COMMON,
+     "(samples[:, self.x_dim:],)", "(torch.zeros_like(*memory),)"),
+    ("a filter at the start", UNFILTERED, COMMON, "        of_filter.zero_()\n", ""),
+    ("fixed z without the samples before the window", FIXED_Z, COMMON,
+     "self.decode(phi_z, h_before), memory, k)\n        log_pz",
+     "self.decode(phi_z, h_before), [0 * part for part in memory], k)\n        log_pz"),
+    ("one of many equal particles counted alone", EXACT, COMMON, "same * filtering.ess_TB", "filtering.ess_TB"),
     # ---- bounds ----
     ("log_w_std is a variance", BOUNDS, COMMON, "log_w_BK.std(1, correction=0)", "log_w_BK.var(1, correction=0)"),
     ("log_w_std is per frame", BOUNDS, COMMON,
