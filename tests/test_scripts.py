@@ -371,9 +371,9 @@ def test_other_scripts_refuse_in_one_sentence(folder, runs, script, arguments, w
 def test_help_shows_every_hyperparameter_with_its_comment_and_the_published_default(script):
     result = run(script, "--help", cwd=ROOT)
     text = " ".join(result.stdout.split())
-    for name in ("data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim ar_order k seq_frames "
-                 "reset_freq batch_size lr max_updates monitor_every grad_clip weight_norm dequantize init_from resume "
-                 "demo").split() + ["as_published"] * (script != "vrnn_gauss"):
+    for name in ("data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim ar_order k "
+                 "seq_frames reset_freq batch_size lr max_updates monitor_every grad_clip weight_norm dequantize "
+                 "init_from resume demo").split() + ["as_published"] * (script != "vrnn_gauss"):
         assert f"--{name}" in text
     for shown in ("LSTM units (default: 1000)", "(default: 0.0003)", "(default: 128)", "--no-dequantize"):
         assert shown in text
