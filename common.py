@@ -1401,7 +1401,7 @@ def flag_parser(script, kinds):
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = {}
     for cls in reversed(script.__mro__[:-1]):
-        comments |= re.findall(r"^ +(\w+):.*?  # *(.*)$", inspect.getsource(cls), re.MULTILINE)
+        comments |= re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE)
     for field in dataclasses.fields(script):
         about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
