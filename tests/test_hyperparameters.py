@@ -198,7 +198,7 @@ def test_a_script_without_the_field_ar_order_has_none(tmp_path, monkeypatch):
     fewer = [(f.name, f.type, f.default) for f in dataclasses.fields(Added) if f.name != "ar_order"]
     fewer = dataclasses.make_dataclass("Fewer", fewer)
     fewer.__module__ = __name__
-    monkeypatch.setattr(common, "comments_of", lambda script: {})  # this one has no source
+    monkeypatch.setattr(common.inspect, "getsource", lambda cls: "")  # this one has none
     write_tiny_data(tmp_path / "tiny.h5")
     h = parsed(*SIZES, "--demo", f"--data={tmp_path / 'tiny.h5'}", f"--out_dir={tmp_path / 'run'}", of=fewer)
     assert common.Training(h, particles=1).model.likelihood.ar_order == 0
