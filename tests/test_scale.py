@@ -43,16 +43,17 @@ def state(out):
     return torch.load(out / "last.pt", weights_only=True)
 
 
-def test_two_processes_compute_the_gradient_of_one(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ar_order, tolerance", ((0, 1e-6), (3, 1e-5)))  # the filter rounds more
+def test_two_processes_compute_the_gradient_of_one(data, tmp_path, monkeypatch, ar_order, tolerance):
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # on some CPUs MKL rounds by the number of rows otherwise
     one, two = tmp_path / "one", tmp_path / "two"
-    first_update = ["--max_updates=1", "--grad_clip=0"]
+    first_update = ["--max_updates=1", "--grad_clip=0", f"--ar_order={ar_order}"]
     finished(command(*flags(data, one, *first_update)))
     finished(torchrun(2, *flags(data, two, *first_update)))
     gradients = [torch.cat([moments["exp_avg"].flatten() * 10 for moments in state(out)["optimiser"]["state"].values()])
                  for out in (one, two)]
     assert gradients[0].norm() > 1
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()  # rounding in float32: 3e-7 to 4e-6
+    assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[0].norm()
     nats = [log_of(out)[1]["valid"]["elbo"]["nats_per_frame"] for out in (one, two)]
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
 
