@@ -420,7 +420,7 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     progress, before = training.progress, copy.deepcopy(training.checkpoint())
 
     def tensors():
-        return {name: tensor for name, tensor, _ in training.in_place()}
+        return training.in_place()
 
     places = [*training.model.parameters(), *training.averaged.parameters(), *tensors().values()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
