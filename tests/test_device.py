@@ -19,15 +19,16 @@ def test_a_window_lies_in_one_piece_so_that_its_copy_to_a_gpu_can_be_asynchronou
 
 def test_evaluation_has_no_tf32_though_updates_have(tmp_path, monkeypatch):
     write_tiny_data(tmp_path / "tiny.h5")
-    h = common.parse(vrnn_gauss.Hyperparameters, [*SIZES, f"--data={tmp_path / 'tiny.h5'}", f"--out_dir={tmp_path}/run",
+    h = common.parse(vrnn_gauss.Hyperparameters, [*SIZES, f"--data={tmp_path}/tiny.h5", f"--out_dir={tmp_path}/run",
                                                   "--max_updates=2", "--monitor_every=1"])
-    training, seen = common.Training(h, particles=1), []
-    training.precision = "high"  # as on a GPU
+    training, seen, precision = common.Training(h, particles=1), [], []
+    training.device = torch.device("cuda")  # as far as allow_tf32 can tell
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: precision.append(value))
     estimate = common.estimate_bounds
-    monkeypatch.setattr(common, "estimate_bounds", lambda *given: seen.append(
-        torch.get_float32_matmul_precision()) or estimate(*given))
+    monkeypatch.setattr(common, "estimate_bounds", lambda *given: seen.append(precision[-1]) or estimate(*given))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     for _ in training.updates():
-        seen.append(torch.get_float32_matmul_precision())
+        seen.append(precision[-1])
     training.finish()
     assert seen == ["high", "highest", "high", "highest", "highest"]
 
