@@ -1038,8 +1038,8 @@ class Training:
                                   h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
         line = dict(
             update=progress["updates"], sequences=progress["updates"] * h.batch_size, seconds=progress["seconds"],
-            train_loss=(counts.loss_sum / counts.losses).item(), grad_norm=counts.grad_norm.item(),
-            skipped=counts.skipped.item(), valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
+            train_loss=(counts.loss_sum / counts.losses).item() if counts.losses else None,
+            grad_norm=counts.grad_norm.item(), skipped=counts.skipped.item(), valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()
         if is_first():
@@ -1253,7 +1253,8 @@ class RunFolder:
             if not self.previous.exists():
                 raise
             training.restore(load_checkpoint(self.previous, "--resume"), self.previous)
-            print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
+            if is_first():
+                print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
 
     def go_on(self, config, update):
         """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen, one of
