@@ -1039,7 +1039,8 @@ class Training:
         line = dict(
             update=progress["updates"], sequences=progress["updates"] * h.batch_size, seconds=progress["seconds"],
             train_loss=(counts.loss_sum / counts.losses).item() if counts.losses else None,
-            grad_norm=counts.grad_norm.item(), skipped=counts.skipped.item(), valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
+            grad_norm=counts.grad_norm.item(), skipped=counts.skipped.item(),
+            valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()
         if is_first():
