@@ -1,11 +1,32 @@
+import functools
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent
 sys.path[:0] = map(str, (TESTS.parent, TESTS / "tools", TESTS / "experiments"))
 
-import tiny  # noqa: E402, F401 (sets the number of threads, before torch is imported)
+import tiny  # noqa: E402 (sets the number of threads, before torch is imported)
+
+import common  # noqa: E402
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An HDF5 file of twelve tiny recordings."""
+    path = tmp_path_factory.mktemp("data") / "tiny.h5"
+    tiny.write_tiny_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short_samples():
+    """A tenth of a second of speech in place of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "write_samples", functools.partial(common.write_samples, seconds=0.1))
+        yield

@@ -1,6 +1,5 @@
 """--evaluate CHECKPOINT: the bounds of any checkpoint on any data, without an update."""
 
-import functools
 import json
 
 import h5py
@@ -15,12 +14,7 @@ SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 DEVICE = ("--device=cpu",)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_samples():
-    """A tenth of a second of speech in place of four."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_samples", functools.partial(common.write_samples, seconds=0.1))
-        yield
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

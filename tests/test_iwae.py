@@ -3,14 +3,7 @@
 import json
 
 import pytest
-from tiny import SIZES, run, write_tiny_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "tiny.h5"
-    write_tiny_data(path)
-    return path
+from tiny import SIZES, run
 
 
 def test_a_resampled_run_also_logs_the_bound_that_it_trains(data, tmp_path):

@@ -1,7 +1,6 @@
 """The frame likelihood with a filter in it, and the LSTM without latent variables. All but the runs in float64."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -224,12 +223,7 @@ def test_another_distribution_about_the_prediction_replaces_two_functions():
     assert 5.5 < (x_TBX - x_TBX.mean()).pow(4).mean() / x_TBX.var() ** 2 < 6.5  # 3 of a Gaussian, 6 of this one
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_samples():
-    """A tenth of a second of speech in place of four."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_samples", functools.partial(common.write_samples, seconds=0.1))
-        yield
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

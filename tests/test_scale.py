@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, SIZES, command, log_of, write_tiny_data
+from tiny import ROOT, SIZES, command, log_of
 
 import common
 
@@ -26,13 +26,6 @@ def finished(arguments):
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("scale") / "tiny.h5"
-    write_tiny_data(path)
-    return path
 
 
 def flags(data, out, *more):

@@ -9,18 +9,11 @@ import experiment
 import particles
 import pytest
 import torch
-from tiny import ROOT, SIZES, log_of, make_updates, run, tiny_training, update_with, write_tiny_data
+from tiny import ROOT, SIZES, log_of, make_updates, run, tiny_training, update_with
 
 import common
 import vrnn_gauss
 import vrnn_gauss_iwae
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tools") / "tiny.h5"
-    write_tiny_data(path)
-    return path
 
 
 def test_the_benchmark_times_ours_and_the_plain_update_of_every_objective(tmp_path, capsys):
