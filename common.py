@@ -833,7 +833,8 @@ class Training:
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
         self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
         self.counts = SimpleNamespace(
-            **{name: torch.tensor(0, device=self.device) for name in ("updates", "skipped", "skipped_in_a_row")},
+            **{name: torch.tensor(0, device=self.device) for name in (
+                "updates", "clipped", "skipped", "skipped_in_a_row")},
             **{name: torch.tensor(0.0, device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
 
     def begin(self):
@@ -937,6 +938,7 @@ class Training:
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
         counts.updates += 1
+        counts.clipped += is_finite & (norm > self.grad_clip)
         counts.skipped += ~is_finite
         counts.skipped_in_a_row.add_(1).mul_(~is_finite)
         counts.loss_sum += torch.where(is_finite, loss, 0.0)
@@ -1039,7 +1041,7 @@ class Training:
         line = dict(
             update=progress["updates"], sequences=progress["updates"] * h.batch_size, seconds=progress["seconds"],
             train_loss=(counts.loss_sum / counts.losses).item() if counts.losses else None,
-            grad_norm=counts.grad_norm.item(), skipped=counts.skipped.item(),
+            grad_norm=counts.grad_norm.item(), clipped=counts.clipped.item(), skipped=counts.skipped.item(),
             valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()

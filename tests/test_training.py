@@ -254,6 +254,7 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monke
     losses = np.reshape(plain.losses, (-1, 2)).mean(1)  # over the updates between log lines
     assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(plain.norms[1::2], rel=1e-4)
+    assert [line["clipped"] for line in lines] == np.cumsum(plain.is_clipped)[1::2].tolist()
     assert all(part.norm() > 0.1 for part in plain.before), "no state was carried"
     assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 40, "a limit was not reached"
     assert len(excerpts_of_epoch(data, h, 0)) == 9, "the third batch should be of another epoch"

@@ -28,6 +28,10 @@ SUM_OF_8 = ["--as_published", "--grad_clip=40"]
 OBJECTIVES = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "vae_5_published": [VAE, "--as_published"],
               "iwae_5_published": [IWAE, *SUM_OF_8]}
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
+AR_16 = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "iwae_5_resample": [IWAE, "--resample"],
+         "lstm": [VRNN, "--z_dim=0"]}
+WIDE = ("--x2s_dim 256 --p_x_dim 256 --rnn_dim 512 --z2s_dim 64 --q_z_dim 64 --p_z_dim 64 --z_dim 16 --ar_order 32 "
+        "--batch_size 32 --lr 2e-3 --x_noise_updates 2000 --monitor_every 500").split()
 KEPT = ("config.json", "log.jsonl", "windows.csv", "eval.json")  # the last one says that all are there
 
 
@@ -67,6 +71,10 @@ def table(runs, updates):
     yield "latents", "uniform-0", VRNN, "--no-mirrored_init", "--x_noise=0"
     yield "latents", "uniform_noise-0", VRNN, "--no-mirrored_init"
     yield "latents", "mirrored-0", VRNN, "--x_noise=0"
+    yield "likelihood", "vrnn_wide_ar_32-0", VRNN, *WIDE, *lengths(2.4 * updates)
+    for seed in range(3):
+        for name, flags in AR_16.items():
+            yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
 
 
 def train(runs, updates, to, group, name, script, *flags):

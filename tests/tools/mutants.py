@@ -97,6 +97,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("published gradient not divided, in the VAE_K script", PUBLISHED_VAE, ALT,
      "divide_by=h.batch_size if h.as_published else 1", "divide_by=1"),
     ("the published limit not divided", PUBLISHED_IWAE, COMMON, "self.grad_clip / divide_by *", "self.grad_clip *"),
+    ("clipped updates counted by the divided limit", PUBLISHED_IWAE, COMMON,
+     "norm > self.grad_clip)", "norm > self.grad_clip / divide_by)"),
     ("weight norm never applied", VRNN, COMMON,
      "self.model.constrain_weights(h.weight_norm)", "pass"),
     ("weight norm of the recurrent weights too", PUBLISHED_COLUMNS, COMMON, ' and name != "lstm_h":', ":"),
