@@ -19,6 +19,7 @@ import errno
 import fcntl
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -162,14 +163,17 @@ class FrameLikelihood:
         return self.density(error, mean, sigma), memory
 
     def sample(self, parameters, memory, generator=None):
-        """Draw a frame (rows, X), sample by sample, and the memory after it. parameters: (rows, .) each."""
+        """Draw a frame (rows, X), and the memory after it. parameters: (rows, .) each."""
         mean, sigma, a = parameters
         x = self.draw(mean, sigma, generator)
-        if self.ar_order:
-            samples, a = torch.cat((*memory, x), dim=1), a.flip(-1)
-            for n in range(self.x_dim):
-                samples[:, self.ar_order + n] += (a * samples[:, n:n + self.ar_order]).sum(1)
-            x, memory = samples[:, self.ar_order:], (samples[:, self.x_dim:],)
+        if self.ar_order:  # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
+            (recent,), width = memory, self.ar_order + self.x_dim
+            rows = F.pad(torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim))
+            whiten = rows.repeat(1, self.x_dim)[:, :self.x_dim * width].view(-1, self.x_dim, width)
+            of_recent, of_x = whiten.split([self.ar_order, self.x_dim], dim=2)
+            drawn = x.unsqueeze(2) - of_recent @ recent.unsqueeze(2)
+            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True).squeeze(2)
+            memory = (torch.cat((recent, x), dim=1)[:, self.x_dim:],)
         return x, memory
 
 
@@ -511,19 +515,43 @@ class VRNN(nn.Module):
         if not self.z_dim:
             log_px = self.without_z(x_TBX, phi_x, state, k).log_w_TBK
             return log_px, torch.zeros_like(log_px)
-        h, c, *memory = state
-        phi_z = self.phi_z(z.to(phi_x.dtype))
-        h_before, *_ = self.lstm(self.lstm_x(phi_x).repeat_interleave(k, 1) + self.lstm_z(phi_z), h, c)
-        h_before = h_before.to(phi_x.dtype)
+        _, _, *memory = state
+        phi_z, h_before = self.along(phi_x, z, state, k)
         q = mean_and_sigma(self.posterior, self.posterior_x(phi_x).repeat_interleave(k, 1) + self.posterior_h(h_before))
         log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), memory, k)
         log_pz = gaussian_log_density(z, *mean_and_sigma(self.prior, h_before))
         return log_px + log_pz.view(log_px.shape), gaussian_log_density(z, *q).view(log_px.shape)
 
+    def along(self, phi_x, z, state, k=1):
+        """phi_z(z_t) and h_{t-1} of each frame, (T, B*k, .), where x, as phi_x (T, B, .), and z are given."""
+        phi_z = self.phi_z(z.to(phi_x.dtype))
+        h_before, *_ = self.lstm(self.lstm_x(phi_x).repeat_interleave(k, 1) + self.lstm_z(phi_z), *state[:2])
+        return phi_z, h_before.to(phi_x.dtype)
+
     @torch.no_grad()
-    def generate(self, frames, batch, generator=None):
-        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder."""
-        h, c, *memory = self.zero_state(batch)
+    def resynthesise(self, x_TBX, generator=None):
+        """Draw x (T, B, X) anew: h and the posterior go along x_TBX, the filter along what the decoder's draws give."""
+        frames, batch, _ = x_TBX.shape
+        _, _, *memory = state = self.zero_state(batch)
+        noise = torch.randn(frames, batch, self.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
+        rollout = self(x_TBX, state, noise)
+        if self.z_dim:
+            phi_z, h_before = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
+        else:
+            phi_z, (h_before, *_) = [None] * frames, self.lstm(self.lstm_x(rollout.phi_x), *state[:2])
+        x = []
+        for phi_z_t, h in zip(phi_z, h_before):
+            x_t, memory = self.likelihood.sample(self.decode(phi_z_t, h), memory, generator)
+            x.append(x_t)
+        return torch.stack(x)
+
+    @torch.no_grad()
+    def generate(self, frames, batch, generator=None, state=None):
+        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder.
+
+        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None.
+        """
+        h, c, *memory = self.zero_state(batch) if state is None else state
         x, phi_z, from_z = [], None, 0.0
         for _ in range(frames):
             if self.z_dim:
@@ -659,6 +687,8 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
 EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
 BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
+YARDSTICKS = ("flac", "linear_prediction_16", "histogram")
+FIT_WINDOWS = 256   # of train, from which the linear prediction is made
 
 
 def bits_per_sample(nats_per_frame, x_dim, std):
@@ -666,11 +696,24 @@ def bits_per_sample(nats_per_frame, x_dim, std):
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
-def frames_at(split, starts, frames, model, corpus, generator):
-    """Dequantised audio from each start on, normalised, on the device of the model: (frames, len(starts), X)."""
-    pcm = torch.from_numpy(split.read(starts, frames * model.x_dim)).to(generator.device)
-    pcm = pcm.view(len(pcm), frames, model.x_dim).transpose(0, 1)
+def nats_of_code(bits, samples, std):
+    """The log-likelihood, in nats, of a model whose code would take as many bits for so many samples."""
+    return samples * math.log(std) - bits * math.log(2)
+
+
+def frames_at(split, starts, frames, x_dim, corpus, generator):
+    """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
+    pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
+    pcm = pcm.view(len(pcm), frames, x_dim).transpose(0, 1)
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
+
+
+def batches_of_windows(split, starts, frames, x_dim, corpus, device, rank=0, processes=1):
+    """Yield (index, x_TBX, generator) of every processes-th batch of windows, dequantised by a generator of its own."""
+    for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
+        generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
+        chosen = starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH]
+        yield index, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
@@ -681,12 +724,8 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     """
     device = next(model.parameters()).device
     starts = window_starts(split, seq_frames * model.x_dim, at_most)
-    rank, processes = job()
     mine = {}
-    for batch in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
-        generator = torch.Generator(device).manual_seed(EVAL_SEED + batch)
-        first = batch * EVAL_BATCH
-        x_TBX = frames_at(split, starts[first:first + EVAL_BATCH], seq_frames, model, corpus, generator)
+    for batch, x_TBX, generator in batches_of_windows(split, starts, seq_frames, model.x_dim, corpus, device, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
@@ -706,35 +745,111 @@ def summarise(by_window, seq_frames, x_dim, corpus):
         mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
         result[name] = dict(mean=mean, stderr=stderr) if name.startswith("ess") else dict(
             nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames, nats_per_sequence=mean)
-        if name.startswith(BOUNDS):
+        if name.startswith((*BOUNDS, *YARDSTICKS)):
             result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
 
 
+def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
+    """What is to be beaten on the windows of a split, in the form of `summarise`.
+
+    flac: each window coded alone at the highest compression, its header (`header_bytes`) not counted.
+    linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), zeros before the window, and a level that follows the error,
+    v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples.
+    """
+    samples = seq_frames * x_dim
+    starts = window_starts(split, samples)
+    fitted = fit_linear_prediction(corpus, samples)
+    bits, headers, counts, predicted = [], [], np.zeros(1 << 16, np.int64), []
+    for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
+        predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
+        for window in split.read(starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH], samples):
+            for found, count in zip((bits, headers), flac_size(window)):
+                found.append(count)
+            counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
+    p = counts[counts > 0] / counts.sum()
+    bits = torch.tensor(bits, dtype=torch.float64)
+    entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
+    found = summarise(dict(flac=nats_of_code(bits, samples, corpus.std), linear_prediction_16=torch.cat(predicted),
+                           histogram=nats_of_code(entropy, samples, corpus.std)), seq_frames, x_dim, corpus)
+    found["flac"]["header_bytes"] = np.mean(headers)
+    found["histogram"]["stderr"] = None  # of all windows at once
+    return found
+
+
+def flac_size(samples):
+    """Bits of the audio in a FLAC file of int16 samples, at the highest compression, and bytes of the header before."""
+    import soundfile
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0)
+    coded, header, is_last = file.getvalue(), 4, False
+    while not is_last:  # a block of metadata begins with a bit that marks the last, seven of type, 24 of length
+        is_last, length = coded[header] >> 7, int.from_bytes(coded[header + 1:header + 4], "big")
+        header += 4 + length
+    return 8 * (len(coded) - header), header
+
+
+def fit_linear_prediction(corpus, samples, order=16):
+    """a (order,), l and the first v of (nearly) the highest likelihood on windows of train: by turns a, given v, by
+    weighted least squares, and l and the first v, given a, of a grid."""
+    starts = window_starts(corpus.train, samples, FIT_WINDOWS)
+    x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
+        corpus.train, starts, 1, samples, corpus, "cpu")])
+    memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
+    weights = torch.ones_like(x)
+    for _ in range(6):
+        moments = sum((lags * w.unsqueeze(1)).T @ lags
+                      for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights))
+        a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
+        best = linear_prediction(x, a, memory, first).mean(2).argmax()
+        fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
+        weights = 1 / torch.stack([v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1)
+    return fitted
+
+
+def linear_prediction(x, a, memory, first):
+    """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
+    return sum(-0.5 * (squared / v + (2 * math.pi * v).log()) for squared, v in squares_and_levels(x, a, memory, first))
+
+
+def squares_and_levels(x, a, memory, v):
+    """Yield e_n^2 (W,) and v_n (..., W) for each sample in turn."""
+    errors = F.pad(x, (len(a), 0)).unfold(1, len(a) + 1, 1) @ torch.cat((-a.flip(0), a.new_ones(1)))
+    for squared in errors.square().T:
+        yield squared, v
+        v = memory * v + (1 - memory) * squared
+
+
 def evaluate_recordings(model, corpus, split, k, at_most):
-    """smc_k on whole recordings from a zero state, at_most of them evenly spread: means over all frames, and stderr
-    over recordings, of the ratio of their nats to their frames."""
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC on the same: means over all
+    frames, and stderr over recordings, of the ratio of their nats to their frames."""
     device = next(model.parameters()).device
     lengths = np.diff(split.offsets) // model.x_dim
     usable = np.flatnonzero(lengths)
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
     chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
     generator = torch.Generator(device).manual_seed(EVAL_SEED)
-    nats, ess = [], []
+    nats, ess, flac = [], [], []
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         ends = torch.from_numpy(lengths[batch])
         x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
         for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
-            x_TBX[:end, i:i + 1] = frames_at(split, split.offsets[[recording]], end, model, corpus, generator)
+            x_TBX[:end, i:i + 1] = frames_at(split, split.offsets[[recording]], end, model.x_dim, corpus, generator)
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
-    nats, frames = np.array(nats), lengths[chosen]
-    mean = nats.sum() / frames.sum()
-    deviations = (nats - mean * frames) / frames.mean()
-    return dict(recordings=len(chosen), frames=int(frames.sum()), nats_per_frame=mean,
-                stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
-                bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std), ess=sum(ess) / frames.sum())
+        for recording, end in zip(batch, ends.tolist()):
+            samples = split.read(split.offsets[[recording]], end * model.x_dim)[0]
+            flac.append(nats_of_code(flac_size(samples)[0], len(samples), corpus.std))
+    frames, found = lengths[chosen], {}
+    for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": np.array(flac)}.items():
+        mean = of_recordings.sum() / frames.sum()
+        deviations = (of_recordings - mean * frames) / frames.mean()
+        found[name] = dict(recordings=len(chosen), frames=int(frames.sum()), nats_per_frame=mean,
+                           stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
+                           bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std))
+    found[f"smc_{k}"]["ess"] = sum(ess) / frames.sum()
+    return found
 
 
 def describe_corpus(corpus):
@@ -754,24 +869,35 @@ def evaluation_table(result):
     whole = {f"{name} of {found['recordings']} whole recordings": found
              for name, found in result.get("whole_recordings", {}).items()}
     lines = []
-    for name, bound in (result["bounds"] | whole).items():
+    for name, bound in (result["bounds"] | result["yardsticks"] | whole).items():
         stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
         bits = f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
-        lines.append(f"test {name:12} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}")
+        lines.append(f"test {name:20} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}")
     return "\n".join(lines)
 
 
-def write_samples(model, corpus, split, folder, seconds=4.0, count=4):
-    """Generated speech as folder/sample_N.wav, and beside it as much of the longest recordings as real_N.wav."""
+@torch.no_grad()
+def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
+    """Speech as .wav files in a folder, as loud as it comes, at most `frames` long (10 s of 200 samples a frame).
+
+    real_N: the beginnings of the longest recordings. sample_N: generated. Of a model that can resynthesise also
+    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N.
+    """
     import soundfile
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
-    x_TBX = model.generate(math.ceil(seconds * SAMPLE_RATE / model.x_dim), count, generator)
-    generated = to_int16((x_TBX.double() * corpus.std + corpus.mean).transpose(0, 1).reshape(count, -1).cpu().numpy())
-    lengths = np.diff(split.offsets)
-    real = [split.read(split.offsets[i:i + 1], min(lengths[i], generated.shape[1]))[0] for i in lengths.argsort()[-2:]]
-    for kind, recordings in dict(sample=generated, real=real).items():
-        for i, samples in enumerate(recordings):
+    lengths = np.diff(split.offsets) // model.x_dim
+    longest = lengths.argsort(kind="stable")[::-1][:count]
+    shown = min(frames, lengths[longest].min())
+    real = frames_at(split, split.offsets[longest], shown, model.x_dim, corpus, generator)
+    speech = dict(real=real, sample=model.generate(frames, count, generator))
+    if hasattr(model, "resynthesise"):
+        heard = real[:min(given, shown)]
+        goes_on = model.generate(frames - len(heard), len(longest), generator, model(heard).state)
+        speech |= dict(continued=torch.cat((heard, goes_on)), resynthesised=model.resynthesise(real, generator))
+    for kind, x_TBX in speech.items():
+        for i, x_TX in enumerate(x_TBX.unbind(1)):
+            samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
             soundfile.write(folder / f"{kind}_{i}.wav", samples, SAMPLE_RATE)
 
 
@@ -1132,10 +1258,10 @@ class Training:
         if is_first():
             result = dict(script=self.script, name=self.name, checkpoint=h.evaluate or folder.best.name,
                           data=describe_corpus(corpus), split="test", update=update, windows=len(by_window["elbo"]),
-                          frames=h.seq_frames, bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus))
+                          frames=h.seq_frames, bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
+                          yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim))
             if h.eval_recordings:
-                whole = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
-                result["whole_recordings"] = {f"smc_{smc}": whole}
+                result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
             print(f"{h.evaluate or folder.best}, update {update:,}\n{evaluation_table(result)}")

@@ -26,7 +26,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-SAMPLES = "*/samples/[rs]*_[0-9].wav"  # of runs: real_0.wav, sample_0.wav, ...
+SPEECH = dict(real="real", sample="generated", continued="real, continued", resynthesised="resynthesised")
+YARDSTICKS = dict(flac="FLAC", linear_prediction_16="linear prediction, order 16", histogram="histogram")
 MARKERS = "osD^v"
 PERSONAL = {"name", "seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}  # these set no run apart
 
@@ -129,7 +130,9 @@ def read_test(path):
     bounds = {name: (float(bound["nats_per_frame"]), float(bound["stderr"] or 0))
               for name, bound in evaluation["bounds"].items() if name.startswith(("elbo", "iwae", "smc", "kl"))}
     bounds["elbo"], bounds["kl"]  # every evaluation has them
-    return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds}
+    yardsticks = {name: float(found["nats_per_frame"]) for name, found in evaluation.get("yardsticks", {}).items()}
+    return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds,
+            "yardsticks": yardsticks}
 
 
 def read_windows(path, test):
@@ -231,6 +234,13 @@ def draw_bounds(axis, runs, labels, colours):
     for tick, name in zip(axis.get_yticklabels(), labels):
         tick.set_color(colours[name])
     axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="NLL $\\leq$ (nats/frame)")
+    (x_dim, _), std = runs[0]["window"], runs[0]["data"]["std"]
+    bits = axis.secondary_xaxis("top", functions=(lambda nll: common.bits_per_sample(-nll, x_dim, std),
+                                                  lambda bits: -common.nats_of_code(bits * x_dim, x_dim, std)))
+    bits.set_xlabel("bits per sample", fontsize=8)
+    bits.tick_params(labelsize=8)
+    if flac := {run["test"]["yardsticks"].get("flac") for run in tested} - {None}:
+        axis.axvline(-flac.pop(), color="0.3", linestyle="--", linewidth=1, label="FLAC")
     axis.grid(alpha=0.25)
     if tested:
         windows, stderr = tested[0]["test"]["windows"], np.mean([run["test"][bounds[0]][1] for run in tested])
@@ -242,17 +252,17 @@ def draw_bounds(axis, runs, labels, colours):
 
 
 def draw_samples(folder):
-    """Waveform over spectrogram of two real and two generated excerpts, as samples.png beside them; its path."""
+    """Waveform over spectrogram of one excerpt of each kind, as samples.png beside them; its path."""
     path = folder / "samples.png"
-    files = [file for kind in ("real", "sample") for file in sorted(folder.glob(f"{kind}_*.wav"))[:2]]
-    figure, axes = plt.subplots(2, len(files), figsize=(3.4 * len(files), 4.4), sharex=True, sharey="row",
+    files = [file for kind in SPEECH for file in sorted(folder.glob(f"{kind}_*.wav"))[:1]]
+    figure, axes = plt.subplots(2, len(files), figsize=(4.4 * len(files), 4.4), sharex=True, sharey="row",
                                 squeeze=False, layout="constrained")
     for file, (wave, spectrum) in zip(files, axes.T):
         with reading(file, "remove it, or have it made anew by --resume of the run, or by --evaluate"):
             samples, rate = soundfile.read(file, always_2d=True)
             samples = np.pad(samples[:, 0], (0, max(0, 1024 - len(samples))))
         wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.3, color="black")
-        wave.set(title="real" if file.name.startswith("real") else "generated", xlim=(0, len(samples) / rate))
+        wave.set(title=SPEECH[file.name.split("_")[0]], xlim=(0, len(samples) / rate))
         *_, image = spectrum.specgram(samples, NFFT=512, Fs=rate, noverlap=384, scale="linear", cmap="magma",
                                       norm=LogNorm(1e-13, 1e-3, clip=True))
         spectrum.set(xlabel="seconds")
@@ -291,7 +301,20 @@ def table(runs, others):
         difference = "" if is_reference else paired(group, reference, tightest)
         lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
                                  f"{difference} |"]))
-    return "\n".join(lines)
+    return "\n".join(lines + yardstick_rows(tested, bounds))
+
+
+def yardstick_rows(tested, bounds):
+    """A row for each yardstick of each data file, with its number where the tightest bound stands."""
+    rows = {}
+    for run in tested:
+        of_file = f" on {run['data']['file']}" * (len({other["data"]["file"] for other in tested}) > 1)
+        for name, nats in run["test"]["yardsticks"].items():
+            bits = common.bits_per_sample(nats, run["window"][0], run["data"]["std"])
+            cells = [f"| {YARDSTICKS.get(name, name)}{of_file}", "", "", *[""] * (len(bounds) - 2), f"{nats:.2f}", "",
+                     f"{bits:.3f}", " |"]
+            rows[cells[0]] = " | ".join(cells)
+    return list(rows.values())
 
 
 def paired(group, reference, bound):
@@ -360,7 +383,8 @@ def main():
         is_comparable = all(runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window"))
         print(f"{folder}: {', '.join(run['folder'] for run in runs)}\n")
         print(table(runs, rows[0] if is_comparable else runs), end="\n\n")
-    for samples in sorted({wav.parent for folder in folders for wav in folder.glob(SAMPLES)}, key=common.natural_order):
+    for samples in sorted({wav.parent for folder in folders for kind in SPEECH
+                           for wav in folder.glob(f"*/samples/{kind}_[0-9].wav")}, key=common.natural_order):
         print(draw_samples(samples))
     if drawn:
         print(options.out)

@@ -153,15 +153,19 @@ def test_whole_recordings_count_every_frame_once(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "estimate_smc", lambda model, x_TBX, k, generator: (
         -(x_TBX.double() ** 2).sum(2).cumsum(0), torch.full(x_TBX.shape[:2], 2.0)))
     found = common.evaluate_recordings(common.VRNN(20, 3, 8, 7, 7, 7, 7, 7), corpus, corpus.test, k=500, at_most=100)
+    found, flac = found["smc_500"], found["flac"]
 
-    nats, frames = [], []
+    nats, frames, bits = [], [], 0
     for start, end in zip(corpus.test.offsets, corpus.test.offsets[1:]):
         frames.append((end - start) // 20)
         pcm = corpus.test.read(np.array([start]), frames[-1] * 20)[0]
         nats.append(-(((pcm - corpus.mean) / corpus.std) ** 2).sum())
+        bits += common.flac_size(pcm)[0]
     assert len(set(frames)) > 5
     assert (found["recordings"], found["frames"], found["ess"]) == (len(frames), sum(frames), 2.0)
     assert found["nats_per_frame"] == pytest.approx(sum(nats) / sum(frames), rel=1e-3)
+    assert (flac["recordings"], flac["frames"]) == (found["recordings"], found["frames"])
+    assert flac["bits_per_sample"] == pytest.approx(bits / sum(frames) / 20)
 
 
 def z_of(rollout, noise):

@@ -93,7 +93,7 @@ def test_other_data_are_normalised_as_the_training_was(folder, tmp_path):
 def test_any_number_of_particles_can_be_asked_for(folder, tmp_path):
     found = evaluated(folder / "runs/vrnn_gauss/best.pt", tmp_path / "out", "--eval_k=3,4,8")
     assert {"iwae_3", "iwae_4", "iwae_8", "smc_8"} <= found["bounds"].keys()
-    assert list(found["whole_recordings"]) == ["smc_8"]
+    assert list(found["whole_recordings"]) == ["smc_8", "flac"]
     assert json.loads((tmp_path / "out/config.json").read_text())["eval_k"] == [3, 4, 8]
 
 

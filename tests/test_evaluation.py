@@ -133,7 +133,7 @@ def test_the_particle_filter_of_a_window_counts_all_of_its_frames(data, corpus):
 
 @pytest.mark.parametrize("at_most, chosen", ((10, [0, 1, 2, 3, 4]), (3, [0, 2, 4])))
 def test_the_standard_error_over_recordings_is_that_of_a_ratio(data, corpus, at_most, chosen):
-    found = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, k=4, at_most=at_most)
+    found = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, k=4, at_most=at_most)["smc_4"]
     recordings = [audio_of(data, "test")[i] for i in chosen]
     frames = np.array([len(audio) // 20 for audio in recordings])
     nats = np.array([-audio[:20 * n].sum() for audio, n in zip(recordings, frames)])
@@ -142,7 +142,8 @@ def test_the_standard_error_over_recordings_is_that_of_a_ratio(data, corpus, at_
     bits = (math.log(corpus.std) - ratio / 20) / math.log(2)
     assert found == pytest.approx(dict(recordings=count, frames=frames.sum(), nats_per_frame=ratio, stderr=stderr,
                                        bits_per_sample=bits, ess=4))
-    assert stderr > 0.1 and common.evaluate_recordings(Listener(corpus), corpus, corpus.test, 4, 1)["stderr"] is None
+    alone = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, 4, 1)["smc_4"]
+    assert stderr > 0.1 and alone["stderr"] is None
 
 
 # ---- with whose weights ----
@@ -223,7 +224,8 @@ def test_the_test_split_is_evaluated_with_the_weights_of_best_pt(run, corpus):
     assert written["bounds"] == best
     assert abs(best["elbo"]["nats_per_frame"] - last["elbo"]["nats_per_frame"]) > 1e-3
     whole = common.evaluate_recordings(model_of(monitored[1]), corpus, corpus.test, 6, 100)
-    assert written["whole_recordings"]["smc_6"] == whole
+    assert written["whole_recordings"] == whole
+    assert written["yardsticks"] == common.evaluate_yardsticks(corpus, corpus.test, 5, 20)
     windows = np.genfromtxt(folder / "windows.csv", delimiter=",", names=True)
     assert windows["iwae_6"].mean() == pytest.approx(best["iwae_6"]["nats_per_frame"], abs=1e-3)
     assert are_equal(generated, monitored[1])

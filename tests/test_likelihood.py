@@ -148,6 +148,22 @@ def test_samples_have_the_mean_and_covariance_that_the_filters_imply(order):
     assert (whitened.cov() - torch.eye(2 * X)).abs().max() < 5 * (2 / draws) ** 0.5
 
 
+@pytest.mark.parametrize("order", (0, 1, 3, 12))
+def test_a_frame_is_drawn_as_if_sample_by_sample(order):
+    likelihood, parameters = of_frames(order, 4)
+    parameters = [part if part is None else part[0] for part in parameters]
+    recent = torch.randn(4, order, dtype=torch.float64)
+    x, after = likelihood.sample(parameters, (recent,) if order else (), torch.Generator().manual_seed(0))
+    drawn = common.sample_gaussian(*parameters[:2], torch.Generator().manual_seed(0))
+    samples = list(recent.T)
+    for n in range(X):
+        samples.append(drawn[:, n] + sum(a_i * samples[-i] for i, a_i in enumerate(parameters[2].T, start=1))
+                       if order else drawn[:, n])
+    torch.testing.assert_close(x, torch.stack(samples[order:], dim=1))
+    if order:
+        torch.testing.assert_close(after, (torch.stack(samples[-order:], dim=1),))
+
+
 @pytest.mark.parametrize("order", (1, 2, 16))
 def test_reflection_coefficients_stay_below_one_and_poles_inside_the_unit_circle(order):
     likelihood = common.FrameLikelihood(X, order)
@@ -223,6 +239,28 @@ def test_another_distribution_about_the_prediction_replaces_two_functions():
     assert 5.5 < (x_TBX - x_TBX.mean()).pow(4).mean() / x_TBX.var() ** 2 < 6.5  # 3 of a Gaussian, 6 of this one
 
 
+def test_what_is_generated_goes_on_from_a_state(case):
+    model, x_TBX, state, _, k = case
+    whole, start, goes_on = (model.generate(4, BATCH * k, torch.Generator().manual_seed(0), before)
+                             for before in (None, model.zero_state(BATCH * k), state))
+    assert torch.equal(whole, start) and (whole[0] - goes_on[0]).abs().max() > 1e-3
+
+
+def test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter(case):
+    model, x_TBX, *_ = case
+    found = model.resynthesise(x_TBX, torch.Generator().manual_seed(0))
+    generator, state, memory, x = torch.Generator().manual_seed(0), model.zero_state(BATCH), (), []
+    if model.likelihood.ar_order:
+        memory = (state[2],)
+    for x_t, e in zip(x_TBX, torch.randn(FRAMES, BATCH, model.z_dim, generator=generator, dtype=torch.float64)):
+        rollout, h = plain_rollout(model, x_t[None], state, e[None], 1), state[0]
+        phi_z = model.phi_z(rollout.q_mean[0] + rollout.q_sigma[0] * e) if model.z_dim else None
+        drawn, memory = model.likelihood.sample(model.decode(phi_z, h), memory, generator)
+        x.append(drawn)
+        state = rollout.state
+    torch.testing.assert_close(found, torch.stack(x))
+
+
 pytestmark = pytest.mark.usefixtures("short_samples")
 
 
@@ -243,7 +281,7 @@ def test_scripts_learn_a_filter_evaluate_and_generate_with_it(runs):
         assert bounds[0]["nats_per_frame"] < bounds[1]["nats_per_frame"]
         model = torch.load(run / "best.pt", weights_only=True)["model"]
         assert model["decoder.7.weight"].shape == (2 * 20 + 3, 8) and model["decoder.7.bias"][40:].all()
-        assert (run / "samples/sample_3.wav").exists()
+        assert (run / "samples/resynthesised_1.wav").exists()
 
 
 def test_a_run_without_latent_variables_reports_every_bound_and_all_are_equal(runs):
@@ -267,7 +305,7 @@ def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkey
     capsys.readouterr()
     main_of("plot_recon", str(runs))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 4 and (tmp_path / "recon.png").exists()
+    assert len(rows) == 4 + len(common.YARDSTICKS) and (tmp_path / "recon.png").exists()
 
 
 def test_a_checkpoint_from_before_there_was_a_filter_is_evaluated_whatever_the_script_says(runs, tmp_path):

@@ -156,12 +156,29 @@ def test_the_picture_of_generated_speech_is_drawn_beside_it(tmp_path, plot):
     for run, length in (("a", 8_000), ("b", 100)):
         samples = tmp_path / "runs" / run / "samples"
         samples.mkdir()
-        for name, scale in (("real_0", 1000), ("real_1", 0), ("sample_0", 500), ("sample_1", 20), ("sample_2", 20)):
+        for name, scale in (("real_0", 1000), ("sample_0", 500), ("sample_1", 20), ("continued_0", 0)):
             soundfile.write(samples / f"{name}.wav", (scale * random.normal(size=length)).astype(np.int16), 16_000)
     plot()
     pictures = sorted(tmp_path.glob("runs/*/samples/samples.png"))
     assert [path.parts[-3] for path in pictures] == ["a", "b"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_yardsticks_are_rows_below_the_runs_in_the_unit_of_their_data(tmp_path, plot):
+    yardsticks = dict(flac=dict(nats_per_frame=280.0), histogram=dict(nats_per_frame=-170.0))
+    other = DATA | dict(file="b.h5", std=500.0)
+    write_run(tmp_path / "runs/old")
+    write_run(tmp_path / "runs/new", seed=1)
+    damage(tmp_path / "runs/new/eval.json", '"split"', f'"yardsticks": {json.dumps(yardsticks)}, "split"')
+    _, flac, histogram = plot()
+    bits = [f"{(np.log(2000.0) - nats / 200) / np.log(2):.3f}" for nats in (280, -170)]
+    assert flac == ["FLAC", "", "", "", "", "", "280.00", "", bits[0], ""]
+    assert histogram == ["histogram", "", "", "", "", "", "-170.00", "", bits[1], ""]
+    evaluation_of(tmp_path / "runs/other", data=other)
+    damage(tmp_path / "runs/other/eval.json", '"split"', f'"yardsticks": {json.dumps(yardsticks)}, "split"')
+    rows = {row[0]: row[-2] for row in plot()}
+    assert rows["FLAC on a.h5"] == bits[0]
+    assert rows["FLAC on b.h5"] == f"{(np.log(500.0) - 280 / 200) / np.log(2):.3f}"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, plot):

@@ -70,6 +70,14 @@ ONE_WRITER = "test_data.py::test_two_conversions_cannot_write_the_same_file"
 PCM = "test_data.py::test_pcm_of_every_type_becomes_the_same_int16"
 PICKLES = "test_data.py::test_an_array_of_arrays_is_refused_but_for_allow_pickle"
 
+FLAC_SIZE = "test_yardsticks.py::test_flac_counts_the_audio_of_each_window_and_not_its_header"
+LPC = "test_yardsticks.py::test_the_linear_prediction_is_that_of_a_plain_loop_for_every_memory_and_first_level"
+LPC_FIT = "test_yardsticks.py::test_a_level_that_changes_is_followed_and_quiet_samples_count_as_much_as_loud_ones"
+HISTOGRAM = "test_yardsticks.py::test_the_histogram_has_the_entropy_of_the_samples_in_whole_windows"
+RESYNTHESIS = "test_likelihood.py::test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter"
+GOES_ON = "test_likelihood.py::test_what_is_generated_goes_on_from_a_state"
+DRAWN = "test_likelihood.py::test_a_frame_is_drawn_as_if_sample_by_sample"
+
 COMMON, ALT, GAUSS, IWAE_SCRIPT = "common.py", "vrnn_gauss_alt_nll.py", "vrnn_gauss.py", "vrnn_gauss_iwae.py"
 
 MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in its place), once or several times
@@ -185,6 +193,23 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "torch.add(from_h, from_x[t].unsqueeze(1), out=", "torch.add(from_h[:, :1].expand_as(from_h), "
      "from_x[t].unsqueeze(1), out="),
     ("sigmas that begin elsewhere", INITIAL, COMMON, "bias.chunk(2)[1].fill_(0.6)", "bias.fill_(0.6)"),
+    # ---- yardsticks and samples ----
+    ("the header of FLAC counted", FLAC_SIZE, COMMON,
+     "return 8 * (len(coded) - header), header", "return 8 * len(coded), header"),
+    ("a level that has seen the sample", LPC, COMMON,
+     "        yield squared, v\n        v = memory * v + (1 - memory) * squared\n",
+     "        v = memory * v + (1 - memory) * squared\n        yield squared, v\n"),
+    ("a prediction fitted without its level", LPC_FIT, COMMON,
+     "        weights = 1 / torch.stack(", "        torch.stack("),
+    ("the entropy of train", HISTOGRAM, COMMON,
+     "split.read(starts[index * EVAL_BATCH:", "corpus.train.read(starts[index * EVAL_BATCH:"),
+    ("a resynthesis whose h does not hear x", RESYNTHESIS, COMMON,
+     "self.along(rollout.phi_x, ", "self.along(0 * rollout.phi_x, "),
+    ("a resynthesis whose filter forgets", RESYNTHESIS, COMMON,
+     "memory = self.likelihood.sample(self.decode(phi_z_", "_ = self.likelihood.sample(self.decode(phi_z_"),
+    ("a continuation of nothing", GOES_ON, COMMON,
+     "self.zero_state(batch) if state is None else state\n        x, ", "self.zero_state(batch)\n        x, "),
+    ("a frame whose filter runs backwards", DRAWN, COMMON, "torch.cat((-a.flip(-1), torch", "torch.cat((-a, torch"),
     # ---- likelihood of a frame ----
     ("a filter off by one lag", IMPLIED, COMMON, "samples[:, self.ar_order - i:-i]",
      "samples[:, self.ar_order - i + 1:1 - i or None]"),
