@@ -75,6 +75,8 @@ def table(runs, updates):
     for seed in range(3):
         for name, flags in AR_16.items():
             yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
+    for name, flags in AR_16.items():
+        yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
 
 
 def train(runs, updates, to, group, name, script, *flags):
