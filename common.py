@@ -106,7 +106,7 @@ def step_up(k):
     the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle."""
     a, *others = k.movedim(-1, 0).unsqueeze(1)  # the axis that grows goes first: its parts are then contiguous
     for k_i in others:
-        a = torch.cat((a - k_i * a.flip(0), k_i))
+        a = torch.cat((torch.addcmul(a, k_i, a.flip(0), value=-1), k_i))
     return a.movedim(0, -1)
 
 
@@ -177,25 +177,54 @@ class FrameLikelihood:
         return x, memory
 
 
-def by_onednn(x):
-    """Whether to ask oneDNN for a product with x: on a CPU in float32 it is 10 to 30 % faster than the library that
-    PyTorch asks, most of all for few rows on several threads; tiny products are not worth its setting up."""
-    return (x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 1 << 12
-            and torch.backends.mkldnn.is_available())
+def by_onednn(rows, weight):
+    """Whether to ask oneDNN for a product with so many rows: on a CPU in float32, where there is much to multiply, it
+    is faster than the library that PyTorch asks on AMD, and as fast on Intel. To set it up takes 20 us."""
+    return (weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= 1 << 17
+            and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
 
 
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    if by_onednn(x):
+    if by_onednn(x.shape[:-1].numel(), weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def relu_layer(x, weight, bias, out):
-    """relu(x weight^T + bias), written to out; x: (rows, in)."""
-    if by_onednn(x):
-        return out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], ""))
-    return torch.ops.aten._addmm_activation.out(bias, x, weight.t(), out=out)
+# For the products of a frame, of which there are many of one shape and few rows: a weight that lies in memory as it is
+# read saves up to half of their time.
+
+def times(weight, rows):
+    """The function from x (rows, in) to x weight^T."""
+    if by_onednn(rows, weight):
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    transposed = weight.t().contiguous()
+    return lambda x: torch.mm(x, transposed)
+
+
+def relu_layer(weight, bias, rows):
+    """The function that writes relu(x weight^T + bias), of x (rows, in), to its second argument."""
+    if by_onednn(rows, weight):
+        return lambda x, out: out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], ""))
+    transposed = weight.t().contiguous()
+    return lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out)
+
+
+def laid_out(network, rows, dtype):
+    """The function that a network of layers and ReLUs is for x of (rows, in), without a gradient; its hidden layers in
+    a dtype, its head, if it ends in one, in its own."""
+    layers = [layer for layer in network if isinstance(layer, Linear)]
+    hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
+               layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
+              for layer in (layers[:-1] if network[-1] is layers[-1] else layers)]
+    from_hidden = times(layers[-1].weight, rows) if network[-1] is layers[-1] else None
+
+    def through(x):
+        x = x if network[0] is layers[0] else x.relu()
+        for layer, out in hidden:
+            x = layer(x, out)
+        return x if from_hidden is None else from_hidden(x.to(layers[-1].weight.dtype)).add_(layers[-1].bias)
+    return through
 
 
 class Product(torch.autograd.Function):
@@ -242,11 +271,12 @@ class Recurrence(torch.autograd.Function):
 
     The backward sweep carries only gradients of activations from frame to frame. It leaves those of pre-activations in
     `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows. Products are in the
-    precision of from_x, but for the head; noise, z, c, and mean and sigma keep their own.
+    precision of from_x, but for the head; noise, z, c, and mean and sigma keep their own. With ancestors, row i goes on
+    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice.
     """
 
     @staticmethod
-    def forward(ctx, k, keep, from_x, noise, h, c, h_weight, z_weight, *layers):
+    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, *layers):
         """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow.
 
         layers: weight and bias of the posterior's second to fourth layer, of its head, and of the four of phi_z.
@@ -269,26 +299,36 @@ class Recurrence(torch.autograd.Function):
         q = [inner(weight.shape[0]) for weight, _ in posterior]
         f = [inner(weight.shape[0]) for weight, _ in phi_z[:-1]] + [last_phi_z]
         h_all[0], c_all[0] = h, c
+        from_h, from_z, from_q = times(h_weight, rows), times(z_weight, rows), times(head, rows)
+        q_layers, f_layers = ([relu_layer(*layer, rows) for layer in stack] for stack in (posterior, phi_z))
+        # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
+        pre_q, gates = pre.split([q_dim, 4 * rnn_dim], dim=2)
+        x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at = map(
+            torch.unbind, (from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)),
+                           pre_q, gates, gates[:, :, rnn_dim:]))
+        gate_at, q_at, f_at = map(frame_by_frame, (gates.chunk(4, dim=2), q, f))
         for t in range(frames):
-            from_h = product(h_all[t], h_weight).view(-1, k, pre.shape[2])
-            torch.add(from_h, from_x[t].unsqueeze(1), out=pre[t].view(from_h.shape))
-            below = pre[t, :, :q_dim].relu_()
-            for (weight, bias), out in zip(posterior, q):
-                below = relu_layer(below, weight, bias, out[t])
-            pre_mean, pre_sigma = product(below.to(head.dtype), head, head_bias).chunk(2, dim=1)
-            mean[t] = pre_mean
-            torch.add(F.softplus(pre_sigma), SIGMA_FLOOR, out=sigma[t])
-            below = torch.addcmul(mean[t], sigma[t], noise[t], out=z[t]).to(from_x.dtype)
-            for (weight, bias), out in zip(phi_z, f):
-                below = relu_layer(below, weight, bias, out[t])
-            gates = pre[t, :, q_dim:].add_(product(below, z_weight))
-            candidate, i, forget, o = gates.chunk(4, dim=1)
+            torch.add(from_h(h_at[t]).view_as(pre_at[t]), x_at[t], out=pre_at[t])
+            below = pre_q_at[t].relu_()
+            for layer, out in zip(q_layers, q_at[t]):
+                below = layer(below, out)
+            pre_mean, pre_sigma = from_q(below.to(head.dtype)).add_(head_bias).chunk(2, dim=1)
+            mean_at[t].copy_(pre_mean)
+            torch.add(F.softplus(pre_sigma), SIGMA_FLOOR, out=sigma_at[t])
+            below = torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t]).to(from_x.dtype)
+            for layer, out in zip(f_layers, f_at[t]):
+                below = layer(below, out)
+            gates_at[t].add_(from_z(below))
+            candidate, i, forget, o = gate_at[t]
             candidate.tanh_()
-            gates[:, rnn_dim:].sigmoid_()
-            torch.mul(forget, c_all[t], out=c_all[t + 1]).addcmul_(i, candidate)
-            torch.mul(o, torch.tanh(c_all[t + 1], out=tanh_c[t]), out=h_all[t + 1])
+            sigmoids_at[t].sigmoid_()
+            torch.mul(forget, c_at[t], out=c_at[t + 1]).addcmul_(i, candidate)
+            torch.mul(o, torch.tanh(c_at[t + 1], out=tanh_c_at[t]), out=h_at[t + 1])
+            if ancestors is not None:
+                for part in (h_at[t + 1], c_at[t + 1]):
+                    part.copy_(part[ancestors[t]])
         if keep:
-            ctx.k = k
+            ctx.k, ctx.ancestors = k, ancestors
             ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
                                   *(weight for weight, _ in posterior + phi_z))
         return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].to(h.dtype, copy=True), c_all[-1].clone()
@@ -305,33 +345,43 @@ class Recurrence(torch.autograd.Function):
         d_q, d_f = [torch.empty_like(out) for out in q], [torch.empty_like(out) for out in f]
         d_h, d_c = d_h.clone(), d_c.clone()
         scratch = torch.empty_like(d_c)
+        slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
+        (pre_q, gates), (d_pre_q, d_gates) = (both.split([q_dim, 4 * rnn_dim], dim=2) for both in (pre, d_pre))
+        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = map(torch.unbind, (
+            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma))
+        d_pre_at, d_pre_q_at, d_gates_at, d_head_at = map(torch.unbind, (d_pre, d_pre_q, d_gates, d_head))
+        gate_at, d_gate_at, d_heads_at, q_at, d_q_at, f_at, d_f_at = map(frame_by_frame, (
+            gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2), q, d_q, f, d_f))
+        to_h, to_phi_z, to_q = (times(weight.t(), rows) for weight in (h_weight, z_weight, head))
+        to_q_layers, to_f_layers = ([times(weight.t(), rows) for weight in stack] for stack in (posterior, phi_z))
         for t in reversed(range(frames)):
-            candidate, i, forget, o = pre[t, :, q_dim:].chunk(4, dim=1)
-            d_candidate, d_i, d_forget, d_o = d_pre[t, :, q_dim:].chunk(4, dim=1)
+            if ctx.ancestors is not None:
+                d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
+            candidate, i, forget, o = gate_at[t]
+            d_candidate, d_i, d_forget, d_o = d_gate_at[t]
             torch.mul(d_h, o, out=scratch)
-            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c[t]))
-            sigmoid_backward(torch.mul(d_h, tanh_c[t], out=scratch), o, grad_input=d_o)
+            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c_at[t]))
+            sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
             sigmoid_backward(torch.mul(d_c, candidate, out=scratch), i, grad_input=d_i)
-            sigmoid_backward(torch.mul(d_c, c_all[t], out=scratch), forget, grad_input=d_forget)
+            sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
             tanh_backward(torch.mul(d_c, i, out=scratch), candidate, grad_input=d_candidate)
             d_c.mul_(forget)
 
-            d = product(d_pre[t, :, q_dim:], z_weight.t()).add_(d_phi_z[t])
-            d_z = through_relu_layers(d, phi_z, f, d_f, t).to(d_mean.dtype)
-            torch.add(d_z, d_mean[t], out=d_head[t, :, :z.shape[2]])
-            slope = -torch.expm1(SIGMA_FLOOR - sigma[t])  # of softplus, from its value
-            torch.mul(d_z.mul_(noise[t]).add_(d_sigma[t]), slope, out=d_head[t, :, z.shape[2]:])
-            d = product(d_head[t], head.t()).to(pre.dtype)
-            d = through_relu_layers(d, posterior, q, d_q, t)
-            threshold_backward(d, pre[t, :, :q_dim], 0, grad_input=d_pre[t, :, :q_dim])
-            torch.add(product(d_pre[t], h_weight.t()), d_h_before[t], out=d_h)
+            d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
+            d_z = through_relu_layers(d, to_f_layers, f_at[t], d_f_at[t]).to(d_mean.dtype)
+            d_pre_mean, d_pre_sigma = d_heads_at[t]
+            torch.add(d_z, d_mean_at[t], out=d_pre_mean)
+            torch.mul(d_z.mul_(noise_at[t]).add_(d_sigma_at[t]), slope_at[t], out=d_pre_sigma)
+            d = through_relu_layers(to_q(d_head_at[t]).to(pre.dtype), to_q_layers, q_at[t], d_q_at[t])
+            threshold_backward(d, pre_q_at[t], 0, grad_input=d_pre_q_at[t])
+            torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
         d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_pre[:, :, q_dim:], f[-1])]
         inputs = [pre[:, :, :q_dim], *q, z, *f[:-1]]
         for d, below in zip([*d_q, d_head, *d_f], inputs):
             d_weights += over_all_rows(d, below.to(d.dtype)), d.sum((0, 1))
-        return None, None, d_from_x, None, d_h, d_c, *d_weights
+        return None, None, None, d_from_x, None, d_h, d_c, *d_weights
 
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -339,15 +389,20 @@ tanh_backward = torch.ops.aten.tanh_backward.grad_input
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
+def frame_by_frame(tensors):
+    """[the tensors' parts of frame 0, of frame 1, ...], views."""
+    return list(zip(*map(torch.unbind, tensors)))
+
+
 def pairs(flat):
     """[weight, bias, weight, bias, ...] as [(weight, bias), ...]."""
     return list(zip(flat[::2], flat[1::2]))
 
 
-def through_relu_layers(d, weights, outputs, d_outputs, t):
-    """Gradient at the input of ReLU layers from d at their output; those before each ReLU go into d_outputs[.][t]."""
-    for weight, out, d_out in zip(reversed(weights), reversed(outputs), reversed(d_outputs)):
-        d = product(threshold_backward(d, out[t], 0, grad_input=d_out[t]), weight.t())
+def through_relu_layers(d, products, outputs, d_outputs):
+    """Gradient at the input of ReLU layers from d at their output; those before each ReLU go into d_outputs."""
+    for to_input, out, d_out in zip(reversed(products), reversed(outputs), reversed(d_outputs)):
+        d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
     return d
 
 
@@ -462,12 +517,13 @@ class VRNN(nn.Module):
             h, c = lstm_cell(gates_t + self.lstm_h(h), c)
         return torch.stack(h_before), h, c
 
-    def forward(self, x_TBX, state=None, noise=None, k=1):
+    def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
         """Sample z from the posterior along x and score both; returns a Rollout.
 
         x_TBX: (T, B, X). state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in the
-        k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. Only what depends on h_{t-1} or z_t
-        runs inside the loop; the k particles of a sequence share phi_x(x_t).
+        k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose
+        state each row goes on with after a frame, of the same sequence; its own if None. Only what depends on h_{t-1}
+        or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
         """
         frames, batch, _ = x_TBX.shape
         h, c, *memory = state = self.zero_state(batch * k) if state is None else state
@@ -476,14 +532,13 @@ class VRNN(nn.Module):
             return self.without_z(x_TBX, phi_x, state, k)
         if noise is None:
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
+        from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         *layers, head, head_bias = self.posterior.parameters()
-        weights = [*(torch.cat((of_q, of_lstm)) for of_q, of_lstm in (
-            (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
-            (self.posterior_h.weight, self.lstm_h.weight))), self.lstm_z.weight, *layers, *self.phi_z.parameters()]
-        x_weight, x_bias, h_weight, z_weight, *layers = (weight.to(phi_x.dtype) for weight in weights)
+        z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
+            self.lstm_z.weight, *layers, *self.phi_z.parameters()))
         h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-            k, torch.is_grad_enabled(), Product.apply(phi_x, x_weight, x_bias), noise, h, c, h_weight, z_weight,
-            *layers[:6], head, head_bias, *layers[6:])
+            k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
+            head_bias, *layers[6:])
         prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
         x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
         by_particle = (frames, batch, k)
@@ -495,6 +550,42 @@ class VRNN(nn.Module):
             log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
             prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
             state=(next_h, next_c, *memory), phi_x=phi_x)
+
+    def into_posterior_and_lstm(self, phi_x):
+        """What x adds to the first layer of the posterior and to the gates, (T, B, Q + 4R), and the weight by which h
+        does, (Q + 4R, R)."""
+        x_weight, x_bias, h_weight = (torch.cat(both).to(phi_x.dtype) for both in (
+            (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
+            (self.posterior_h.weight, self.lstm_h.weight)))
+        return Product.apply(phi_x, x_weight, x_bias), h_weight
+
+    @torch.no_grad()
+    def stepper(self, x_TBX, k):
+        """A function from a frame, the state of all particles before it, and noise (B*k, Z), to log_w_BK and the state
+        after it: `forward` frame by frame, without a gradient, for who has to see each frame's weights before the next.
+        """
+        phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
+        from_x, h_weight = self.into_posterior_and_lstm(phi_x)
+        sizes = [len(h_weight) - 4 * self.rnn_dim, 4 * self.rnn_dim]
+        posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
+            self.posterior, self.phi_z, self.prior, self.decoder))
+        from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
+            h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
+
+        def step(t, state, noise):
+            h, c, *memory = self.zero_state(rows) if state is None else state
+            h = h.to(phi_x.dtype)
+            below_q, gates = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1).split(sizes, 1)
+            q_mean, q_sigma = of_units(posterior(below_q))
+            z = torch.addcmul(q_mean, q_sigma, noise)
+            from_z = phi_z(z.to(phi_x.dtype))
+            decoded = self.likelihood.parameters(decoder(
+                (decoder_from_z(from_z) + self.decoder_z.bias).add_(decoder_from_h(h))).unsqueeze(0))
+            log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
+            log_pz, log_qz = gaussian_log_density(z, *of_units(prior(h))), gaussian_log_density(z, q_mean, q_sigma)
+            log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
+            return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
+        return step
 
     def without_z(self, x_TBX, phi_x, state, k):
         """The Rollout of an LSTM: all of it is log p(x_t | x_<t)."""
@@ -631,6 +722,8 @@ class Filtering:
     """What a particle filter says of T frames of B sequences."""
     log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), nats
     ess_TB: torch.Tensor             # effective sample size of the weights gathered since the last resampling
+    resampled_TB: torch.Tensor       # whether the particles were resampled after a frame
+    ancestors: torch.Tensor          # (T, B*K), the row whose state each row went on with after a frame
     state: tuple                     # of the particles after the last frame, each part of B*K rows
 
 
@@ -644,22 +737,49 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     """
     first_rows = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    log_w_BK = gathered_B = 0.0
-    log_likelihood, effective = [], []
-    for t, (x, frame_noise, uniform_B) in enumerate(zip(x_TBX.split(1), noise, uniform_TB)):
-        rollout = model(x, state, frame_noise.unsqueeze(0), k)
-        log_w_BK = log_w_BK + rollout.log_w_TBK[0]
+    step, log_w_BK, gathered_B = stepper_of(model, x_TBX, k), 0.0, 0.0
+    log_likelihood, effective, resampled, ancestors = [], [], [], []
+    for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
+        frame_log_w_BK, state = step(t, state, frame_noise)
+        log_w_BK = log_w_BK + frame_log_w_BK
         log_likelihood.append(gathered_B + importance_weighted(log_w_BK))
         effective.append(effective_sample_size(log_w_BK.detach()))
         is_carried_on = resample_last and t == len(x_TBX) - 1
-        resampled_B = effective[-1] < (math.inf if is_carried_on else k / 2)
-        gathered_B = torch.where(resampled_B, log_likelihood[-1], gathered_B)
-        resampled_B1 = resampled_B.unsqueeze(1)
-        ancestors = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
-                                torch.arange(k, device=x.device))
+        resampled.append(effective[-1] < (math.inf if is_carried_on else k / 2))
+        gathered_B = torch.where(resampled[-1], log_likelihood[-1], gathered_B)
+        resampled_B1 = resampled[-1].unsqueeze(1)
+        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
+                                torch.arange(k, device=x_TBX.device))
+        ancestors.append((first_rows + chosen_BK).flatten())
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
-        state = tuple(part[(first_rows + ancestors).flatten()] for part in rollout.state)
-    return Filtering(torch.stack(log_likelihood), torch.stack(effective), state)
+        state = tuple(part[ancestors[-1]] for part in state)
+    return Filtering(*map(torch.stack, (log_likelihood, effective, resampled, ancestors)), state)
+
+
+def stepper_of(model, x_TBX, k):
+    """The model's own stepper, or one of calls with single frames."""
+    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
+        return model.stepper(x_TBX, k)
+
+    def step(t, state, noise):
+        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
+        return rollout.log_w_TBK[0], rollout.state
+    return step
+
+
+@torch.no_grad()
+def filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k):
+    """Where a particle filter resamples, (T, B), at the last frame in any case, and its ancestors (T, B*K)."""
+    filtering = particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
+    return filtering.resampled_TB, filtering.ancestors
+
+
+def filtered_bound(log_w_TBK, resampled_TB):
+    """The bound of a particle filter, (B,), from weights along its ancestors: the log-mean-weights that it gathers from
+    one resampling to the next add up."""
+    pieces_TB = resampled_TB.cumsum(0) - resampled_TB.long()  # in which piece a frame lies
+    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB.unsqueeze(2).expand_as(log_w_TBK), log_w_TBK)
+    return sum(map(importance_weighted, log_w_PBK))  # a piece without frames adds log 1
 
 
 @torch.no_grad()
@@ -1084,8 +1204,9 @@ class Training:
         """Exponential moving average of the parameters, shorter early on, so that it forgets the initial values: single
         updates throw the held-out bound up and down by tens of nats, their average does not."""
         decay = ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
+        share = 1 - decay
         for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
-            averaged.lerp_(p, 1 - decay)
+            averaged.lerp_(p, share)
 
     def captured(self, update):
         """Decorator of a script's update: on a GPU it becomes one CUDA graph, because launching its thousands of small

@@ -73,10 +73,10 @@ def objective_dreg(rollout, log_p_TBK, log_q_TBK):
     return objective(rollout).detach() - gradient_only
 
 
-def objective_resampled(filtering):
+def objective_resampled(rollout, resampled_TB):
     """Minus the mean over sequences of the bound of a particle filter (FIVO, Maddison et al. 2017, arXiv 1705.09279),
     nats per frame: the particles are resampled when their effective sample size falls under k / 2."""
-    return -filtering.log_likelihood_TB[-1].mean() / len(filtering.log_likelihood_TB)
+    return -common.filtered_bound(rollout.log_w_TBK, resampled_TB).mean() / len(rollout.log_w_TBK)
 
 
 def objective_as_published(rollout, corrections=()):
@@ -119,9 +119,10 @@ def main():
     def update():
         x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
         if h.resample:
-            rollout = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k,
-                                             resample_last=True)
-            loss = objective_resampled(rollout)
+            resampled_TB, ancestors = common.filtered_ancestors(training.model, x_TBX, state, noise, training.uniform(),
+                                                                h.k)
+            rollout = training.model(x_TBX, state, noise, h.k, ancestors)
+            loss = objective_resampled(rollout, resampled_TB)
         else:
             rollout = training.model(x_TBX, state, noise, h.k)
             if h.as_published:

@@ -95,11 +95,12 @@ def gradients(loss, model):
                                                                      materialize_grads=True)])
 
 
-def plain_particle_filter(model, x_TBX, noise, uniform_TB, k):
+def plain_particle_filter(model, x_TBX, state, noise, uniform_TB, k):
     """One sequence and one particle at a time, by lists; ancestors are chosen by numbers, without a gradient."""
     result = []
     for b in range(x_TBX.shape[1]):
-        states, log_w, total = [None] * k, [0.0] * k, 0.0
+        states = [tuple(part[b * k + j:b * k + j + 1] for part in state) for j in range(k)]
+        log_w, total = [0.0] * k, 0.0
         for t in range(len(x_TBX)):
             for j in range(k):
                 rollout = model(x_TBX[t:t + 1, b:b + 1], states[j], noise[t:t + 1, b * k + j:b * k + j + 1], 1)
@@ -119,17 +120,32 @@ def plain_particle_filter(model, x_TBX, noise, uniform_TB, k):
     return torch.stack(result)
 
 
-def test_the_particle_filter_equals_a_plain_one_and_so_does_its_gradient():
+@pytest.mark.parametrize("k, order", ((3, 0), (3, 4), (5, 4)))
+def test_the_particle_filter_equals_a_plain_one_and_so_does_the_gradient_along_its_ancestors(k, order):
     torch.manual_seed(0)
-    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
-    x_TBX, k = 3 * torch.randn(12, 4, 5, dtype=torch.float64), 6
-    noise, uniform_TB = torch.randn(12, 4 * k, 3, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
-    filtering = common.particle_filter(model, x_TBX, None, noise, uniform_TB, k)
-    plain_B = plain_particle_filter(model, x_TBX, noise, uniform_TB, k)
-    assert (filtering.ess_TB[:-1] < k / 2).any(), "nothing was resampled"
-    torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain_B)
-    torch.testing.assert_close(gradients(vrnn_gauss_iwae.objective_resampled(filtering), model),
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7, order).double()
+    model.mirror()  # z then counts, and the weights of the particles differ
+    torch.nn.init.normal_(model.decoder[-1].weight)
+    x_TBX, uniform_TB = 3 * torch.randn(12, 4, 5, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
+    noise, (h, c) = (torch.randn(*shape, dtype=torch.float64) for shape in ((12, 4 * k, 3), (2, 4 * k, 8)))
+    recent = torch.randn(4, order, dtype=torch.float64).repeat_interleave(k, dim=0)
+    state = (h, c, recent) if order else (h, c)
+
+    plain_B = plain_particle_filter(model, x_TBX, state, noise, uniform_TB, k)
+    for with_gradient in (True, False):  # by calls with single frames, as of any model, and by the model's own steps
+        with torch.set_grad_enabled(with_gradient):
+            filtering = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k)
+        torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain_B)
+        assert filtering.log_likelihood_TB.requires_grad == with_gradient
+    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k)
+    assert resampled_TB[:-1].double().mean() > 1 / 3 and resampled_TB[-1].all()
+    assert torch.equal(resampled_TB[:-1], filtering.ess_TB[:-1] < k / 2)
+    rollout = model(x_TBX, state, noise, k, ancestors)
+    torch.testing.assert_close(common.filtered_bound(rollout.log_w_TBK, resampled_TB), plain_B)
+    torch.testing.assert_close(gradients(vrnn_gauss_iwae.objective_resampled(rollout, resampled_TB), model),
                                gradients(-plain_B.mean() / 12, model))
+    carried = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
+    torch.testing.assert_close(rollout.state, carried.state)
 
 
 def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
@@ -137,8 +153,9 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, noise = torch.randn(9, 4, 5, dtype=torch.float64), torch.randn(9, 4 * 2, 3, dtype=torch.float64)
     uniform_TB = torch.rand(9, 4, dtype=torch.float64)
-    filtering = common.particle_filter(model, x_TBX, None, noise, uniform_TB, 2)
-    resampled = vrnn_gauss_iwae.objective_resampled(filtering)
+    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, None, noise, uniform_TB, 2)
+    assert not resampled_TB[:-1].any()
+    resampled = vrnn_gauss_iwae.objective_resampled(model(x_TBX, None, noise, 2, ancestors), resampled_TB)
     weighted = vrnn_gauss_iwae.objective(model(x_TBX, None, noise, 2))  # of two particles the size is never under 1
     torch.testing.assert_close(resampled, weighted)
     for ours, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (resampled, weighted))):
