@@ -81,8 +81,9 @@ def losses(model, x_TBX, k):
         return vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
 
     def resampled():
-        return vrnn_gauss_iwae.objective_resampled(
-            common.particle_filter(model, x_TBX, state, noise(), torch.rand(frames, batch), k))
+        eps = noise()
+        resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, eps, torch.rand(frames, batch), k)
+        return vrnn_gauss_iwae.objective_resampled(model(x_TBX, state, eps, k, ancestors), resampled_TB)
 
     if k == 1:
         return {"VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),
