@@ -51,7 +51,7 @@ def name_of(config):
     if script not in SCRIPTS or name != script:
         return name
     k = config["k"]
-    name = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script]
+    name = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script] if config.get("z_dim") != 0 else "LSTM"
     if config.get("as_published"):
         name += " as published"
     if config.get("corrections"):

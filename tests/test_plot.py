@@ -61,11 +61,11 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
         a=dict(script="mine", name="my objective"), b=dict(script="other", name="other"),
         c=dict(iwae, dreg=True), d=dict(iwae, as_published=True, corrections="sign"), e=dict(iwae, resample=True, k=7),
         f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True), g=dict(init_from="x.pt"),
-        h=dict(name="changed"))
+        h=dict(name="changed"), i=dict(z_dim=0))
     for name, config in runs.items():
         write_run(tmp_path / "runs" / name, **config)
     assert [row[0] for row in plot()] == [
-        "changed", "VRNN warm", "VAE_5 as published", "IWAE_5 DReG", "IWAE_7 resampled",
+        "LSTM", "changed", "VRNN warm", "VAE_5 as published", "IWAE_5 DReG", "IWAE_7 resampled",
         "IWAE_5 as published but for sign", "other", "my objective"]
 
 
