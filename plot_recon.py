@@ -3,7 +3,8 @@
     python plot_recon.py [FOLDER ...]  draws every FOLDER/*/log.jsonl (default: runs), a row of panels for each folder
     python plot_recon.py --demo        first trains the three scripts on synthetic data where runs/demo lacks them
 
-Left: held-out NLL while training, by one bound for all runs. Right: bounds on the test split from each eval.json.
+Left: a held-out bound while training. Middle: how much each objective's tightest test bound is above that of the first,
+in runs of the same seed on the same windows, with the 95 % interval of the mean over seeds. Right: bits per sample.
 Folders made by --evaluate are rows of the table. Beside the .wav files of a run goes their picture, samples.png.
 """
 
@@ -24,12 +25,17 @@ import common
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
+from matplotlib.ticker import FixedLocator  # noqa: E402
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 SPEECH = dict(real="real", sample="generated", continued="real, continued", resynthesised="resynthesised")
 YARDSTICKS = dict(flac="FLAC", linear_prediction_16="linear prediction, order 16", histogram="histogram")
-MARKERS = "osD^v"
 PERSONAL = {"name", "seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}  # these set no run apart
+SHOWN_BY = {"lr_updates": "max_updates"} | {name: "rnn_dim" for name in common.SIZES if name != "rnn_dim"}
+# what the mean of n runs may be off by, in standard errors, at 95 %: Student's t of n - 1 = 1, 2, ... (or more)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+WORDS = dict(max_updates="{:,} updates", grad_clip="clipped at {:g}", rnn_dim="{} units", batch_size="{} sequences")
+LINES = ("-", "--", ":", "-.")
 
 
 def train_demo_runs(folder):
@@ -38,8 +44,7 @@ def train_demo_runs(folder):
         if not (run / "eval.json").exists():
             resume = ["--resume"] if (run / "last.pt").exists() else []
             command = [sys.executable, Path(__file__).with_name(f"{script}.py"), "--demo", f"--out_dir={run}", *resume]
-            status = subprocess.run(command).returncode
-            if status:
+            if status := subprocess.run(command).returncode:
                 sys.exit(status)
 
 
@@ -52,13 +57,21 @@ def name_of(config):
         return name
     k = config["k"]
     name = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script] if config.get("z_dim") != 0 else "LSTM"
-    if config.get("as_published"):
-        name += " as published"
-    if config.get("corrections"):
-        name += f" but for {config['corrections']}"
-    for variant, suffix in (("dreg", " DReG"), ("resample", " resampled"), ("init_from", " warm")):
+    for variant, suffix in (("as_published", " as published"), ("corrections", f" but for {config.get('corrections')}"),
+                            ("dreg", " DReG"), ("resample", " resampled"), ("init_from", " warm")):
         name += suffix if config.get(variant) else ""
-    return name
+    return name + (f" AR-{config['ar_order']}" if config.get("ar_order") else "")
+
+
+def in_words(setting, config):
+    """A setting as a reader would say it. The limit on the gradient is that on the gradient of the mean over sequences,
+    of which 2016 took the sum (IWAE) or a k-th (VAE)."""
+    value = config.get(setting)
+    if setting == "grad_clip" and config.get("as_published") and "batch" not in config.get("corrections", ""):
+        value *= dict(vrnn_gauss_alt_nll=config["k"], vrnn_gauss_iwae=1 / config["batch_size"])[config["script"]]
+    if setting == "grad_clip" and value == 0:
+        return "not clipped"
+    return WORDS[setting].format(value) if setting in WORDS and value is not None else f"{setting} {value}"
 
 
 def label_apart(runs):
@@ -68,7 +81,13 @@ def label_apart(runs):
         settings = sorted({name for config in siblings for name in config} - PERSONAL)
         settings += ["data"] * (run["curve"] is None)  # of evaluations, which may be on files of one name
         differing = [name for name in settings if len({str(config.get(name)) for config in siblings}) > 1]
-        run["label"] = ", ".join([run["name"], *(f"{name} {run['config'].get(name)}" for name in differing)])
+        run["settings"] = {name: in_words(name, run["config"]) for name in differing}
+        run["label"] = ", ".join([run["name"], *(words for name, words in run["settings"].items()
+                                                 if SHOWN_BY.get(name) not in differing)])
+    ambiguous = [run for run in runs if any(run["label"] == other["label"] and run["settings"] != other["settings"]
+                                            for other in runs)]
+    for run in ambiguous:
+        run["label"] = ", ".join([run["name"], *run["settings"].values()])
 
 
 @contextlib.contextmanager
@@ -87,7 +106,7 @@ def read_run(folder):
         header, *lines = (folder / "log.jsonl").read_text().splitlines() or [""]
         run = described(folder, **{name: json.loads(header)[name] for name in ("config", "data")})
     with reading(folder / "log.jsonl", "go on with the run by --resume, which drops torn lines, or remove them"):
-        curve = [(line["sequences"], -line["valid"][run["bound"]]["nats_per_frame"]) for line in map(json.loads, lines)]
+        curve = [(line["sequences"], line["valid"][run["bound"]]["nats_per_frame"]) for line in map(json.loads, lines)]
         run["curve"] = np.array(curve, float).reshape(-1, 2)
     return run | read_tests(folder, "go on with the run by --resume, which writes it anew")
 
@@ -109,10 +128,11 @@ def described(folder, config, data):
     """What a configuration, and the data of an evaluation or a training, say of a run."""
     config = {"ar_order": 0, **config}  # older ones have none
     common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where the file has a name
-    order = SCRIPTS.index(config["script"]) if config["script"] in SCRIPTS else len(SCRIPTS)
-    return dict(folder=folder.name, config=config, name=name_of(config), seed=int(config["seed"]), order=order,
-                bound=common.tracked_bound(config["eval_k"]), title=title(data), data=data, curve=None,
-                window=(config["x_dim"], config["seq_frames"]))
+    is_ours, name = config["script"] in SCRIPTS and config.get("z_dim") != 0, name_of(config)
+    return dict(folder=folder.name, config=config, name=name, objective=name.split(" AR-")[0], seed=int(config["seed"]),
+                order=SCRIPTS.index(config["script"]) if is_ours else len(SCRIPTS), ar_order=config["ar_order"],
+                window=(config["x_dim"], config["seq_frames"]), title=title(data), data=data, curve=None,
+                bound=common.tracked_bound(config["eval_k"]))
 
 
 def read_tests(folder, remedy):
@@ -123,16 +143,15 @@ def read_tests(folder, remedy):
 
 
 def read_test(path):
-    """{"windows": n, bound: (nats per frame, standard error)} on the test split; None before it was evaluated."""
+    """{"windows": n, "yardsticks": {..}, bound: nats per frame} on the test split; None before it was evaluated."""
     if not path.exists():
         return None
     evaluation = json.loads(path.read_text())
-    bounds = {name: (float(bound["nats_per_frame"]), float(bound["stderr"] or 0))
-              for name, bound in evaluation["bounds"].items() if name.startswith(("elbo", "iwae", "smc", "kl"))}
+    bounds = {name: float(bound["nats_per_frame"]) for name, bound in evaluation["bounds"].items()
+              if name.startswith(("kl", *common.BOUNDS))}
     bounds["elbo"], bounds["kl"]  # every evaluation has them
     yardsticks = {name: float(found["nats_per_frame"]) for name, found in evaluation.get("yardsticks", {}).items()}
-    return {"windows": int(evaluation["windows"]), "update": int(evaluation["update"]), **bounds,
-            "yardsticks": yardsticks}
+    return {"windows": int(evaluation["windows"]), **bounds, "yardsticks": yardsticks}
 
 
 def read_windows(path, test):
@@ -146,19 +165,31 @@ def read_windows(path, test):
 
 
 def read_runs(folder):
-    """The runs and the evaluations in a folder, with their labels, in the order of the table."""
+    """The runs and the evaluations in a folder."""
     logs, tests = (sorted(folder.glob(f"*/{name}"), key=common.natural_order) for name in ("log.jsonl", "eval.json"))
     runs = [read_run(log.parent) for log in logs]
     evaluations = [read_evaluation(test.parent) for test in tests if not test.with_name("log.jsonl").exists()]
     if not runs + evaluations:
         raise common.UserError(f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo")
     require_equal(folder, runs)
-    label_apart(runs)
-    label_apart(evaluations)
+    return runs + evaluations
 
-    def in_order(some):
-        return sorted(some, key=lambda run: (run["order"], len(run["label"]), run["label"]))
-    return in_order(runs) + in_order(evaluations)
+
+def read_folders(folders):
+    """The runs of each folder in the order of its table, with labels that tell those of all folders apart."""
+    rows = [read_runs(folder) for folder in folders]
+    for is_evaluation in (False, True):
+        label_apart([run for runs in rows for run in runs if (run["curve"] is None) == is_evaluation])
+    return [sorted(runs, key=lambda run: (run["curve"] is None, run["order"], common.natural_order(run["label"])))
+            for runs in rows]
+
+
+def references(rows):
+    """For each folder the runs that its others are compared with: those of the first label of the first folder, or of
+    its own where bits of the first would mean something else, or samples are predicted by another likelihood."""
+    chosen = [rows[0] if all(runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window", "ar_order"))
+              else runs for runs in rows]
+    return [[run for run in runs if run["label"] == runs[0]["label"]] for runs in chosen]
 
 
 def require_equal(folder, runs):
@@ -178,82 +209,100 @@ def title(data):
     return f"{what} ({minutes:.3g} minutes of training recordings)"
 
 
-def labels_of(runs):
-    return list(dict.fromkeys(run["label"] for run in runs))
-
-
 def shared_bounds(tested):
     """Bounds on the test split that all runs have, from the loosest to the tightest."""
-    names = [name for name in tested[0]["test"] if name == "elbo" or name.startswith(("iwae", "smc"))]
-    return sorted((name for name in names if all(name in run["test"] for run in tested)),
+    names = set.intersection(*({"elbo", *run["test"]} for run in tested))
+    return sorted((name for name in names if name == "elbo" or name.startswith(("iwae", "smc"))),
                   key=lambda name: (name.split("_")[0], len(name)))
 
 
 # ---- pictures ----
 
-def draw(folders, out):
-    """A row of two panels for the runs of each folder."""
-    heights = [1.6 + 0.34 * max(6, len(labels_of(runs))) for runs in folders]
-    figure, axes = plt.subplots(len(folders), 2, figsize=(11, sum(heights)), width_ratios=(1, 1), squeeze=False,
+def draw(rows, compared_with, out):
+    """A row of three panels for the runs of each folder; a colour means one objective in all of them."""
+    heights = [1.3 + 0.24 * max(8, len({run["label"] for run in runs})) for runs in rows]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(12.5, sum(heights)), width_ratios=(1, 0.9, 0.7), squeeze=False,
                                 height_ratios=heights, layout="constrained")
-    for runs, (left, right) in zip(folders, axes):
-        labels = labels_of(runs)
-        colours = dict(zip(labels, [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors] * len(labels)))
-        draw_curves(left, runs, colours)
-        draw_bounds(right, runs, labels, colours)
-    figure.suptitle("Variational RNN on raw audio")
+    names = list(dict.fromkeys(run["objective"] for runs in rows for run in runs))
+    colours = dict(zip(names, [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors] * len(names)))
+    for runs, reference, (left, middle, right) in zip(rows, compared_with, axes):
+        styles = styles_of(runs, colours)
+        draw_curves(left, runs, styles)
+        for axis in (left, middle, right):
+            axis.grid(alpha=0.25)
+        if tested := [run for run in runs if run["test"]]:
+            draw_differences(middle, tested, reference, styles)
+            draw_bits(right, tested, styles)
+        middle.set_yticks(range(len(styles)), styles, fontsize=8)
+        right.set_yticks(range(len(styles)), [])
+        middle.set_ylim(len(styles) - 0.4, -0.6)
+        right.set_ylim(middle.get_ylim())
+        for tick, (colour, _) in zip(middle.get_yticklabels(), styles.values()):
+            tick.set_color(colour)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 
 
-def draw_curves(axis, runs, colours):
+def styles_of(runs, colours):
+    """{label: (colour, line style)}: the objective, and which of its variants in this folder."""
+    styles, variants = {}, dict.fromkeys(colours, 0)
     for run in runs:
-        axis.plot(*run["curve"].T, color=colours[run["label"]], linewidth=1.2)
+        if run["label"] not in styles:
+            styles[run["label"]] = colours[run["objective"]], LINES[variants[run["objective"]] % len(LINES)]
+            variants[run["objective"]] += 1
+    return styles
+
+
+def draw_curves(axis, runs, styles):
+    for run in runs:
+        colour, line = styles[run["label"]]
+        axis.plot(*run["curve"].T, line, color=colour, linewidth=1)
     points = np.concatenate([run["curve"][:, 1] for run in runs])
-    low, high = robust_limits(points)
-    outside = int((~((points >= low) & (points <= high))).sum())
-    axis.set(xlabel="training sequences (0.5 s each)" if is_half_second(runs) else "training sequences",
-             ylabel=f"NLL $\\leq$ {bound_name(runs[0]['bound'])} (nats/frame)", ylim=(low, high),
-             title=f"valid split while training, {runs[0]['title']}")
-    axis.title.set_fontsize(9)
-    axis.text(0.98, 0.97, f"{outside} of {len(points)} points lie outside the axis" if outside else "all points shown",
-              transform=axis.transAxes, fontsize=8, color="0.4", ha="right", va="top")
-    axis.grid(alpha=0.25)
+    if not len(finite := points[np.isfinite(points)]):
+        raise common.UserError("no run has a finite held-out bound yet; wait for the first monitoring interval")
+    lowest = np.quantile(finite, 0.05)  # the first steep updates and single spikes would stretch the axis
+    axis.set_ylim(bottom=lowest)
+    axis.set_xlabel(f"training sequences ({math.prod(runs[0]['window']) / common.SAMPLE_RATE:g} s each)", fontsize=9)
+    axis.set_ylabel(f"{in_full(runs[0]['bound'])}\n(nats/frame)", fontsize=9)
+    axis.set_title(f"valid split while training\n{runs[0]['title']}", fontsize=9)
+    axis.text(0.98, 0.03, f"{(~(points >= lowest)).sum()} of {len(points)} points lie below", color="0.4",
+              transform=axis.transAxes, fontsize=8, ha="right")
 
 
-def draw_bounds(axis, runs, labels, colours):
-    tested = [run for run in runs if run["test"]]
-    bounds = shared_bounds(tested) if tested else []
-    for i, name in enumerate(bounds):
-        for run in tested:
-            siblings = [r for r in tested if r["label"] == run["label"]]
-            y = labels.index(run["label"]) + 0.15 * (siblings.index(run) - (len(siblings) - 1) / 2)
-            axis.plot(-run["test"][name][0], y, MARKERS[i % len(MARKERS)], color=colours[run["label"]], markersize=5)
-        axis.plot([], [], MARKERS[i % len(MARKERS)], color="0.3", label=bound_name(name))
-    axis.set_yticks(range(len(labels)), labels)
-    for tick, name in zip(axis.get_yticklabels(), labels):
-        tick.set_color(colours[name])
-    axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="NLL $\\leq$ (nats/frame)")
-    (x_dim, _), std = runs[0]["window"], runs[0]["data"]["std"]
-    bits = axis.secondary_xaxis("top", functions=(lambda nll: common.bits_per_sample(-nll, x_dim, std),
-                                                  lambda bits: -common.nats_of_code(bits * x_dim, x_dim, std)))
-    bits.set_xlabel("bits per sample", fontsize=8)
-    bits.tick_params(labelsize=8)
-    if flac := {run["test"]["yardsticks"].get("flac") for run in tested} - {None}:
-        axis.axvline(-flac.pop(), color="0.3", linestyle="--", linewidth=1, label="FLAC")
-    axis.grid(alpha=0.25)
-    if tested:
-        windows, stderr = tested[0]["test"]["windows"], np.mean([run["test"][bounds[0]][1] for run in tested])
-        axis.set_title(f"test split, best checkpoints; a point is a run\nthe same {windows} windows for all: "
-                       f"standard error {stderr:.1f}, common to all", fontsize=9, loc="right")
-        axis.legend(loc="best", frameon=True, handletextpad=0.2, fontsize=8)
-    else:
-        axis.text(0.5, 0.5, "no run has an eval.json yet", transform=axis.transAxes, ha="center", color="0.4")
+def draw_differences(axis, tested, reference, styles):
+    *_, tightest = shared_bounds(tested)
+    for y, (label, (colour, _)) in enumerate(styles.items()):
+        differences = paired([run for run in tested if run["label"] == label], reference, tightest)
+        if len(differences) and label != reference[0]["label"]:
+            axis.plot(differences, [y] * len(differences), "o", markersize=3, color=colour, alpha=0.4)
+            interval = half_width(differences) if len(differences) > 1 else None
+            axis.errorbar(differences.mean(), y, xerr=interval, fmt="D", markersize=5, color=colour, capsize=3,
+                          markerfacecolor=colour if interval else "white")
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_xscale("symlog", linthresh=20, linscale=1)  # linear between -20 and 20
+    axis.xaxis.set(major_locator=FixedLocator((-200, -50, -20, -10, 0, 10, 20, 50, 200)), major_formatter="{x:g}")
+    axis.set_xlabel(f"{in_full(tightest)},\nabove {reference[0]['label']} (nats/frame)", fontsize=8)
+    axis.set_title("test split, runs of the same seed\n95 % intervals; hollow: one seed", fontsize=9)
+
+
+def draw_bits(axis, tested, styles):
+    loosest, tightest = (shared_bounds(tested)[end] for end in (0, -1))
+    for run in tested:
+        for bound, marker in ((loosest, "|"), (tightest, "o")):
+            axis.plot(bits_of(run, run["test"][bound]), list(styles).index(run["label"]), marker, markersize=5,
+                      color=styles[run["label"]][0])
+    if flac := {bits_of(run, run["test"]["yardsticks"]["flac"]) for run in tested if run["test"]["yardsticks"]}:
+        axis.axvline(flac.pop(), color="0.3", linestyle="--", linewidth=1)
+    axis.set_xlabel(f"bits per sample by that bound (bar: by the\n{in_full(loosest)}; dashed: FLAC)", fontsize=8)
+    axis.set_title(f"test split, {tested[0]['test']['windows']} windows\nlower is better", fontsize=9)
+
+
+def bits_of(run, nats):
+    return common.bits_per_sample(nats, run["window"][0], run["data"]["std"])
 
 
 def draw_samples(folder):
     """Waveform over spectrogram of one excerpt of each kind, as samples.png beside them; its path."""
-    path = folder / "samples.png"
     files = [file for kind in SPEECH for file in sorted(folder.glob(f"{kind}_*.wav"))[:1]]
     figure, axes = plt.subplots(2, len(files), figsize=(4.4 * len(files), 4.4), sharex=True, sharey="row",
                                 squeeze=False, layout="constrained")
@@ -269,38 +318,33 @@ def draw_samples(folder):
     axes[0, 0].set_ylabel("amplitude")
     axes[1, 0].set_ylabel("Hz")
     figure.colorbar(image, ax=axes[1], label="power per Hz", pad=0.01)
-    figure.savefig(path, dpi=130)
+    figure.savefig(folder / "samples.png", dpi=130)
     plt.close(figure)
-    return path
+    return folder / "samples.png"
 
 
 # ---- table ----
 
-def table(runs, others):
-    """The test bounds as Markdown: mean and standard error over the runs of each label.
+def table(runs, reference):
+    """The test bounds as Markdown: mean over the runs of each label, and the 95 % interval of that mean.
 
-    The last column compares the last bound to that of the first label of the others, in runs of the same seed, on the
-    same windows; it is empty where the windows are others.
+    The last column compares the tightest bound to that of the reference, in runs of the same seed on the same windows.
     """
     tested = [run for run in runs if run["test"]]
     if not tested:
         return "no run has an eval.json yet"
     *_, tightest = bounds = shared_bounds(tested)
     bounds.append("kl")
-    reference = [run for run in others if run["label"] == others[0]["label"]]
-    lines = [" | ".join(["| objective", "runs", "best updates", *bounds, f"bits/sample ({tightest})",
+    lines = [" | ".join(["| objective", "runs", *bounds, f"bits/sample ({tightest})",
                          f"{tightest} against {reference[0]['label']}, same seeds |"]),
-             "|---" * (len(bounds) + 5) + "|"]
-    for name in labels_of(tested):
+             "|---" * (len(bounds) + 4) + "|"]
+    for name in dict.fromkeys(run["label"] for run in tested):
         group = [run for run in tested if run["label"] == name]
-        cells = [mean_and_error([run["test"][bound][0] for run in group]) for bound in bounds]
-        bits = [common.bits_per_sample(run["test"][tightest][0], run["window"][0], run["data"]["std"]) for run in group]
-        updates = [run["test"]["update"] for run in group]
-        updates = f"{min(updates)}" if min(updates) == max(updates) else f"{min(updates)} to {max(updates)}"
-        is_reference = runs is others and name == reference[0]["label"]
-        difference = "" if is_reference else paired(group, reference, tightest)
-        lines.append(" | ".join([f"| {name}", str(len(group)), updates, *cells, mean_and_error(bits, 3),
-                                 f"{difference} |"]))
+        cells = [mean_and_interval([run["test"][bound] for run in group]) for bound in bounds]
+        bits = [bits_of(run, run["test"][tightest]) for run in group]
+        difference = [] if name == reference[0]["label"] else paired(group, reference, tightest)
+        lines.append(" | ".join([f"| {name}", str(len(group)), *cells, mean_and_interval(bits, 3),
+                                 f"{mean_and_interval(difference)} |"]))
     return "\n".join(lines + yardstick_rows(tested, bounds))
 
 
@@ -310,56 +354,37 @@ def yardstick_rows(tested, bounds):
     for run in tested:
         of_file = f" on {run['data']['file']}" * (len({other["data"]["file"] for other in tested}) > 1)
         for name, nats in run["test"]["yardsticks"].items():
-            bits = common.bits_per_sample(nats, run["window"][0], run["data"]["std"])
-            cells = [f"| {YARDSTICKS.get(name, name)}{of_file}", "", "", *[""] * (len(bounds) - 2), f"{nats:.2f}", "",
-                     f"{bits:.3f}", " |"]
+            cells = [f"| {YARDSTICKS.get(name, name)}{of_file}", "", *[""] * (len(bounds) - 2), f"{nats:.2f}", "",
+                     f"{bits_of(run, nats):.3f}", " |"]
             rows[cells[0]] = " | ".join(cells)
     return list(rows.values())
 
 
 def paired(group, reference, bound):
-    """Mean difference of a bound between two groups of runs over the seeds that both have, and its standard errors."""
+    """Differences of a bound between two groups of runs, one for each seed that both have: means over windows that are
+    the same, in the same unit: of equal data, normalisation and sizes."""
     by_seed = [{run["seed"]: run for run in runs if bound in (run["windows"] or ())} for runs in (group, reference)]
-    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
-    differences = np.array([ours["windows"][bound] - theirs["windows"][bound] for ours, theirs in pairs
-                            if same_windows(ours, theirs)])
-    if not len(differences):
+    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1])]
+    return np.array([(ours["windows"][bound] - theirs["windows"][bound]).mean() for ours, theirs in pairs
+                     if all(ours[what] == theirs[what] for what in ("data", "window", "tested"))])
+
+
+def half_width(values):
+    """Half the 95 % interval of the mean of two values or more."""
+    return T_95[min(len(values) - 1, len(T_95)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5
+
+
+def mean_and_interval(values, digits=2):
+    if not len(values):
         return ""
-    of_windows = differences.mean(0)
-    over_windows = of_windows.std(ddof=1) / len(of_windows) ** 0.5 if len(of_windows) > 1 else math.nan
-    return f"{mean_and_error(differences.mean(1))} (± {over_windows:.2f} over windows)"
+    return f"{np.mean(values):.{digits}f}" + (f" ± {half_width(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def same_windows(one, other):
-    """Whether two runs were evaluated on the same windows in the same unit: data, its normalisation, and sizes."""
-    return all(one[what] == other[what] for what in ("data", "window", "tested"))
-
-
-def mean_and_error(values, digits=2):
-    values = np.asarray(values)
-    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{error}"
-
-
-def bound_name(name):
-    """elbo as -ELBO, iwae_5 as -IWAE with index 5."""
-    kind, _, k = name.upper().partition("_")
-    return f"$-${kind}" + (f"$_{{{k}}}$" if k else "")
-
-
-def robust_limits(points):
-    """Limits that the first steep updates and single spikes do not stretch."""
-    finite = points[np.isfinite(points)]
-    if len(finite) == 0:
-        raise common.UserError("no run has a finite held-out bound yet; wait for the first monitoring interval")
-    low, high = np.quantile(finite, (0.0, 0.95))
-    margin = 0.06 * (high - low) + 1e-3
-    return low - margin, high + margin
-
-
-def is_half_second(runs):
-    x_dim, seq_frames = runs[0]["window"]
-    return x_dim * seq_frames == common.SAMPLE_RATE // 2
+def in_full(name):
+    """A bound, by its name in the logs, in words that no reader takes for an objective."""
+    kind, _, k = name.partition("_")
+    return {"elbo": "variational bound", "iwae": f"importance-weighted bound, {k} particles",
+            "smc": f"particle-filter bound, {k} particles"}[kind]
 
 
 def main():
@@ -375,14 +400,15 @@ def main():
     folders = options.folders or [Path("runs/demo" if options.demo else "runs")]
     if options.demo:
         train_demo_runs(folders[0])
-    rows = [read_runs(folder) for folder in folders]
-    drawn = [trained for runs in rows if (trained := [run for run in runs if run["curve"] is not None])]
-    if drawn:
-        draw(drawn, options.out)
-    for folder, runs in zip(folders, rows):
-        is_comparable = all(runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window"))
+    rows = read_folders(folders)
+    compared_with = references(rows)
+    drawn = [([run for run in runs if run["curve"] is not None], reference)
+             for runs, reference in zip(rows, compared_with)]
+    if drawn := [pair for pair in drawn if pair[0]]:
+        draw(*zip(*drawn), options.out)
+    for folder, runs, reference in zip(folders, rows, compared_with):
         print(f"{folder}: {', '.join(run['folder'] for run in runs)}\n")
-        print(table(runs, rows[0] if is_comparable else runs), end="\n\n")
+        print(table(runs, reference), end="\n\n")
     for samples in sorted({wav.parent for folder in folders for kind in SPEECH
                            for wav in folder.glob(f"*/samples/{kind}_[0-9].wav")}, key=common.natural_order):
         print(draw_samples(samples))

@@ -1,4 +1,4 @@
-"""The scripts of the README's section "Your own objective, likelihood or model", as they are printed there."""
+"""The README: its numbers, its length, and the scripts of "Your own objective, likelihood or model", as printed."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import check_readme
 import pytest
 from tiny import ROOT, SIZES, assert_same_run, main_of, run, write_tiny_data
 
@@ -65,6 +66,32 @@ def kill_and_resume(folder, out):
     process.communicate()
     assert not (out / "eval.json").exists()
     finished(started(folder, *flags, "--resume"))
+
+
+def test_every_table_and_every_measured_number_is_in_the_logs():
+    assert check_readme.problems() == []
+
+
+@pytest.mark.parametrize("text, instead, problem", (
+    ("| FLAC |  | 284.26 |", "| FLAC |  | 284.27 |", "README.md: table front is not what the logs say"),
+    ("## Limits", "VRNN gains 123.45 nats.\n\n## Limits", "README.md: 123.45 is in no table and not in OTHERS"),
+))
+def test_what_is_not_in_the_logs_is_noticed(tmp_path, monkeypatch, text, instead, problem):
+    for name in check_readme.FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    changed = (tmp_path / "README.md").read_text()
+    assert text in changed
+    (tmp_path / "README.md").write_text(changed.replace(text, instead))
+    monkeypatch.setattr(check_readme, "ROOT", tmp_path)
+    found = check_readme.problems()
+    assert len(found) == 1 and problem in found[0]
+    check_readme.problems(write=True)
+    assert (check_readme.problems() == []) == ("table" in problem)
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def test_the_readme_prints_three_scripts_of_few_lines_without_their_docstrings_and_blank_lines():

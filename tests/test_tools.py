@@ -56,13 +56,13 @@ def test_every_run_of_the_experiment_has_valid_flags():
     names = []
     for group, name, script, *flags in experiment.table(Path("runs"), 5000):
         assert (ROOT / f"{script}.py").exists()
-        assert group in ("objectives", "variants", "adam", "reader", "latents", "likelihood")
+        assert group in ("objectives", "variants", "adam", "reader", "latents", "likelihood", "clip", "regime")
         module = importlib.import_module(Path(script).name)
         h = common.parse(module.Hyperparameters, [*experiment.SETTINGS, *experiment.lengths(5000), *flags])
         if module is vrnn_gauss_iwae:
             module.chosen_corrections(h)
         names.append(name)
-    assert len(names) == len(set(names)) == 63
+    assert len(names) == len(set(names)) == 126
 
 
 def test_growing_norms_scale_every_gradient_and_the_log_holds_those_before(data, tmp_path):

@@ -27,6 +27,8 @@ VRNN_SCALED = "tests/experiments/clipping"
 SUM_OF_8 = ["--as_published", "--grad_clip=40"]
 OBJECTIVES = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "vae_5_published": [VAE, "--as_published"],
               "iwae_5_published": [IWAE, *SUM_OF_8]}
+UNCLIPPED_SUM_OF_8 = ["--as_published", "--grad_clip=5120"]  # so this is 640 on the mean, as VRNN has
+REGIME = "--no-mirrored_init --x_noise=0 --batch_size=128 --lr=3e-4 --lr_updates=0".split()
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
 AR_16 = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "iwae_5_resample": [IWAE, "--resample"],
          "lstm": [VRNN, "--z_dim=0"]}
@@ -77,6 +79,48 @@ def table(runs, updates):
             yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
     for name, flags in AR_16.items():
         yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
+    yield from clips()
+    yield from regime(updates)
+    for name in ("vae_5", "iwae_5"):
+        yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
+
+
+def clips():
+    """The limit on the gradient as a dose, for each objective, and beside it what 2016 did to the weights."""
+    for seed in (3, 4):
+        for name in ("vrnn", "iwae_5", "iwae_5_published"):
+            yield "objectives", f"{name}-{seed}", *OBJECTIVES[name], f"--seed={seed}"
+    for seed in range(5):
+        for clip in (0, 5):
+            yield "clip", f"vrnn_clip_{clip}-{seed}", VRNN, f"--grad_clip={clip}", f"--seed={seed}"
+        yield "clip", f"iwae_5_clip_5-{seed}", IWAE, "--grad_clip=5", f"--seed={seed}"
+        yield "clip", f"iwae_5_published_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8, f"--seed={seed}"
+    for clip in (40, 160, 2560):
+        yield "clip", f"vrnn_clip_{clip}-0", VRNN, f"--grad_clip={clip}"
+    for seed in range(3):
+        yield "clip", f"iwae_5_clip_0-{seed}", IWAE, "--grad_clip=0", f"--seed={seed}"
+        for clip in (0, 5):
+            yield "clip", f"vae_5_clip_{clip}-{seed}", VAE, f"--grad_clip={clip}", f"--seed={seed}"
+        for correction in ("sign", "time", "gradient"):
+            yield ("clip", f"iwae_5_{correction}_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8,
+                   f"--corrections={correction}", f"--seed={seed}")
+        yield "clip", f"vae_5_published_clip_640-{seed}", VAE, "--as_published", "--grad_clip=128", f"--seed={seed}"
+        yield "clip", f"vae_1-{seed}", VAE, "--k=1", f"--seed={seed}"
+
+
+def regime(updates):
+    """2016's own: its initialisation, batch and constant learning rate, and each objective as published under other
+    limits; fewer updates, of 16 times as many sequences."""
+    half, quarter = f"--max_updates={updates // 2}", f"--max_updates={updates // 4}"
+    for clip in (640, 5, 0):
+        yield "regime", f"2016_vrnn_clip_{clip}-0", VRNN, *REGIME, half, f"--grad_clip={clip}"
+    for clip in (640, 128):
+        yield ("regime", f"2016_vae_5_published_clip_{5 * clip}-0", VAE, "--as_published", *REGIME, half,
+               f"--grad_clip={clip}")
+    for clip in (640, 81920):
+        yield ("regime", f"2016_iwae_5_published_clip_{clip // 128}-0", IWAE, "--as_published", *REGIME, quarter,
+               f"--grad_clip={clip}")
+    yield "regime", "2016_iwae_5_clip_640-0", IWAE, *REGIME, quarter, "--grad_clip=640"
 
 
 def train(runs, updates, to, group, name, script, *flags):

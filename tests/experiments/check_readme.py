@@ -1,0 +1,218 @@
+"""Hold the README files against the committed logs: every table, and every measured number in the text.
+
+    python tests/experiments/check_readme.py            says what is not in the logs; exit status 1 if anything is not
+    python tests/experiments/check_readme.py --write    writes the tables anew
+
+A table stands between <!-- table: NAME --> and <!-- end -->. A number with a decimal point outside of code must be a
+cell of one of these tables, or stand in OTHERS with where it comes from.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = str(ROOT), str(ROOT / "tests/tools")
+
+import benchmark  # noqa: E402
+
+import plot_recon  # noqa: E402
+from plot_recon import mean_and_interval  # noqa: E402
+
+RESULTS = ROOT / "data/results"
+FILES = ("README.md", "data/results/README.md", "tests/README.md")
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+CODE = re.compile(r"```.*?```|^ {4}.*?$|`[^`\n]*`|https?://[^\s)]*", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w./])\d[\d,]*\.\d+(?!\w|\.\d)")
+OTHERS = {}
+FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",))
+SHOWN = [name + likelihood for likelihood in ("", " AR-16", " AR-32") for name in (
+    "VRNN", "VAE_5", "VAE_5 as published", "IWAE_5", "IWAE_5 as published", "IWAE_5 resampled", "LSTM")]
+
+
+# ---- tables ----
+
+def read(*groups):
+    """The runs of each group of results, and those that they are compared with."""
+    rows = plot_recon.read_folders([RESULTS / group for group in groups])
+    return list(zip(rows, plot_recon.references(rows)))
+
+
+def full_table(*groups):
+    """The rows of plot_recon.py for the last of the groups, as they are when it draws all of them."""
+    return plot_recon.table(*read(*groups)[-1])
+
+
+def markdown(rows):
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def front_table():
+    """Of the runs behind the answer: what the front page shows."""
+    rows, yardsticks = [], []
+    for groups in FRONT:
+        runs, reference = read(*groups)[-1]
+        for label in dict.fromkeys(run["label"] for run in runs):
+            group = [run for run in runs if run["label"] == label]
+            if group[0]["name"] in SHOWN:
+                nats = [run["test"]["smc_100"] for run in group]
+                is_reference = label == reference[0]["label"]
+                differences = [] if is_reference else plot_recon.paired(group, reference, "smc_100")
+                rows.append([label, str(len(group)), mean_and_interval(nats), mean_and_interval(differences),
+                             mean_and_interval([plot_recon.bits_of(run, run["test"]["smc_100"]) for run in group], 3),
+                             minutes(group[0]["config"])])
+        for name, nats in runs[0]["test"]["yardsticks"].items():
+            yardsticks.append([plot_recon.YARDSTICKS[name], "", f"{nats:.2f}", "",
+                               f"{plot_recon.bits_of(runs[0], nats):.3f}", ""])
+    headings = "objective", "runs", "nats/frame (`smc_100`)", "difference from VRNN", "bits per sample", "minutes"
+    return markdown([dict(zip(headings, row)) for i, row in enumerate(rows + yardsticks)
+                     if row not in (rows + yardsticks)[:i]])
+
+
+def minutes(config):
+    """Of one core: the updates of a run, at the benchmark's median seconds; none where it has not this size."""
+    if config["rnn_dim"] != benchmark.SMALL["rnn_dim"] or config["z_dim"] != benchmark.SMALL["z_dim"]:
+        return ""
+    measured = json.loads((RESULTS / "benchmark.json").read_text())["tables"]
+    is_single = config["script"] == "vrnn_gauss" or config.get("as_published") and config["script"] != "vrnn_gauss_iwae"
+    objective = "VRNN" if is_single else "IWAE_5" if config["script"] == "vrnn_gauss_iwae" else "VAE_5"
+    seconds = next(row["seconds"] for row in measured["updates_small"]
+                   if (row["objective"], row["batch"]) == (objective, config["batch_size"]))
+    for row in measured["variants_small"]:
+        is_on = config["ar_order"] if "ar_order" in row["flag"] else config.get(row["flag"].strip("-"))
+        if row["objective"] == ("VRNN" if is_single else "IWAE_5") and is_on:
+            seconds *= row["ratio"]
+    return f"{config['max_updates'] * seconds / 60:.1f}"
+
+
+def difference_by_limit():
+    """Rows: objectives. Columns: limits on the gradient of the mean over sequences. Cells: smc_100 above VRNN limited
+    to 640, in runs of the same seed, with the 95 % interval over the seeds, whose number stands in brackets."""
+    runs = [run for group, _ in read("objectives", "clip") for run in group if run["config"]["max_updates"] == 5000]
+    limits = {limit: plot_recon.in_words("grad_clip", dict(grad_clip=limit)) for limit in (5, 40, 160, 640, 2560, 0)}
+    reference = [run for run in runs if run["name"] == "VRNN" and run["config"]["grad_clip"] == 640]
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in runs):
+        row = {"objective": name}
+        for words in limits.values():
+            group = [run for run in runs if run["name"] == name
+                     and plot_recon.in_words("grad_clip", run["config"]) == words]
+            differences = [] if group == reference else plot_recon.paired(group, reference, "smc_100")
+            row[words] = "0" if group == reference else with_runs(differences)
+        rows.append(row)
+    return markdown(rows)
+
+
+def with_runs(differences):
+    return f"{mean_and_interval(differences)} ({len(differences)})" if len(differences) else ""
+
+
+def norms_and_clips():
+    """Median norm of the gradient at the monitored updates, and the share of updates that were clipped."""
+    rows = []
+    for runs, _ in read("objectives", "clip"):
+        for run in runs:
+            _, *lines = log_of(run, "objectives", "clip", "regime")
+            if "clipped" in lines[-1]:
+                rows.append({"run": run["folder"], "limit": plot_recon.in_words("grad_clip", run["config"]),
+                             "median norm": f"{statistics.median(line['grad_norm'] for line in lines):.1f}",
+                             "updates clipped": f"{100 * lines[-1]['clipped'] / lines[-1]['update']:.1f} %"})
+    return markdown(rows)
+
+
+def log_of(run, *groups):
+    path = next(path for group in groups if (path := RESULTS / group / run["folder"] / "log.jsonl").exists())
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def regime():
+    """2016's own settings: what held-out data say at the same updates."""
+    rows = []
+    (runs, _), = read("regime")
+    for run in runs:
+        _, *lines = log_of(run, "regime")
+        at = {line["update"]: line for line in lines}
+        rows.append({"objective": run["name"], "limit": plot_recon.in_words("grad_clip", run["config"]),
+                     **{f"`iwae_5` at {update:,}": f"{at[update]['valid']['iwae_5']['nats_per_frame']:.2f}"
+                        if update in at else "" for update in (500, 1250, 2500)},
+                     "KL": f"{lines[-1]['valid']['kl']['nats_per_frame']:.2f}",
+                     "updates clipped": f"{100 * lines[-1]['clipped'] / lines[-1]['update']:.1f} %"})
+    return markdown(rows)
+
+
+def weights():
+    """Of particles.json: what becomes of the weights as windows grow."""
+    particles = json.loads((RESULTS / "particles.json").read_text())
+    measured = {(row["frames"], row["k"]): row for row in particles["weights"]}
+    what = {"standard deviation of log w, nats a window": lambda few, many: few["log_w_std"],
+            "effective sample size of 5": lambda few, many: few["ess_iwae"],
+            "effective sample size of 100": lambda few, many: many["ess_iwae"],
+            "iwae_100 - elbo, nats/frame": lambda few, many: many["iwae"] - many["elbo"],
+            "smc_100 - elbo, nats/frame": lambda few, many: many["smc"] - many["elbo"]}
+    frames = sorted({frames for frames, _ in measured})
+    return markdown([{"frames": name, **{str(t): f"{of(measured[t, 5], measured[t, 100]):.2f}" for t in frames}}
+                     for name, of in what.items()])
+
+
+def signal_to_noise():
+    """Of particles.json: the gradient of the posterior's parameters, and in brackets of all others."""
+    measured, rows = json.loads((RESULTS / "particles.json").read_text())["gradients"], {}
+    for found in (found for found in measured if found["k"] > 1 and found["frames"] == 40):
+        name = found["objective"].replace(f"_{found['k']}", "_K")
+        rows.setdefault(name, {"gradient of": name})[f"K = {found['k']}"] = (
+            f"{found['snr_posterior']:.1f} ({found['snr_others']:.1f})")
+    return markdown(list(rows.values()))
+
+
+TABLES = dict(
+    front=front_table, limits=difference_by_limit, norms=norms_and_clips, regime=regime, weights=weights,
+    signal_to_noise=signal_to_noise, objectives=lambda: full_table("objectives"),
+    variants=lambda: full_table("objectives", "variants"), likelihood=lambda: full_table("likelihood"),
+    reader=lambda: full_table("reader"), latents=lambda: full_table("objectives", "latents"),
+    adam=lambda: full_table("objectives", "adam"), repeat=lambda: full_table("objectives", "repeat"),
+)
+
+
+# ---- numbers in the text ----
+
+def numbers_in(text):
+    return {number.replace(",", "") for number in NUMBER.findall(text)}
+
+
+def problems(write=False):
+    """What is not as the logs have it, a sentence each. With write the tables are made so."""
+    texts = {name: (ROOT / name).read_text() for name in FILES}
+    found, tables = [], ""
+    for name, text in texts.items():
+        for begin, which, body, end in BLOCK.findall(text):
+            made = TABLES[which]() + "\n"
+            tables += made
+            if made != body:
+                found.append(f"{name}: table {which} is not what the logs say; write it anew with --write")
+                texts[name] = texts[name].replace(begin + body + end, begin + made + end)
+    if write:
+        for name, text in texts.items():
+            (ROOT / name).write_text(text)
+        found = []
+    known = numbers_in(tables) | set(OTHERS)
+    for name, text in texts.items():
+        text = CODE.sub("", BLOCK.sub("", text))
+        found += [f"{name}: {number} is in no table and not in OTHERS" for number in sorted(numbers_in(text) - known)]
+    used = set.union(*(numbers_in(text) for text in texts.values()))
+    return found + [f"OTHERS: {number} is nowhere in the text" for number in sorted(set(OTHERS) - used)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the tables anew")
+    found = problems(parser.parse_args().write)
+    print("\n".join(found) or "every table and every number is in the logs")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
