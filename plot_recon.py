@@ -69,9 +69,9 @@ def in_words(setting, config):
     value = config.get(setting)
     if setting == "grad_clip" and config.get("as_published") and "batch" not in config.get("corrections", ""):
         value *= dict(vrnn_gauss_alt_nll=config["k"], vrnn_gauss_iwae=1 / config["batch_size"])[config["script"]]
-    if setting == "grad_clip" and value == 0:
-        return "not clipped"
-    return WORDS[setting].format(value) if setting in WORDS and value is not None else f"{setting} {value}"
+    if value is None or isinstance(value, bool):
+        return setting if value else f"no {setting}"
+    return "not clipped" if setting == "grad_clip" and not value else WORDS.get(setting, setting + " {}").format(value)
 
 
 def label_apart(runs):

@@ -168,12 +168,29 @@ def signal_to_noise():
     return markdown(list(rows.values()))
 
 
+def benchmarks(part, **shown):
+    """Of the benchmark: a part of it, and the columns that are shown with their headings."""
+    rows = json.loads((RESULTS / "benchmark.json").read_text())["tables"][part]
+    return markdown([{heading: benchmark.as_text(row[column]) for column, heading in shown.items()} for row in rows])
+
+
+UPDATES = dict(objective="objective", batch="sequences", rows="rows", products="products", seconds="seconds an update",
+               gflops="GFLOP/s", of_products="of the product rate", ratio="plain / ours")
+WITH_FLAG = dict(objective="objective", flag="flag", seconds="seconds with", without_seconds="without", ratio="ratio",
+                 least="least", most="most")
+EVALUATION = dict(estimate="estimate", particles="particles", windows_per_second="windows a second", gflops="GFLOP/s",
+                  of_products="of the product rate")
 TABLES = dict(
+    updates=lambda: benchmarks("updates", **UPDATES), updates_small=lambda: benchmarks("updates_small", **UPDATES),
+    with_flag=lambda: benchmarks("variants", **WITH_FLAG),
+    with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
+    evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
     front=front_table, limits=difference_by_limit, norms=norms_and_clips, regime=regime, weights=weights,
     signal_to_noise=signal_to_noise, objectives=lambda: full_table("objectives"),
     variants=lambda: full_table("objectives", "variants"), likelihood=lambda: full_table("likelihood"),
     reader=lambda: full_table("reader"), latents=lambda: full_table("objectives", "latents"),
-    adam=lambda: full_table("objectives", "adam"), repeat=lambda: full_table("objectives", "repeat"),
+    adam=lambda: full_table("objectives", "adam"), bf16=lambda: full_table("bf16"),
+    repeat=lambda: full_table("objectives", "repeat"),
 )
 
 
