@@ -180,7 +180,7 @@ def read_folders(folders):
     rows = [read_runs(folder) for folder in folders]
     for is_evaluation in (False, True):
         label_apart([run for runs in rows for run in runs if (run["curve"] is None) == is_evaluation])
-    return [sorted(runs, key=lambda run: (run["curve"] is None, run["order"], common.natural_order(run["label"])))
+    return [sorted(runs, key=lambda r: (r["curve"] is None, r["order"], common.natural_order(r["label"].lower())))
             for runs in rows]
 
 

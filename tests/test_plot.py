@@ -65,7 +65,7 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
     for name, config in runs.items():
         write_run(tmp_path / "runs" / name, **config)
     assert [row[0] for row in plot()] == [
-        "VRNN warm", "changed", "VAE_5 as published", "IWAE_5 DReG", "IWAE_5 as published but for sign",
+        "changed", "VRNN warm", "VAE_5 as published", "IWAE_5 as published but for sign", "IWAE_5 DReG",
         "IWAE_7 resampled", "LSTM AR-16", "my objective", "other"]
 
 
