@@ -25,9 +25,20 @@ from plot_recon import mean_and_interval  # noqa: E402
 RESULTS = ROOT / "data/results"
 FILES = ("README.md", "data/results/README.md", "tests/README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-CODE = re.compile(r"```.*?```|^ {4}.*?$|`[^`\n]*`|https?://[^\s)]*", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"```.*?```|^ {4}.*?$|`[^`\n]*`|https?://[^\s)]*|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w./])\d[\d,]*\.\d+(?!\w|\.\d)")
-OTHERS = {}
+SETTINGS = "a setting, or a default in a script"
+BY_HAND = "measured by hand, as the text beside it says"
+OTHERS = {
+    "0.003": SETTINGS, "0.08": SETTINGS, "0.1": SETTINGS, "0.2": SETTINGS, "0.3": SETTINGS, "0.5": SETTINGS,
+    "0.63": "millions of parameters, printed by every run", "1.29": "the same of the runs in hostile and bf16",
+    "2.54": "the same of VRNN AR-32", "15.89": "the same at published size", "1.9365": SETTINGS,
+    "85.56": "minutes of recordings, printed by prepare_blizzard.py", "76.87": "of train",
+    "30.13": "minutes of the single reader's train split, printed by prepare_blizzard.py",
+    "16.3": "billions of samples in 283 hours", "3.10": "a version of Python", "3.14": "a version of Python",
+    "4.0": "a licence",
+    "0.995": BY_HAND, "1.02": BY_HAND, "0.98": BY_HAND, "1.06": BY_HAND,
+}
 FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",))
 SHOWN = [name + likelihood for likelihood in ("", " AR-16", " AR-32") for name in (
     "VRNN", "VAE_5", "VAE_5 as published", "IWAE_5", "IWAE_5 as published", "IWAE_5 resampled", "LSTM")]
@@ -154,8 +165,27 @@ def weights():
             "iwae_100 - elbo, nats/frame": lambda few, many: many["iwae"] - many["elbo"],
             "smc_100 - elbo, nats/frame": lambda few, many: many["smc"] - many["elbo"]}
     frames = sorted({frames for frames, _ in measured})
-    return markdown([{"frames": name, **{str(t): f"{of(measured[t, 5], measured[t, 100]):.2f}" for t in frames}}
-                     for name, of in what.items()])
+    rows = [{"frames": name, **{str(t): f"{of(measured[t, 5], measured[t, 100]):.2f}" for t in frames}}
+            for name, of in what.items()]
+    published = {row["frames"]: row for row in particles["published"]}
+    for name, key in {"effective sample size of 5, as published": "ess_published",
+                      "weight of the worst of 5, as published": "worst_published"}.items():
+        rows.append({"frames": name, **{str(t): f"{published[t][key]:.2f}" for t in frames}})
+    return markdown(rows)
+
+
+def effective_sizes():
+    """Of the particle filter, and of the importance weights of whole windows, on the test split."""
+    rows = []
+    for runs, _ in read("objectives") + read("variants") + read("likelihood"):
+        for label in dict.fromkeys(run["label"] for run in runs):
+            found = [json.loads(path.read_text())["bounds"] for run in runs if run["label"] == label
+                     for path in RESULTS.glob(f"*/{run['folder']}/eval.json")]
+            rows.append({"objective": label, "of 100 in the filter": mean_and_interval(
+                [bounds["ess_smc_100"]["mean"] for bounds in found]), "of 100 over a window": mean_and_interval(
+                [bounds["ess_iwae_100"]["mean"] for bounds in found]), "log w, standard deviation": mean_and_interval(
+                [bounds["log_w_std"]["nats_per_sequence"] for bounds in found])})
+    return markdown(rows)
 
 
 def signal_to_noise():
@@ -186,11 +216,11 @@ TABLES = dict(
     with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
     evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
     front=front_table, limits=difference_by_limit, norms=norms_and_clips, regime=regime, weights=weights,
-    signal_to_noise=signal_to_noise, objectives=lambda: full_table("objectives"),
+    effective_sizes=effective_sizes, signal_to_noise=signal_to_noise, objectives=lambda: full_table("objectives"),
     variants=lambda: full_table("objectives", "variants"), likelihood=lambda: full_table("likelihood"),
     reader=lambda: full_table("reader"), latents=lambda: full_table("objectives", "latents"),
-    adam=lambda: full_table("objectives", "adam"), bf16=lambda: full_table("bf16"),
-    repeat=lambda: full_table("objectives", "repeat"),
+    adam=lambda: full_table("objectives", "adam"), repeat=lambda: full_table("objectives", "repeat"),
+    bf16=lambda: full_table("bf16"),
 )
 
 
