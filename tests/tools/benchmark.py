@@ -1,16 +1,20 @@
-"""How fast training, loading and conversion are, against the machine's own matrix products.
+"""How fast training, evaluation, loading and conversion are, against the machine's own matrix products.
 
-    python tests/tools/benchmark.py [--repeats 5] [--device cpu] [--quick]
+    python tests/tools/benchmark.py [--only updates,variants,...] [--json FILE] [--repeats 5] [--device cpu] [--quick]
     python tests/tools/benchmark.py --against CHECKOUT      updates of this tree and of another one, in turns
 
-Variants alternate within one run after a warm-up, every timing waits for the device, and medians are reported. `plain`
-is tests/plain.py, every network inside the loop over frames, in the same training step. --quick shows that all of it
-runs, at sizes that say nothing.
+Variants alternate within one run after a warm-up, every timing waits for the device, and medians are reported: of
+seconds, and of the ratios of turns that are neighbours in time. `plain` is tests/plain.py, every network inside the
+loop over frames, in the same training step. What ends in _small has the sizes of the experiments and, on a CPU, one
+thread. --json keeps every table. --quick shows that all of it runs, at sizes that say nothing.
 """
 
 import argparse
 import contextlib
+import datetime
 import functools
+import json
+import math
 import os
 import resource
 import statistics
@@ -38,6 +42,23 @@ BLIZZARD_HOURS = 283
 OBJECTIVES = {"VRNN": (vrnn_gauss, 1), "VAE_5": (vrnn_gauss_alt_nll, 5), "IWAE_5": (vrnn_gauss_iwae, 5)}
 QUICK = dict(x_dim=20, z_dim=4, rnn_dim=12, q_z_dim=8, p_z_dim=8, p_x_dim=8, x2s_dim=8, z2s_dim=8, seq_frames=5,
              batch_size=4)
+SMALL = dict(x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32)
+BATCHES = [("VRNN", 128), ("VAE_5", 128), ("IWAE_5", 128)]
+SMALL_BATCHES = [("VRNN", 8), ("VRNN", 16), ("VRNN", 32), ("VAE_5", 8), ("IWAE_5", 8)]
+FLAGS = [("VRNN", dict(ar_order=16)), ("IWAE_5", dict(ar_order=16)), ("IWAE_5", dict(resample=True)),
+         ("IWAE_5", dict(dreg=True))]
+PARTS = dict(  # and the titles of their tables
+    updates="Update at published size (T = 40, R = 1000), optimiser included; ratio: plain / ours",
+    updates_small="Update at small size (T = 40, R = 128), one thread, optimiser included; ratio: plain / ours",
+    variants="Update at published size, B = 128; ratio: with a flag / without",
+    variants_small="Update at small size, B = 8, one thread; ratio: with a flag / without",
+    evaluation="Evaluation at published size",
+    evaluation_small="Evaluation at small size, one thread",
+    growth="Update as one size grows from T = 40, B = 32, K = 1, R = 1000",
+    growth_small="Update as one size grows from T = 40, B = 32, K = 1, R = 128, one thread",
+    loader="Loader alone, and what updates use of it; ratio: updates with the loader / on a fixed batch",
+    conversion="Conversion of an .npz, and of 44.1 kHz sound files",
+)
 
 
 def write_corpus(path, minutes=30):
@@ -52,62 +73,104 @@ def write_corpus(path, minutes=30):
             file[f"{split}/offsets"] = np.array([0, samples])
 
 
-def make_training(data, device, objective="VRNN", **sizes):
+def flags_of(values):
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()
+            if value is not False]
+
+
+def make_training(data, device, objective="VRNN", **flags):
     """A Training that writes its run folder beside the data."""
     module, k = OBJECTIVES[objective]
     out = tempfile.mkdtemp(dir=data.parent)
-    flags = dict(data=data, out_dir=out, device=device, k=k, max_updates=common.MOST, monitor_every=common.MOST) | sizes
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
-    h = common.parse(module.Hyperparameters, flags)
+    start = dict(data=data, out_dir=out, device=device, k=k, max_updates=common.MOST, monitor_every=common.MOST)
+    h = common.parse(module.Hyperparameters, flags_of(start | flags))
     with contextlib.redirect_stdout(None):
         return common.Training(h, particles=h.k)
 
 
 def our_update(training, objective):
-    """The update of a script, on a GPU as one CUDA graph."""
-    return training.captured(update_with(training, objective, training.model))
+    """The update of a script with its flags, on a GPU as one CUDA graph."""
+    forward = scored_by(objective, training.model)
+    if getattr(training.h, "resample", False):
+        forward = resampled
+    if getattr(training.h, "dreg", False):
+        forward = dreg
+    return training.captured(update_with(training, forward))
 
 
 def plain_update(training, objective):
-    return update_with(training, objective, functools.partial(plain_rollout, training.model))
+    return update_with(training, scored_by(objective, functools.partial(plain_rollout, training.model)))
 
 
-def update_with(training, objective, rollout_of):
+def update_with(training, forward):
     def update():
-        k = training.particles
-        x_TBX, noise = training.window(), training.noise(k, training.h.z_dim)
-        rollout = rollout_of(x_TBX, training.state, noise, k)
-        loss = objective(rollout)
+        x_TBX, noise = training.window(), training.noise(training.particles, training.h.z_dim)
+        rollout, loss = forward(training, x_TBX, noise)
         loss.backward()
         training.step(loss, rollout.state)
     return update
 
 
-def on_the_next_window(training, update):
-    """What the loop of a script does for every update."""
+def scored_by(objective, rollout_of):
+    def forward(training, x_TBX, noise):
+        rollout = rollout_of(x_TBX, training.state, noise, training.particles)
+        return rollout, objective(rollout)
+    return forward
+
+
+def resampled(training, x_TBX, noise):
+    """What --resample of the IWAE_K script does."""
+    model, state, k = training.model, training.state, training.particles
+    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, noise, training.uniform(), k)
+    rollout = model(x_TBX, state, noise, k, ancestors)
+    return rollout, vrnn_gauss_iwae.objective_resampled(rollout, resampled_TB)
+
+
+def dreg(training, x_TBX, noise):
+    """What --dreg of the IWAE_K script does."""
+    model, state, k = training.model, training.state, training.particles
+    rollout = model(x_TBX, state, noise, k)
+    z = (rollout.q_mean + rollout.q_sigma * noise).detach()
+    return rollout, vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
+
+
+def on_the_next_window(training, update, updates=1):
+    """A turn: what the loop of a script does for every update, so many times."""
     def turn():
-        training.next_window()
-        update()
-        training.progress["updates"] += 1
+        for _ in range(updates):
+            training.next_window()
+            training.allow_tf32(True)
+            update()
+            training.allow_tf32(False)
+            training.progress["updates"] += 1
     return turn
 
 
+def our_turn(data, device, objective="VRNN", updates=1, **flags):
+    training = make_training(data, device, objective, **flags)
+    return on_the_next_window(training, our_update(training, OBJECTIVES[objective][0].objective), updates)
+
+
+def multiplications(model, k, rollouts=1):
+    """In the matrix products for a frame of one sequence: the particles of a rollout share what sees only x."""
+    weights = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
+    shared = sum(count for name, count in weights.items() if name.startswith(("phi_x", "posterior_x", "lstm_x")))
+    return rollouts * shared + k * (sum(weights.values()) - shared)
+
+
 def flop(training):
-    """Floating-point operations of the matrix products of one update: the particles share what sees only x."""
-    shared = sum(p.numel() for name, p in training.model.named_parameters()
-                 if name.startswith(("phi_x", "posterior_x", "lstm_x")))
-    total = sum(p.numel() for p in training.model.parameters())
-    h = training.h
-    return 6 * h.seq_frames * h.batch_size * (shared + training.particles * (total - shared))
+    """Floating-point operations of the matrix products of one update: x itself needs no gradient."""
+    h, model = training.h, training.model
+    of_a_frame = 6 * multiplications(model, training.particles) - 2 * model.phi_x[0].weight.numel()
+    return h.seq_frames * h.batch_size * of_a_frame
 
 
 def seconds(device, function):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -120,116 +183,151 @@ def alternate(device, functions, repeats, warm_up=2):
     return {name: times[warm_up:] for name, times in taken.items()}
 
 
-def matrix_products(device, dtype=torch.float32, size=2048):
+def ratios(times, other_times):
+    """Of turns that are neighbours in time."""
+    each = [time_s / other_s for time_s, other_s in zip(times, other_times)]
+    return dict(ratio=statistics.median(each), least=min(each), most=max(each))
+
+
+def rates(operations, time_s, product_operations, product_times):
+    """Of the matrix products in something, alone and as a fraction of what the machine does in nothing else."""
+    rate, peak = operations / time_s, product_operations / statistics.median(product_times)
+    return dict(gflops=rate / 1e9, of_products=rate / peak)
+
+
+def matrix_products(device, precision="float32", size=2048):
+    """A function, and its floating-point operations."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
 
     def products():
+        if precision == "TF32":
+            torch.set_float32_matmul_precision("high")
         for _ in range(20):
             torch.mm(a, b, out=out)
+        if precision == "TF32":
+            torch.set_float32_matmul_precision("highest")
     return products, 20 * 2 * size ** 3
 
 
 def peak_memory(device):
+    """GiB so far: of GPU memory, or resident."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB resident"
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def benchmark_updates(data, device, repeats, product_size=2048, **sizes):
-    """Median seconds of an update, {(objective, precision): s}; pairs of ours and plain are neighbours in time."""
+def benchmark_updates(data, device, repeats, product_size, cases, bf16=True, updates=1, **sizes):
+    """A row for each (objective, batch) of the cases and each precision; plain in float32, on a GPU in TF32."""
     exact = "TF32" if device.type == "cuda" else "float32"
-    product = {exact: matrix_products(device, size=product_size),
-               "bf16": matrix_products(device, torch.bfloat16, product_size)}
-    size = "tiny" if sizes else "published size (T = 40, B = 128, R = 1000)"
-    print(f"\nUpdate at {size}, optimiser included; plain in {exact}")
-    print(f"{'objective':10}{'products':>9}{'rows':>6}{'ours s':>9}{'plain s':>9}{'plain/ours':>12}{'slowest pair':>14}"
-          f"{'GFLOP/s':>9}{'of products':>13}")
-    fastest = {}
-    for objective in OBJECTIVES:
-        fastest |= benchmark_objective(data, device, repeats, objective, product, sizes)
-        print(f"  peak so far {peak_memory(device)}", flush=True)
-    print(f"K = 5 costs {fastest['IWAE_5', exact] / fastest['VRNN', exact]:.2f} times K = 1")
-    updates = BLIZZARD_HOURS * 3600 / 0.5 / 128
-    for (objective, precision), time_s in fastest.items():
-        print(f"an epoch of {BLIZZARD_HOURS} hours, {updates:,.0f} updates: {objective} {precision} "
-              f"{updates * time_s / 3600:.2f} h")
-    return fastest
+    product = {precision: matrix_products(device, precision, product_size) for precision in [exact, *["bf16"] * bf16]}
+    of_one_particle = {}
+    for objective, batch in cases:
+        flags = sizes | dict(batch_size=batch)
+        for row in benchmark_objective(data, device, repeats, objective, product, updates, flags):
+            first = of_one_particle.setdefault((row["batch"], row["products"]), row["seconds"])
+            yield row | dict(times_vrnn=row["seconds"] / first, peak_gib=peak_memory(device))
 
 
-def benchmark_objective(data, device, repeats, objective, product, sizes):
-    """A line for each precision; returns {(objective, precision): median seconds}."""
+def benchmark_objective(data, device, repeats, objective, product, updates, flags):
+    """A row for each precision, of turns that they, plain and the matrix products take together."""
     loss = OBJECTIVES[objective][0].objective
-    ours = {precision: make_training(data, device, objective, bf16=True, **sizes) if precision == "bf16" else
-            make_training(data, device, objective, **sizes) for precision in product}
-    plain = make_training(data, device, objective, **sizes)
-    plain_turn = on_the_next_window(plain, plain_update(plain, loss))
+    ours = {precision: make_training(data, device, objective, **flags, bf16=precision == "bf16")
+            for precision in product}
+    plain = make_training(data, device, objective, **flags)
+    plain_turn = on_the_next_window(plain, plain_update(plain, loss), updates)
     turns = {f"products {precision}": function for precision, (function, _) in product.items()}
-    turns |= {f"ours {precision}": on_the_next_window(training, our_update(training, loss))
+    turns |= {f"ours {precision}": on_the_next_window(training, our_update(training, loss), updates)
               for precision, training in ours.items()}
     taken = alternate(device, turns | {"plain": plain_turn}, repeats)
-    median = {name: statistics.median(times) for name, times in taken.items()}
-    for precision, training in ours.items():
-        time_s = median[f"ours {precision}"]
-        rate, peak = flop(training) / time_s, product[precision][1] / median[f"products {precision}"]
-        ratios = [slow / quick for slow, quick in zip(taken["plain"], taken[f"ours {precision}"])]
-        print(f"{objective:10}{precision:>9}{training.h.batch_size * training.particles:6}{time_s:9.4f}"
-              f"{median['plain']:9.4f}{statistics.median(ratios):12.2f}{min(ratios):14.2f}{rate / 1e9:9.0f}"
-              f"{rate / peak:13.3f}", flush=True)
-    if device.type == "cuda":
+    kernels = {}
+    if device.type == "cuda":  # ours is one graph launch
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             plain_turn()
-        print(f"  plain: {sum(event.count for event in profile.key_averages()):,} kernels; ours: one graph launch")
-    return {(objective, precision): median[f"ours {precision}"] for precision in product}
+        kernels = dict(plain_kernels=sum(event.count for event in profile.key_averages()) // updates)
+    for precision, training in ours.items():
+        times, h = taken[f"ours {precision}"], training.h
+        time_s = statistics.median(times) / updates
+        updates_an_epoch = BLIZZARD_HOURS * 3600 * common.SAMPLE_RATE / (h.batch_size * h.seq_frames * h.x_dim)
+        yield dict(objective=objective, products=precision, batch=h.batch_size, rows=h.batch_size * h.k, seconds=time_s,
+                   plain_seconds=statistics.median(taken["plain"]) / updates, **ratios(taken["plain"], times),
+                   **rates(flop(training), time_s, product[precision][1], taken[f"products {precision}"]),
+                   blizzard_epoch_hours=updates_an_epoch * time_s / 3600, **kernels)
 
 
-def benchmark_loader(data, device, repeats, update_s, **sizes):
+def benchmark_variants(data, device, repeats, updates=1, **sizes):
+    for objective, flags in FLAGS:
+        taken = alternate(device, {"with": our_turn(data, device, objective, updates, **sizes, **flags),
+                                   "without": our_turn(data, device, objective, updates, **sizes)}, repeats)
+        yield dict(objective=objective, flag=" ".join(flags_of(flags)),
+                   seconds=statistics.median(taken["with"]) / updates,
+                   without_seconds=statistics.median(taken["without"]) / updates,
+                   **ratios(taken["with"], taken["without"]))
+
+
+def benchmark_evaluation(data, device, repeats, product_size, **sizes):
+    """What a batch of windows of the final evaluation takes, float32 on every device."""
+    training = make_training(data, device, **sizes)
+    model, h, particles, windows = training.averaged, training.h, max(training.h.eval_k), common.EVAL_BATCH
+    x_TBX = torch.randn(h.seq_frames, windows, h.x_dim, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    products, product_operations = matrix_products(device, size=product_size)
+    estimates = dict(estimate_bounds=lambda: common.estimate_bounds(model, x_TBX, h.eval_k, generator),
+                     estimate_smc=lambda: common.estimate_smc(model, x_TBX, particles, generator))
+    taken = alternate(device, dict(products=products) | estimates, repeats, warm_up=1)
+    at_once = common.EVAL_ROWS // windows  # particles of estimate_bounds, which makes several rollouts of each window
+    for name, rollouts in dict(estimate_bounds=math.ceil(particles / at_once), estimate_smc=1).items():
+        time_s = statistics.median(taken[name])
+        operations = 2 * h.seq_frames * windows * multiplications(model, particles, rollouts)
+        yield dict(estimate=name, particles=particles, windows=windows, seconds=time_s,
+                   windows_per_second=windows / time_s,
+                   **rates(operations, time_s, product_operations, taken["products"]))
+
+
+def benchmark_growth(data, device, repeats, updates=1, **sizes):
+    """A row for each value; the others are as given, or T = 40, B = 32, K = 1, R = 1000."""
+    start = dict(batch_size=32, rnn_dim=1000) | sizes
+    for name, values in dict(seq_frames=(20, 40, 80), batch_size=(16, 32, 64, 128), k=(1, 2, 5, 10),
+                             rnn_dim=[start["rnn_dim"] * eighths // 8 for eighths in (2, 4, 8, 16)]).items():
+        taken = alternate(device, {value: our_turn(data, device, updates=updates, **start | {name: value})
+                                   for value in values}, repeats)
+        for value, times in taken.items():
+            yield dict(size=name, value=value, seconds=statistics.median(times) / updates)
+
+
+def benchmark_loader(data, device, repeats, **sizes):
     training = make_training(data, device, **sizes)
     excerpts, h = training.excerpts, training.h
     update = our_update(training, vrnn_gauss.objective)
-    turn = on_the_next_window(training, update)
-    window = h.batch_size * h.seq_frames * h.x_dim
+    with_loader = on_the_next_window(training, update, h.reset_freq)
+    samples = h.reset_freq * h.batch_size * h.seq_frames * h.x_dim
     times = [seconds(device, lambda i=i: excerpts.batch(i)) for i in range(20)]
-    read, consumed = h.reset_freq * window / statistics.median(times), window / update_s
-    print(f"\nLoader alone {read / 1e6:.0f} M samples/s; an update consumes {consumed / 1e6:.2f} M samples/s: "
-          f"{read / consumed:.0f} times as much")
-    taken = alternate(device, {"loader": lambda: [turn() for _ in range(h.reset_freq)],
+    taken = alternate(device, {"loader": with_loader,
                                "fixed batch": lambda: [update() for _ in range(h.reset_freq)]}, repeats)
-    ratio = statistics.median(a / b for a, b in zip(taken["loader"], taken["fixed batch"]))
-    print(f"update with the loader / update on a fixed batch: {ratio:.3f}")
+    loaded, used = samples / statistics.median(times), samples / statistics.median(taken["fixed batch"])
+    yield dict(loaded_per_second=loaded, used_by_vrnn_per_second=used, times_as_much=loaded / used,
+               **ratios(taken["loader"], taken["fixed batch"]))
 
 
-def benchmark_growth(data, device, repeats, **sizes):
-    """Each row in the sizes that are not given here."""
-    start = dict(batch_size=32) | sizes
-    print("\nSeconds an update as one size grows from T = 40, B = 32, K = 1, R = 1000" + ", quick" * bool(sizes))
-    for name, values in dict(seq_frames=(20, 40, 80), batch_size=(16, 32, 64, 128), k=(1, 2, 5, 10),
-                             rnn_dim=(250, 500, 1000, 2000)).items():
-        row = []
-        for value in values:
-            training = make_training(data, device, **start | {name: value})
-            turn = on_the_next_window(training, our_update(training, vrnn_gauss.objective))
-            row.append(statistics.median(alternate(device, {"": turn}, repeats)[""]))
-        print(f"{name:11}" + "".join(f"{value:>7}: {time_s:.4f}" for value, time_s in zip(values, row)), flush=True)
-
-
-def benchmark_conversion(folder):
-    x = np.random.default_rng(0).normal(0, 1000, 3600 * common.SAMPLE_RATE).astype(np.int16)
-    parts = {f"minute_{i}": part for i, part in enumerate(np.array_split(x, 60))} | {"three_hours": np.tile(x, 3)}
-    np.savez(folder / "four_hours.npz", **parts)
-    taken = seconds(torch.device("cpu"), lambda: prepare_blizzard.convert_files([folder / "four_hours.npz"],
-                                                                                folder / "out.h5"))
-    print(f"\nConversion of a 4-hour .npz: {4 * 3600 / taken:,.0f} times real time")
+def benchmark_conversion(folder, minutes=240):
+    """Of an .npz of so many minutes, a quarter of them in 60 recordings and the rest in one, and of 40 sound files."""
+    convert, length = prepare_blizzard.convert_files, minutes // 4  # of a recording, in seconds
+    x = np.random.default_rng(0).normal(0, 1000, 60 * length * common.SAMPLE_RATE).astype(np.int16)
+    parts = {f"short_{i}": part for i, part in enumerate(np.array_split(x, 60))} | {"long": np.tile(x, 3)}
+    np.savez(folder / "x.npz", **parts)
+    taken = seconds(torch.device("cpu"), functools.partial(convert, [folder / "x.npz"], folder / "npz.h5"))
+    yield dict(kind=".npz", cores=1, times_real_time=4 * 60 * length / taken)
     import soundfile
     for suffix in ("wav", "flac", "mp3", "ogg"):
         audio = folder / suffix
         audio.mkdir()
         for i in range(40):
             with soundfile.SoundFile(audio / f"{i}.{suffix}", "w", 44_100, 1) as file:
-                for start in range(0, 60 * 44_100, 44_100):  # libvorbis crashes on long writes
+                for start in range(0, length * 44_100, 44_100):  # libvorbis crashes on long writes
                     file.write(x[start:start + 44_100])
-        taken = seconds(torch.device("cpu"), functools.partial(common.convert, [audio], folder / f"{suffix}.h5"))
-        print(f"Conversion of 44.1 kHz .{suffix}: {40 * 60 / taken:,.0f} times real time on {os.cpu_count()} cores")
+        taken = seconds(torch.device("cpu"), functools.partial(convert, [audio], folder / f"{suffix}.h5"))
+        yield dict(kind=f".{suffix}", cores=os.cpu_count(), times_real_time=40 * length / taken)
 
 
 class Worker:
@@ -250,27 +348,65 @@ class Worker:
 
 def serve(data, device, objective, **sizes):
     """Make an update for every line that comes in, and say how many seconds it took."""
-    training = make_training(data, device, objective, **sizes)
-    turn = on_the_next_window(training, our_update(training, OBJECTIVES[objective][0].objective))
+    turn = our_turn(data, device, objective, **sizes)
     for _ in sys.stdin:
         print(seconds(device, turn), flush=True)
 
 
 def compare_with(checkout, data, device, repeats, quick=False, warm_up=1):
-    """Print a line for each objective: the seconds of an update in both trees, and the median of their ratios."""
-    print(f"{'objective':10}{'here s':>9}{'there s':>9}{'there/here':>12}{'least':>8}{'most':>8}")
+    """A row for each objective: the seconds of an update in both trees, and their ratios."""
     for objective in OBJECTIVES:
         here, there = (Worker(tree, objective, data, device, quick) for tree in (Path(__file__).parents[2], checkout))
         pairs = [(here.seconds(), there.seconds()) for _ in range(warm_up + repeats)][warm_up:]
         here.end(), there.end()
-        medians = [statistics.median(times) for times in zip(*pairs)]
-        ratios = [theirs / ours for ours, theirs in pairs]
-        print(f"{objective:10}{medians[0]:9.4f}{medians[1]:9.4f}{statistics.median(ratios):12.3f}{min(ratios):8.3f}"
-              f"{max(ratios):8.3f}", flush=True)
+        ours, theirs = zip(*pairs)
+        yield dict(objective=objective, here_seconds=statistics.median(ours), there_seconds=statistics.median(theirs),
+                   **ratios(theirs, ours))
+
+
+def rows_of(part, data, device, repeats, quick=False):
+    """The rows of one of PARTS, as they are measured."""
+    published, small, product_size, minutes = (QUICK, QUICK, 64, 4) if quick else ({}, SMALL, 2048, 240)
+    where, updates = (data, device, repeats), 2 if quick else 20  # in a turn: a small one alone is too short to time
+    rows = dict(
+        updates=lambda: benchmark_updates(*where, product_size, BATCHES, **published),
+        updates_small=lambda: benchmark_updates(*where, product_size, SMALL_BATCHES, bf16=False, updates=updates,
+                                                **small),
+        variants=lambda: benchmark_variants(*where, **published),
+        variants_small=lambda: benchmark_variants(*where, updates, **small | dict(batch_size=8)),
+        evaluation=lambda: benchmark_evaluation(*where, product_size, **published),
+        evaluation_small=lambda: benchmark_evaluation(*where, product_size, **small),
+        growth=lambda: benchmark_growth(*where, **published),
+        growth_small=lambda: benchmark_growth(*where, updates, **small),
+        loader=lambda: benchmark_loader(*where, **published),
+        conversion=lambda: benchmark_conversion(data.parent, minutes))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if part.endswith("_small") else threads)
+    try:
+        yield from rows[part]()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shown(title, rows):
+    """Print a table row by row as they come; returns them all."""
+    print(f"\n{title}\n")
+    kept = []
+    for row in rows:
+        for cells in [row.values()] if kept else [row, ["---"] * len(row), row.values()]:
+            print(f"| {' | '.join(map(as_text, cells))} |", flush=True)
+        kept.append(row)
+    return kept
+
+
+def as_text(cell):
+    return str(cell) if not isinstance(cell, float) else f"{cell:.4g}" if cell < 1000 else f"{cell:.0f}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to keep the tables")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
@@ -278,23 +414,36 @@ def main():
     parser.add_argument("--serve", choices=OBJECTIVES, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := [part for part in chosen if part not in PARTS]:
+        parser.error(f"--only: {unknown[0]!r} is none of {','.join(PARTS)}")
+    if options.json:
+        options.json.touch()  # fail now, not once all is measured
+    if options.quick:
+        torch.set_num_threads(1)  # more only wait for each other
     common.start_processes(1)
     device = common.choose_device(options.device)
-    sizes = QUICK if options.quick else {}
     if options.serve:
-        return serve(options.data, device, options.serve, **sizes)
+        return serve(options.data, device, options.serve, **(QUICK if options.quick else {}))
 
-    print(f"{common.describe(device)}; torch {torch.__version__}; commit {common.commit()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "noise.h5"
         write_corpus(data, minutes=1 if options.quick else 30)
-        if options.against:
-            return compare_with(options.against, data, device, options.repeats, options.quick)
-        fastest = benchmark_updates(data, device, options.repeats, 64 if options.quick else 2048, **sizes)
-        benchmark_loader(data, device, options.repeats, min(fastest.values()), **sizes)
-        benchmark_growth(data, device, options.repeats, **sizes)
-        if not options.quick:
-            benchmark_conversion(Path(folder))
+        where = data, device, options.repeats, options.quick
+        tables = ([("against", "Updates in two trees; ratio: there / here", compare_with(options.against, *where))]
+                  if options.against else [(part, PARTS[part], rows_of(part, *where)) for part in chosen])
+        measure(tables, device, options.json)
+
+
+def measure(tables, device, file):
+    """Print the tables, (name, title, rows) each, and keep those that are complete in the file, if there is one."""
+    found = dict(commit=common.commit(), device=common.describe(device), torch=torch.__version__,
+                 date=datetime.date.today().isoformat(), tables={})
+    print(f"{found['device']}; torch {found['torch']}; commit {found['commit']}", flush=True)
+    for name, title, rows in tables:
+        found["tables"][name] = shown(title, rows)
+        if file:
+            file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
