@@ -23,7 +23,7 @@ import plot_recon  # noqa: E402
 from plot_recon import mean_and_interval  # noqa: E402
 
 RESULTS = ROOT / "data/results"
-FILES = ("README.md", "data/results/README.md", "tests/README.md")
+FILES = ("README.md", "data/README.md", "data/results/README.md", "tests/README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|^ {4}.*?$|`[^`\n]*`|https?://[^\s)]*|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w./])\d[\d,]*\.\d+(?!\w|\.\d)")
