@@ -1094,8 +1094,7 @@ class Training:
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
             folder.check_unchanged(header)
-            folder.keep_others_out()
-            folder.restore(self)
+            self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
             folder.go_on(config, self.progress["updates"])
         else:
@@ -1300,7 +1299,7 @@ class Training:
         if tracked > progress["best"]:
             progress["best"] = tracked
             folder.save(folder.best, dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
-        folder.save(folder.last, self.checkpoint(), folder.previous)
+        folder.save(folder.last, self.checkpoint())
         self.clock = time.monotonic()
 
     def stop_clock(self):
@@ -1310,7 +1309,7 @@ class Training:
     def stop(self, signal_number):
         """Save the state, say how to go on, and exit."""
         self.stop_clock()
-        self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
+        self.folder.save(self.folder.last, self.checkpoint())
         if is_first():
             start = [sys.executable]
             if self.processes > 1:
@@ -1359,8 +1358,8 @@ class Training:
             for name, value in self.progress.items():
                 self.progress[name] = type(value)(checkpoint["progress"][name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); give its "
-                            "--out_dir, or start another") from None
+            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
+                            f"{ANOTHER_RUN}") from None
 
     # ---- the end ----
 
@@ -1430,35 +1429,30 @@ def progress_line(h, line):
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
 FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
+ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what was learnt"
 
 
 class RunFolder:
-    """What a run leaves: previous.pt is the last.pt before, windows.csv the bounds of every window of the test split.
+    """What a run leaves: last.pt is all that --resume needs, windows.csv the bounds of every window of the test split.
     Of the processes of a job only the first writes."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.previous, self.best, self.eval, self.windows, self.samples = (
-            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt",
-                                            "eval.json", "windows.csv", "samples"))
-        has_state = self.last.exists() or self.previous.exists()
+        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = (
+            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json",
+                                            "windows.csv", "samples"))
+        has_state = self.last.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
-    def keep_others_out(self):
+    def start(self, config, header=None, lines=()):
+        """Keep other processes out, and begin the log; without a header there is none, since nothing is trained."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if is_first():
             self.descriptor = lock(self.folder)
-
-    def start(self, config, header=None):
-        """A new folder; without a header it gets no log, since nothing is trained."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.keep_others_out()
-        self.write(config, header)
-
-    def write(self, config, header, lines=()):
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
         if header:
             write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
@@ -1472,8 +1466,7 @@ class RunFolder:
             changes += [("what --data holds", before["data"], header["data"]),
                         ("the kind of --device", before["device"][:4], header["device"][:4])]
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
-                            "(with --init_from best.pt to keep what was learnt)") from None
+            raise UserError(f"--resume: {self.log} does not begin with the header of a run; {ANOTHER_RUN}") from None
         for what, was, now in changes:
             if was != now:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
@@ -1484,39 +1477,29 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
         sync(self.log)
 
-    def save(self, path, checkpoint, previous=None):
-        """Write a checkpoint such that path holds the old or the new one, whole; previous keeps the old one."""
+    def save(self, path, checkpoint):
+        """Write a checkpoint such that path holds the old or the new one, whole."""
         if is_first():
             try:
                 torch.save(checkpoint, partial_of(path))
-                replace_durably(path, previous)
+                replace_durably(path)
             except (OSError, RuntimeError) as error:
                 partial_of(path).unlink(missing_ok=True)
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
 
-    def restore(self, training):
-        """Restore the state in last.pt; where that is missing or damaged, the one before."""
-        try:
-            training.restore(load_checkpoint(self.last, "--resume"), self.last)
-        except UserError:
-            if not self.previous.exists():
-                raise
-            training.restore(load_checkpoint(self.previous, "--resume"), self.previous)
-            if is_first():
-                print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
-
     def go_on(self, config, update):
-        """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen, one of
-        which may have been torn when the machine stopped."""
+        """Start with the hyperparameters that hold from now on, and without log lines that the checkpoint has not seen,
+        one of which may have been torn when the machine stopped."""
         header, *lines = self.log.read_text().splitlines()
         begins = [re.match(r'{"update": (\d+),', line) for line in lines]
         seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
-        self.write(config, {**json.loads(header), "config": config}, seen)
+        self.start(config, {**json.loads(header), "config": config}, seen)
 
 
 def load_checkpoint(path, option, *parts):
     """Read a checkpoint with these parts, executing nothing in it; option: that which asked for it."""
+    remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
@@ -1525,11 +1508,10 @@ def load_checkpoint(path, option, *parts):
         if missing := [part for part in parts if part not in checkpoint]:
             raise ValueError(f"it has no {missing[0]}")
         return checkpoint
-    except FileNotFoundError:
-        raise UserError(f"{option}: {path} does not exist; name a checkpoint, or start without {option}") from None
     except Exception as error:  # a damaged checkpoint can raise anything
-        raise UserError(f"{option}: {path} is not a readable checkpoint ({first_line(error)}); name another, or start "
-                        f"without {option}") from None
+        is_missing = isinstance(error, FileNotFoundError)
+        why = "does not exist" if is_missing else f"is not a readable checkpoint ({first_line(error)})"
+        raise UserError(f"{option}: {path} {why}; {remedy}") from None
 
 
 def load_trained(path):
@@ -2120,11 +2102,9 @@ def write_durably(path, text):
         replace_durably(path)
 
 
-def replace_durably(path, previous=None):
-    """Rename a complete file into place, after its bytes have reached the disk; previous keeps the one before it."""
+def replace_durably(path):
+    """Rename a complete file into place, after its bytes have reached the disk."""
     sync(partial_of(path))
-    if previous and path.exists():
-        path.replace(previous)
     partial_of(path).replace(path)
     sync(path.parent)  # the new name as well
 
