@@ -285,7 +285,8 @@ class Recurrence(torch.autograd.Function):
         frames, rows, z_dim = noise.shape
         rnn_dim = h.shape[1]
         q_dim = h_weight.shape[0] - 4 * rnn_dim
-        posterior, (head, head_bias), phi_z = pairs(layers[:6]), layers[6:8], pairs(layers[8:])
+        layers = list(zip(layers[::2], layers[1::2]))
+        posterior, (head, head_bias), phi_z = layers[:3], layers[3], layers[4:]
 
         def returned(width, like=from_x):
             return like.new_empty(frames, rows, width)
@@ -392,11 +393,6 @@ threshold_backward = torch.ops.aten.threshold_backward.grad_input
 def frame_by_frame(tensors):
     """[the tensors' parts of frame 0, of frame 1, ...], views."""
     return list(zip(*map(torch.unbind, tensors)))
-
-
-def pairs(flat):
-    """[weight, bias, weight, bias, ...] as [(weight, bias), ...]."""
-    return list(zip(flat[::2], flat[1::2]))
 
 
 def through_relu_layers(d, products, outputs, d_outputs):
@@ -509,14 +505,6 @@ class VRNN(nn.Module):
         below = from_h if phi_z is None else self.decoder_z(phi_z) + from_h
         return self.likelihood.parameters(through_head(self.decoder, below))
 
-    def lstm(self, gates, h, c):
-        """h before each frame, (T, rows, R), and h, c after the last, from what x and z add to the gates."""
-        h_before = []
-        for gates_t in gates:
-            h_before.append(h)
-            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
-        return torch.stack(h_before), h, c
-
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
         """Sample z from the posterior along x and score both; returns a Rollout.
 
@@ -528,18 +516,20 @@ class VRNN(nn.Module):
         frames, batch, _ = x_TBX.shape
         h, c, *memory = state = self.zero_state(batch * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
-        if not self.z_dim:
-            return self.without_z(x_TBX, phi_x, state, k)
         if noise is None:
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
-        from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        *layers, head, head_bias = self.posterior.parameters()
-        z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
-            self.lstm_z.weight, *layers, *self.phi_z.parameters()))
-        h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-            k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
-            head_bias, *layers[6:])
-        prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+        if self.z_dim:
+            from_x, h_weight = self.into_posterior_and_lstm(phi_x)
+            *layers, head, head_bias = self.posterior.parameters()
+            z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
+                self.lstm_z.weight, *layers, *self.phi_z.parameters()))
+            h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
+                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
+                head_bias, *layers[6:])
+            prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+        else:
+            phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
+            q_mean = q_sigma = prior_mean = prior_sigma = noise
         x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
         by_particle = (frames, batch, k)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
@@ -571,6 +561,7 @@ class VRNN(nn.Module):
             self.posterior, self.phi_z, self.prior, self.decoder))
         from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
             h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
+        decoder_bias = self.decoder_z.bias.to(phi_x.dtype)
 
         def step(t, state, noise):
             h, c, *memory = self.zero_state(rows) if state is None else state
@@ -580,44 +571,40 @@ class VRNN(nn.Module):
             z = torch.addcmul(q_mean, q_sigma, noise)
             from_z = phi_z(z.to(phi_x.dtype))
             decoded = self.likelihood.parameters(decoder(
-                (decoder_from_z(from_z) + self.decoder_z.bias).add_(decoder_from_h(h))).unsqueeze(0))
+                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h))).unsqueeze(0))
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
             log_pz, log_qz = gaussian_log_density(z, *of_units(prior(h))), gaussian_log_density(z, q_mean, q_sigma)
             log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
             return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
         return step
 
-    def without_z(self, x_TBX, phi_x, state, k):
-        """The Rollout of an LSTM: all of it is log p(x_t | x_<t)."""
-        if k > 1:
-            raise UserError("without latent variables (z_dim = 0) all particles are the same; give --k=1")
-        h, c, *memory = state
-        h_before, h, c = self.lstm(self.lstm_x(phi_x), h, c)
-        x_mean, x_sigma, *_ = decoded = self.decode(None, h_before.to(phi_x.dtype))
-        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
-        return Rollout(-log_px, torch.zeros_like(log_px), log_px, *[h_before[:, :, :0]] * 4, x_mean, x_sigma,
-                       state=(h, c, *memory), phi_x=phi_x)
-
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
         """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
 
         As functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state: before the window.
         """
-        if not self.z_dim:
-            log_px = self.without_z(x_TBX, phi_x, state, k).log_w_TBK
-            return log_px, torch.zeros_like(log_px)
-        _, _, *memory = state
-        phi_z, h_before = self.along(phi_x, z, state, k)
-        q = mean_and_sigma(self.posterior, self.posterior_x(phi_x).repeat_interleave(k, 1) + self.posterior_h(h_before))
-        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), memory, k)
-        log_pz = gaussian_log_density(z, *mean_and_sigma(self.prior, h_before))
-        return log_px + log_pz.view(log_px.shape), gaussian_log_density(z, *q).view(log_px.shape)
+        phi_z, h_before, *_ = self.along(phi_x, z, state, k)
+        q = prior = z, z  # of no width, without z
+        if self.z_dim:
+            from_x = self.posterior_x(phi_x).repeat_interleave(k, 1)
+            q = mean_and_sigma(self.posterior, from_x + self.posterior_h(h_before))
+            prior = mean_and_sigma(self.prior, h_before)
+        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
+        log_pz, log_qz = (gaussian_log_density(z, *of_z).view(log_px.shape) for of_z in (prior, q))
+        return log_px + log_pz, log_qz
 
     def along(self, phi_x, z, state, k=1):
-        """phi_z(z_t) and h_{t-1} of each frame, (T, B*k, .), where x, as phi_x (T, B, .), and z are given."""
-        phi_z = self.phi_z(z.to(phi_x.dtype))
-        h_before, *_ = self.lstm(self.lstm_x(phi_x).repeat_interleave(k, 1) + self.lstm_z(phi_z), *state[:2])
-        return phi_z, h_before.to(phi_x.dtype)
+        """phi_z(z_t), None where there is no z, and h_{t-1} of each frame, (T, B*k, .), and h, c after the last, where
+        x, as phi_x (T, B, .), and z are given."""
+        gates, phi_z = self.lstm_x(phi_x).repeat_interleave(k, 1), None
+        if self.z_dim:
+            phi_z = self.phi_z(z.to(phi_x.dtype))
+            gates = gates + self.lstm_z(phi_z)
+        h_before, (h, c, *_) = [], state
+        for gates_t in gates:
+            h_before.append(h)
+            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
+        return phi_z, torch.stack(h_before).to(phi_x.dtype), h, c
 
     @torch.no_grad()
     def resynthesise(self, x_TBX, generator=None):
@@ -626,12 +613,9 @@ class VRNN(nn.Module):
         _, _, *memory = state = self.zero_state(batch)
         noise = torch.randn(frames, batch, self.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = self(x_TBX, state, noise)
-        if self.z_dim:
-            phi_z, h_before = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
-        else:
-            phi_z, (h_before, *_) = [None] * frames, self.lstm(self.lstm_x(rollout.phi_x), *state[:2])
+        phi_z, h_before, *_ = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
         x = []
-        for phi_z_t, h in zip(phi_z, h_before):
+        for phi_z_t, h in zip([None] * frames if phi_z is None else phi_z, h_before):
             x_t, memory = self.likelihood.sample(self.decode(phi_z_t, h), memory, generator)
             x.append(x_t)
         return torch.stack(x)
@@ -736,24 +720,24 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     """
-    first_rows = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    step, log_w_BK, gathered_B = stepper_of(model, x_TBX, k), 0.0, 0.0
-    log_likelihood, effective, resampled, ancestors = [], [], [], []
+    own_K = torch.arange(k, device=x_TBX.device)
+    first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
+    step, log_w_BK, gathered_B, found = stepper_of(model, x_TBX, k), 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
         frame_log_w_BK, state = step(t, state, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
-        log_likelihood.append(gathered_B + importance_weighted(log_w_BK))
-        effective.append(effective_sample_size(log_w_BK.detach()))
+        log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
+        ess_B = effective_sample_size(log_w_BK.detach())
         is_carried_on = resample_last and t == len(x_TBX) - 1
-        resampled.append(effective[-1] < (math.inf if is_carried_on else k / 2))
-        gathered_B = torch.where(resampled[-1], log_likelihood[-1], gathered_B)
-        resampled_B1 = resampled[-1].unsqueeze(1)
-        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
-                                torch.arange(k, device=x_TBX.device))
-        ancestors.append((first_rows + chosen_BK).flatten())
+        resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
+        gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
+        resampled_B1 = resampled_B.unsqueeze(1)
+        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B), own_K)
+        ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
-        state = tuple(part[ancestors[-1]] for part in state)
-    return Filtering(*map(torch.stack, (log_likelihood, effective, resampled, ancestors)), state)
+        state = tuple(part[ancestors] for part in state)
+        found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
+    return Filtering(*map(torch.stack, zip(*found)), state)
 
 
 def stepper_of(model, x_TBX, k):
