@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -864,19 +863,18 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     samples = seq_frames * x_dim
     starts = window_starts(split, samples)
     fitted = fit_linear_prediction(corpus, samples)
-    bits, headers, counts, predicted = [], [], np.zeros(1 << 16, np.int64), []
+    coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
     for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
         predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
         for window in split.read(starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH], samples):
-            for found, count in zip((bits, headers), flac_size(window)):
-                found.append(count)
+            coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
     p = counts[counts > 0] / counts.sum()
-    bits = torch.tensor(bits, dtype=torch.float64)
+    bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
     found = summarise(dict(flac=nats_of_code(bits, samples, corpus.std), linear_prediction_16=torch.cat(predicted),
                            histogram=nats_of_code(entropy, samples, corpus.std)), seq_frames, x_dim, corpus)
-    found["flac"]["header_bytes"] = np.mean(headers)
+    found["flac"]["header_bytes"] = headers.mean().item()
     found["histogram"]["stderr"] = None  # of all windows at once
     return found
 
@@ -938,13 +936,12 @@ def evaluate_recordings(model, corpus, split, k, at_most):
         ends = torch.from_numpy(lengths[batch])
         x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
         for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
-            x_TBX[:end, i:i + 1] = frames_at(split, split.offsets[[recording]], end, model.x_dim, corpus, generator)
+            start, samples = split.offsets[[recording]], end * model.x_dim
+            x_TBX[:end, i:i + 1] = frames_at(split, start, end, model.x_dim, corpus, generator)
+            flac.append(nats_of_code(flac_size(*split.read(start, samples))[0], samples, corpus.std))
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
-        for recording, end in zip(batch, ends.tolist()):
-            samples = split.read(split.offsets[[recording]], end * model.x_dim)[0]
-            flac.append(nats_of_code(flac_size(samples)[0], len(samples), corpus.std))
     frames, found = lengths[chosen], {}
     for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": np.array(flac)}.items():
         mean = of_recordings.sum() / frames.sum()
@@ -1295,11 +1292,8 @@ class Training:
         self.stop_clock()
         self.folder.save(self.folder.last, self.checkpoint())
         if is_first():
-            start = [sys.executable]
-            if self.processes > 1:
-                start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-            again = shlex.join([*start, *sys.argv, *["--resume"] * (not self.h.resume)])
-            print(f"stopped after update {self.progress['updates']}; go on with: {again}", flush=True)
+            print(f"stopped after update {self.progress['updates']}; go on with the same command and --resume",
+                  flush=True)
         sys.exit(128 + signal_number)
 
     # ---- state ----
@@ -1577,25 +1571,18 @@ def script_of(cls):
 
 def kinds_of(script):
     """{field: type} of a script's dataclass. Raises UserError where a line of it cannot become a flag."""
-    kinds, defaults = typing.get_type_hints(script), {f.name: f.default for f in dataclasses.fields(script)}
-    problems = [f"{name} = {value!r} has no type; write {name}: {type(value).__name__} = {value!r}"
-                for cls in script.__mro__[:-1] for name, value in vars(cls).items()
-                if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
-                        or name in inspect.get_annotations(cls))]
-    for name, kind in kinds.items():
-        if name not in defaults:
-            problems.append(f"{name} is no field of {script.__name__}; write @dataclass above its class")
-        elif defaults[name] is dataclasses.MISSING:
-            problems.append(f"{name} has no default; give one behind an equals sign")
-        elif name in ("resume", "demo", "help"):
-            problems.append(f"every script has a flag --{name}; give this hyperparameter another name")
-        elif kind not in FROM_TEXT:
-            problems.append(f"{name} has a type that no flag can have; make it int, float, str, bool or "
-                            "tuple[int, ...]")
-    problems += [f"there is no hyperparameter {name}; add one, such as vrnn_gauss.py has"
-                 for name in sorted(NEEDED - kinds.keys())]
-    if problems:
-        raise UserError(f"{script_of(script)}.py: {problems[0]}")
+    kinds = typing.get_type_hints(script)
+    with_default = {f.name for f in dataclasses.fields(script) if f.default is not dataclasses.MISSING}
+    without_type = [name for cls in script.__mro__[:-1] for name, value in vars(cls).items()
+                    if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
+                            or name in inspect.get_annotations(cls))]
+    for name, kind in (kinds | dict.fromkeys(without_type)).items():
+        if kind not in FROM_TEXT or name not in with_default - {"resume", "demo", "help"}:
+            raise UserError(f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
+                            "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and if it is named "
+                            "resume, demo or help, name it otherwise")
+    for name in sorted(NEEDED - kinds.keys()):
+        raise UserError(f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py")
     return kinds
 
 
@@ -1777,37 +1764,30 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(out)
-    with only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-        writers = {split: SplitWriter(file.create_group(split), share)
-                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
-        skipped = distribute(recordings, writers.values(), strict)
-        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-        for split, writer in writers.items():
-            if not writer.names:
-                why = f" (skipped: {skipped[0]})" if skipped else ""
-                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
-                                f"split {split}{why}; give more recordings or a larger --valid and --test")
-        (mean, std), *_ = [writer.close() for writer in writers.values()]
-        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                          created_by=created_by)
-        file.close()
+    partial.touch()
+    descriptor = lock(partial)
+    try:
+        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+            writers = {split: SplitWriter(file.create_group(split), share)
+                       for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
+            skipped = distribute(recordings, writers.values(), strict)
+            splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+            for split, writer in writers.items():
+                if not writer.names:
+                    why = f" (skipped: {skipped[0]})" if skipped else ""
+                    raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for "
+                                    f"the split {split}{why}; give more recordings or a larger --valid and --test")
+            (mean, std), *_ = [writer.close() for writer in writers.values()]
+            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                              created_by=created_by)
         replace_durably(out)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
     lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
                            skipped=skipped)
-
-
-@contextlib.contextmanager
-def only_writer(path):
-    """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
-    path.touch()
-    descriptor = lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def distribute(recordings, writers, strict):
@@ -1889,8 +1869,7 @@ def read_corpus(path):
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
-MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
 
 
 class BadAudio(Exception):
@@ -1924,17 +1903,11 @@ def array_recordings(path, name, allow_pickle=False):
     A recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
     the file says. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
     """
-    load = functools.partial(np.load, path, mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle,
-                             encoding="latin1")  # Python 2 wrote some
+    load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
-        yield from recordings_of(load, name)
+        yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
         return
-    with zipfile.ZipFile(path) as archive:
-        expanded = sum(member.file_size for member in archive.infolist())
-    if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
-        raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it should "
-                       "hold with numpy.savez")
-    with load() as archive:
+    with path.open("rb") as file, load(file) as archive:
         members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")

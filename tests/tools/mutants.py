@@ -167,7 +167,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("half a recording stays", NEEDIEST, COMMON, "            self.audio.resize((start,))\n", ""),
     ("two conversions into one file", ONE_WRITER, COMMON, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH"),
     ("arrays of arrays read in any case", PICKLES, COMMON,
-     'mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle', "mmap_mode=None, allow_pickle=True"),
+     "functools.partial(np.load, allow_pickle=allow_pickle,", "functools.partial(np.load, allow_pickle=True,", COMMON,
+     'mmap_mode=None if allow_pickle else "r"', "mmap_mode=None"),
     # ---- objectives ----
     ("--dreg runs the plain objective", DREG, IWAE_SCRIPT, "elif h.dreg:", "elif False:"),
     ("DReG with weights that are not squared", DREG, IWAE_SCRIPT,
