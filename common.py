@@ -530,13 +530,12 @@ class VRNN(nn.Module):
             phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
             q_mean = q_sigma = prior_mean = prior_sigma = noise
         x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
-        by_particle = (frames, batch, k)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return Rollout(
-            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view(by_particle),
-            log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
+            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
+            log_w_TBK=log_px + (log_pz - log_qz).view_as(log_px), q_mean=q_mean, q_sigma=q_sigma,
             prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
             state=(next_h, next_c, *memory), phi_x=phi_x)
 
@@ -589,7 +588,7 @@ class VRNN(nn.Module):
             q = mean_and_sigma(self.posterior, from_x + self.posterior_h(h_before))
             prior = mean_and_sigma(self.prior, h_before)
         log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
-        log_pz, log_qz = (gaussian_log_density(z, *of_z).view(log_px.shape) for of_z in (prior, q))
+        log_pz, log_qz = (gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
         return log_px + log_pz, log_qz
 
     def along(self, phi_x, z, state, k=1):
@@ -1036,7 +1035,7 @@ class Training:
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
         if h.evaluate:
-            self.take_trained(load_trained(h.evaluate))
+            self.take_trained(load_checkpoint(h.evaluate, "--evaluate", *PARTS))
         else:
             self.begin()
 
@@ -1322,17 +1321,14 @@ class Training:
             load_parameters(self.model, checkpoint["model"], path, "--resume")
             load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
-            moments, tensors = checkpoint["optimiser"]["state"], dict(checkpoint["tensors"])
             for name, tensor in self.in_place().items():
+                saved = checkpoint["tensors"][name]
                 if tensor.dim():  # this process's part of it
-                    tensors[name] = tensors[name].chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
-            pairs = [(tensors[name], tensor) for name, tensor in self.in_place().items()]
-            pairs += [(moments[i][name], tensor) for i, state in enumerate(self.optimiser.state.values())
-                      for name, tensor in state.items()]
-            for saved, tensor in pairs:
-                if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-                    raise ValueError(f"{tuple(saved.shape)} in place of {tuple(tensor.shape)}")
+                    saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
                 tensor.copy_(saved)
+            for i, moments in enumerate(self.optimiser.state.values()):
+                for name, tensor in moments.items():
+                    tensor.copy_(checkpoint["optimiser"]["state"][i][name])
             for name, value in self.progress.items():
                 self.progress[name] = type(value)(checkpoint["progress"][name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -1475,31 +1471,28 @@ class RunFolder:
         self.start(config, {**json.loads(header), "config": config}, seen)
 
 
+# what the evaluation of a checkpoint needs, and of which type
+PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
+
+
 def load_checkpoint(path, option, *parts):
-    """Read a checkpoint with these parts, executing nothing in it; option: that which asked for it."""
+    """Read a checkpoint with these of PARTS, executing nothing in it; option: that which asked for it."""
     remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := [part for part in parts if part not in checkpoint]:
-            raise ValueError(f"it has no {missing[0]}")
+        for part in parts:
+            if not isinstance(checkpoint.get(part), PARTS[part]):
+                raise ValueError(f"it has no usable {part}")
+        if "std" in parts and not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf):
+            raise ValueError("its mean or std is out of range")
         return checkpoint
     except Exception as error:  # a damaged checkpoint can raise anything
         is_missing = isinstance(error, FileNotFoundError)
         why = "does not exist" if is_missing else f"is not a readable checkpoint ({first_line(error)})"
         raise UserError(f"{option}: {path} {why}; {remedy}") from None
-
-
-def load_trained(path):
-    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters."""
-    checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
-    config, mean, std, update = (checkpoint[part] for part in ("config", "mean", "std", "update"))
-    if not (type(config) is dict and type(mean) is type(std) is float and type(update) is int
-            and math.isfinite(mean) and 0 < std < math.inf):
-        raise UserError(f"--evaluate: {path} has no usable config, mean, std or update; name another checkpoint")
-    return checkpoint
 
 
 def load_parameters(model, parameters, path, option):
@@ -1555,7 +1548,7 @@ def parse(script, argv=None):
         for name in ["resume"] * resume + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = {"ar_order": 0, **load_trained(path)["config"]}  # older ones have none
+        config = {"ar_order": 0, **load_checkpoint(path, "--evaluate", *PARTS)["config"]}  # older ones have none
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
@@ -1758,8 +1751,6 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -1935,15 +1926,15 @@ def recordings_of(load, name):
 def pcm16_blocks(array):
     """int16 blocks of one recording, its first channel, of any real dtype.
 
-    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole.
+    int16 is taken as it is. Wider integers are int16 values where all fit and 32-bit full scale where some exceed 24
+    bits. Floats have full scale 1, or are int16 values where all are whole.
     """
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
     if len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
-    if kind not in "iuf" or (kind, itemsize) == ("u", 2):
+    if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array
     blocks = [samples[start:start + BLOCK] for start in range(0, len(samples), BLOCK)]
@@ -1952,10 +1943,7 @@ def pcm16_blocks(array):
         return
     peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
-    zero = 128 if (kind, itemsize) == ("u", 1) else 0
-    if itemsize == 1:
-        scale = 256
-    elif is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
+    if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
     elif kind == "f" and peak <= 2:
         scale = 1 << 15
@@ -1965,7 +1953,7 @@ def pcm16_blocks(array):
         raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
     else:
         raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    yield from (to_int16((block.astype(np.float64) - zero) * scale) for block in blocks)
+    yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
 
 def to_int16(samples):

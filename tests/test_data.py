@@ -128,10 +128,6 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
             np.asfortranarray(np.stack([x, x[::-1]], 1)), x[:, None]]
     for array in same:
         np.testing.assert_array_equal(converted_array(tmp_path, array), x)
-    coarse = (x // 256).astype(np.int8)
-    np.testing.assert_array_equal(converted_array(tmp_path, coarse), coarse.astype(np.int16) * 256)
-    np.testing.assert_array_equal(converted_array(tmp_path, (coarse.astype(np.int16) + 128).astype(np.uint8)),
-                                  coarse.astype(np.int16) * 256)
 
 
 @pytest.mark.parametrize("array, reason", (
@@ -141,6 +137,7 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
     (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
     (np.zeros(9, [("a", "i2")]), "not audio"), (np.full(9, 32768, np.uint16), "not audio"),
+    (np.arange(9, dtype=np.int8), "not audio"), (np.arange(9, dtype=np.uint8), "not audio"),
     (np.full(9, 1 << 20), "peak"), (np.array([1, 32_769]), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
 ))
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):

@@ -150,8 +150,9 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "state\n        phi_x = self.phi_x(getattr(self, 'clean', x_TBX))"),
     ("x_noise on the input alone", VRNN, COMMON,
      "        if h.x_noise:\n", "        self.model.clean = x_TBX\n        if h.x_noise:\n", COMMON,
-     "        by_particle = (frames, batch, k)\n",
-     "        by_particle, x_TBX = (frames, batch, k), getattr(self, 'clean', x_TBX)\n"),
+     "        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)\n        log_pz = ",
+     "        log_px, memory = self.likelihood.log_density(getattr(self, 'clean', x_TBX), decoded, memory, k)\n"
+     "        log_pz = "),
     ("x_noise that falls to a tenth", VRNN, COMMON, "self.h.x_noise * 0.01 ** done", "self.h.x_noise * 0.1 ** done"),
     ("x_noise that never ends", PUBLISHED_VAE, COMMON, "torch.where(done < 1, ", "torch.where(done < 99, "),
     # ---- excerpts ----
@@ -203,7 +204,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "-torch.expm1(SIGMA_FLOOR - sigma)", "-torch.expm1(-sigma)"),
     ("KL by the other variance", DENSITIES, COMMON, "(q_mean - p_mean) / p_sigma", "(q_mean - p_mean) / q_sigma"),
     ("log q left out of log w", PLAIN_MODEL, COMMON,
-     "log_px + (log_pz - log_qz).view(by_particle)", "log_px + log_pz.view(by_particle)"),
+     "log_px + (log_pz - log_qz).view_as(log_px)", "log_px + log_pz.view_as(log_px)"),
     ("particles that share one state", PLAIN_MODEL, COMMON,
      "from_h(h_at[t]).view_as(pre_at[t])", "from_h(h_at[t]).view_as(pre_at[t])[:, :1].expand_as(pre_at[t])"),
     ("sigmas that begin elsewhere", INITIAL, COMMON, "bias.chunk(2)[1].fill_(0.6)", "bias.fill_(0.6)"),
@@ -302,7 +303,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      'self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]', "pass"),
     # ---- resume ----
     ("Adam's moments forgotten on resume", RESUME, COMMON,
-     "pairs += [(moments[i][name], tensor) for", "pairs += [(tensor, tensor) for"),
+     'tensor.copy_(checkpoint["optimiser"]["state"][i][name])', "pass"),
     ("random numbers begin anew on resume", RESUME, COMMON,
      'self.generator.set_state(checkpoint["generator"])', "pass"),
     ("averaged weights forgotten on resume", RESUME, COMMON,
@@ -311,7 +312,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "for name, value in self.progress.items():\n",
      'for name, value in [item for item in self.progress.items() if item[0] != "best"]:\n'),
     ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
-     "pairs = [(tensors[name], tensor) for", "pairs = [(tensor, tensor) for"),
+     "                tensor.copy_(saved)\n", ""),
     ("a torn log line kept on resume", RESUME, COMMON,
      "seen = [begin.string for", 'seen = [line for line in lines if line[-1] != "}"] + [begin.string for'),
     ("log lines that the checkpoint has not seen kept on resume", RESUME, COMMON,
