@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -285,7 +284,8 @@ class Recurrence(torch.autograd.Function):
         frames, rows, z_dim = noise.shape
         rnn_dim = h.shape[1]
         q_dim = h_weight.shape[0] - 4 * rnn_dim
-        posterior, (head, head_bias), phi_z = pairs(layers[:6]), layers[6:8], pairs(layers[8:])
+        layers = list(zip(layers[::2], layers[1::2]))
+        posterior, (head, head_bias), phi_z = layers[:3], layers[3], layers[4:]
 
         def returned(width, like=from_x):
             return like.new_empty(frames, rows, width)
@@ -392,11 +392,6 @@ threshold_backward = torch.ops.aten.threshold_backward.grad_input
 def frame_by_frame(tensors):
     """[the tensors' parts of frame 0, of frame 1, ...], views."""
     return list(zip(*map(torch.unbind, tensors)))
-
-
-def pairs(flat):
-    """[weight, bias, weight, bias, ...] as [(weight, bias), ...]."""
-    return list(zip(flat[::2], flat[1::2]))
 
 
 def through_relu_layers(d, products, outputs, d_outputs):
@@ -509,14 +504,6 @@ class VRNN(nn.Module):
         below = from_h if phi_z is None else self.decoder_z(phi_z) + from_h
         return self.likelihood.parameters(through_head(self.decoder, below))
 
-    def lstm(self, gates, h, c):
-        """h before each frame, (T, rows, R), and h, c after the last, from what x and z add to the gates."""
-        h_before = []
-        for gates_t in gates:
-            h_before.append(h)
-            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
-        return torch.stack(h_before), h, c
-
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
         """Sample z from the posterior along x and score both; returns a Rollout.
 
@@ -528,26 +515,27 @@ class VRNN(nn.Module):
         frames, batch, _ = x_TBX.shape
         h, c, *memory = state = self.zero_state(batch * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
-        if not self.z_dim:
-            return self.without_z(x_TBX, phi_x, state, k)
         if noise is None:
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
-        from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        *layers, head, head_bias = self.posterior.parameters()
-        z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
-            self.lstm_z.weight, *layers, *self.phi_z.parameters()))
-        h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-            k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
-            head_bias, *layers[6:])
-        prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+        if self.z_dim:
+            from_x, h_weight = self.into_posterior_and_lstm(phi_x)
+            *layers, head, head_bias = self.posterior.parameters()
+            z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
+                self.lstm_z.weight, *layers, *self.phi_z.parameters()))
+            h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
+                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
+                head_bias, *layers[6:])
+            prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+        else:
+            phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
+            q_mean = q_sigma = prior_mean = prior_sigma = noise
         x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
-        by_particle = (frames, batch, k)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return Rollout(
-            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view(by_particle),
-            log_w_TBK=log_px + (log_pz - log_qz).view(by_particle), q_mean=q_mean, q_sigma=q_sigma,
+            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
+            log_w_TBK=log_px + (log_pz - log_qz).view_as(log_px), q_mean=q_mean, q_sigma=q_sigma,
             prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
             state=(next_h, next_c, *memory), phi_x=phi_x)
 
@@ -571,6 +559,7 @@ class VRNN(nn.Module):
             self.posterior, self.phi_z, self.prior, self.decoder))
         from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
             h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
+        decoder_bias = self.decoder_z.bias.to(phi_x.dtype)
 
         def step(t, state, noise):
             h, c, *memory = self.zero_state(rows) if state is None else state
@@ -580,44 +569,40 @@ class VRNN(nn.Module):
             z = torch.addcmul(q_mean, q_sigma, noise)
             from_z = phi_z(z.to(phi_x.dtype))
             decoded = self.likelihood.parameters(decoder(
-                (decoder_from_z(from_z) + self.decoder_z.bias).add_(decoder_from_h(h))).unsqueeze(0))
+                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h))).unsqueeze(0))
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
             log_pz, log_qz = gaussian_log_density(z, *of_units(prior(h))), gaussian_log_density(z, q_mean, q_sigma)
             log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
             return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
         return step
 
-    def without_z(self, x_TBX, phi_x, state, k):
-        """The Rollout of an LSTM: all of it is log p(x_t | x_<t)."""
-        if k > 1:
-            raise UserError("without latent variables (z_dim = 0) all particles are the same; give --k=1")
-        h, c, *memory = state
-        h_before, h, c = self.lstm(self.lstm_x(phi_x), h, c)
-        x_mean, x_sigma, *_ = decoded = self.decode(None, h_before.to(phi_x.dtype))
-        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
-        return Rollout(-log_px, torch.zeros_like(log_px), log_px, *[h_before[:, :, :0]] * 4, x_mean, x_sigma,
-                       state=(h, c, *memory), phi_x=phi_x)
-
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
         """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
 
         As functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state: before the window.
         """
-        if not self.z_dim:
-            log_px = self.without_z(x_TBX, phi_x, state, k).log_w_TBK
-            return log_px, torch.zeros_like(log_px)
-        _, _, *memory = state
-        phi_z, h_before = self.along(phi_x, z, state, k)
-        q = mean_and_sigma(self.posterior, self.posterior_x(phi_x).repeat_interleave(k, 1) + self.posterior_h(h_before))
-        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), memory, k)
-        log_pz = gaussian_log_density(z, *mean_and_sigma(self.prior, h_before))
-        return log_px + log_pz.view(log_px.shape), gaussian_log_density(z, *q).view(log_px.shape)
+        phi_z, h_before, *_ = self.along(phi_x, z, state, k)
+        q = prior = z, z  # of no width, without z
+        if self.z_dim:
+            from_x = self.posterior_x(phi_x).repeat_interleave(k, 1)
+            q = mean_and_sigma(self.posterior, from_x + self.posterior_h(h_before))
+            prior = mean_and_sigma(self.prior, h_before)
+        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
+        log_pz, log_qz = (gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
+        return log_px + log_pz, log_qz
 
     def along(self, phi_x, z, state, k=1):
-        """phi_z(z_t) and h_{t-1} of each frame, (T, B*k, .), where x, as phi_x (T, B, .), and z are given."""
-        phi_z = self.phi_z(z.to(phi_x.dtype))
-        h_before, *_ = self.lstm(self.lstm_x(phi_x).repeat_interleave(k, 1) + self.lstm_z(phi_z), *state[:2])
-        return phi_z, h_before.to(phi_x.dtype)
+        """phi_z(z_t), None where there is no z, and h_{t-1} of each frame, (T, B*k, .), and h, c after the last, where
+        x, as phi_x (T, B, .), and z are given."""
+        gates, phi_z = self.lstm_x(phi_x).repeat_interleave(k, 1), None
+        if self.z_dim:
+            phi_z = self.phi_z(z.to(phi_x.dtype))
+            gates = gates + self.lstm_z(phi_z)
+        h_before, (h, c, *_) = [], state
+        for gates_t in gates:
+            h_before.append(h)
+            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
+        return phi_z, torch.stack(h_before).to(phi_x.dtype), h, c
 
     @torch.no_grad()
     def resynthesise(self, x_TBX, generator=None):
@@ -626,12 +611,9 @@ class VRNN(nn.Module):
         _, _, *memory = state = self.zero_state(batch)
         noise = torch.randn(frames, batch, self.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = self(x_TBX, state, noise)
-        if self.z_dim:
-            phi_z, h_before = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
-        else:
-            phi_z, (h_before, *_) = [None] * frames, self.lstm(self.lstm_x(rollout.phi_x), *state[:2])
+        phi_z, h_before, *_ = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
         x = []
-        for phi_z_t, h in zip(phi_z, h_before):
+        for phi_z_t, h in zip([None] * frames if phi_z is None else phi_z, h_before):
             x_t, memory = self.likelihood.sample(self.decode(phi_z_t, h), memory, generator)
             x.append(x_t)
         return torch.stack(x)
@@ -736,24 +718,24 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     """
-    first_rows = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    step, log_w_BK, gathered_B = stepper_of(model, x_TBX, k), 0.0, 0.0
-    log_likelihood, effective, resampled, ancestors = [], [], [], []
+    own_K = torch.arange(k, device=x_TBX.device)
+    first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
+    step, log_w_BK, gathered_B, found = stepper_of(model, x_TBX, k), 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
         frame_log_w_BK, state = step(t, state, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
-        log_likelihood.append(gathered_B + importance_weighted(log_w_BK))
-        effective.append(effective_sample_size(log_w_BK.detach()))
+        log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
+        ess_B = effective_sample_size(log_w_BK.detach())
         is_carried_on = resample_last and t == len(x_TBX) - 1
-        resampled.append(effective[-1] < (math.inf if is_carried_on else k / 2))
-        gathered_B = torch.where(resampled[-1], log_likelihood[-1], gathered_B)
-        resampled_B1 = resampled[-1].unsqueeze(1)
-        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B),
-                                torch.arange(k, device=x_TBX.device))
-        ancestors.append((first_rows + chosen_BK).flatten())
+        resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
+        gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
+        resampled_B1 = resampled_B.unsqueeze(1)
+        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B), own_K)
+        ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
-        state = tuple(part[ancestors[-1]] for part in state)
-    return Filtering(*map(torch.stack, (log_likelihood, effective, resampled, ancestors)), state)
+        state = tuple(part[ancestors] for part in state)
+        found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
+    return Filtering(*map(torch.stack, zip(*found)), state)
 
 
 def stepper_of(model, x_TBX, k):
@@ -880,19 +862,18 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     samples = seq_frames * x_dim
     starts = window_starts(split, samples)
     fitted = fit_linear_prediction(corpus, samples)
-    bits, headers, counts, predicted = [], [], np.zeros(1 << 16, np.int64), []
+    coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
     for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
         predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
         for window in split.read(starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH], samples):
-            for found, count in zip((bits, headers), flac_size(window)):
-                found.append(count)
+            coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
     p = counts[counts > 0] / counts.sum()
-    bits = torch.tensor(bits, dtype=torch.float64)
+    bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
     found = summarise(dict(flac=nats_of_code(bits, samples, corpus.std), linear_prediction_16=torch.cat(predicted),
                            histogram=nats_of_code(entropy, samples, corpus.std)), seq_frames, x_dim, corpus)
-    found["flac"]["header_bytes"] = np.mean(headers)
+    found["flac"]["header_bytes"] = headers.mean().item()
     found["histogram"]["stderr"] = None  # of all windows at once
     return found
 
@@ -954,13 +935,12 @@ def evaluate_recordings(model, corpus, split, k, at_most):
         ends = torch.from_numpy(lengths[batch])
         x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
         for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
-            x_TBX[:end, i:i + 1] = frames_at(split, split.offsets[[recording]], end, model.x_dim, corpus, generator)
+            start, samples = split.offsets[[recording]], end * model.x_dim
+            x_TBX[:end, i:i + 1] = frames_at(split, start, end, model.x_dim, corpus, generator)
+            flac.append(nats_of_code(flac_size(*split.read(start, samples))[0], samples, corpus.std))
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
-        for recording, end in zip(batch, ends.tolist()):
-            samples = split.read(split.offsets[[recording]], end * model.x_dim)[0]
-            flac.append(nats_of_code(flac_size(samples)[0], len(samples), corpus.std))
     frames, found = lengths[chosen], {}
     for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": np.array(flac)}.items():
         mean = of_recordings.sum() / frames.sum()
@@ -1055,7 +1035,7 @@ class Training:
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
         if h.evaluate:
-            self.take_trained(load_trained(h.evaluate))
+            self.take_trained(load_checkpoint(h.evaluate, "--evaluate", *PARTS))
         else:
             self.begin()
 
@@ -1094,8 +1074,7 @@ class Training:
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
             folder.check_unchanged(header)
-            folder.keep_others_out()
-            folder.restore(self)
+            self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
             folder.go_on(config, self.progress["updates"])
         else:
@@ -1300,7 +1279,7 @@ class Training:
         if tracked > progress["best"]:
             progress["best"] = tracked
             folder.save(folder.best, dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
-        folder.save(folder.last, self.checkpoint(), folder.previous)
+        folder.save(folder.last, self.checkpoint())
         self.clock = time.monotonic()
 
     def stop_clock(self):
@@ -1310,13 +1289,10 @@ class Training:
     def stop(self, signal_number):
         """Save the state, say how to go on, and exit."""
         self.stop_clock()
-        self.folder.save(self.folder.last, self.checkpoint(), self.folder.previous)
+        self.folder.save(self.folder.last, self.checkpoint())
         if is_first():
-            start = [sys.executable]
-            if self.processes > 1:
-                start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-            again = shlex.join([*start, *sys.argv, *["--resume"] * (not self.h.resume)])
-            print(f"stopped after update {self.progress['updates']}; go on with: {again}", flush=True)
+            print(f"stopped after update {self.progress['updates']}; go on with the same command and --resume",
+                  flush=True)
         sys.exit(128 + signal_number)
 
     # ---- state ----
@@ -1345,22 +1321,19 @@ class Training:
             load_parameters(self.model, checkpoint["model"], path, "--resume")
             load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
-            moments, tensors = checkpoint["optimiser"]["state"], dict(checkpoint["tensors"])
             for name, tensor in self.in_place().items():
+                saved = checkpoint["tensors"][name]
                 if tensor.dim():  # this process's part of it
-                    tensors[name] = tensors[name].chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
-            pairs = [(tensors[name], tensor) for name, tensor in self.in_place().items()]
-            pairs += [(moments[i][name], tensor) for i, state in enumerate(self.optimiser.state.values())
-                      for name, tensor in state.items()]
-            for saved, tensor in pairs:
-                if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-                    raise ValueError(f"{tuple(saved.shape)} in place of {tuple(tensor.shape)}")
+                    saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
                 tensor.copy_(saved)
+            for i, moments in enumerate(self.optimiser.state.values()):
+                for name, tensor in moments.items():
+                    tensor.copy_(checkpoint["optimiser"]["state"][i][name])
             for name, value in self.progress.items():
                 self.progress[name] = type(value)(checkpoint["progress"][name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); give its "
-                            "--out_dir, or start another") from None
+            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
+                            f"{ANOTHER_RUN}") from None
 
     # ---- the end ----
 
@@ -1430,35 +1403,30 @@ def progress_line(h, line):
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
 FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
+ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what was learnt"
 
 
 class RunFolder:
-    """What a run leaves: previous.pt is the last.pt before, windows.csv the bounds of every window of the test split.
+    """What a run leaves: last.pt is all that --resume needs, windows.csv the bounds of every window of the test split.
     Of the processes of a job only the first writes."""
 
     def __init__(self, h):
         self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.previous, self.best, self.eval, self.windows, self.samples = (
-            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt",
-                                            "eval.json", "windows.csv", "samples"))
-        has_state = self.last.exists() or self.previous.exists()
+        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = (
+            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json",
+                                            "windows.csv", "samples"))
+        has_state = self.last.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
-    def keep_others_out(self):
+    def start(self, config, header=None, lines=()):
+        """Keep other processes out, and begin the log; without a header there is none, since nothing is trained."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if is_first():
             self.descriptor = lock(self.folder)
-
-    def start(self, config, header=None):
-        """A new folder; without a header it gets no log, since nothing is trained."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.keep_others_out()
-        self.write(config, header)
-
-    def write(self, config, header, lines=()):
         write_durably(self.config, json.dumps(config, indent=1) + "\n")
         if header:
             write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
@@ -1472,8 +1440,7 @@ class RunFolder:
             changes += [("what --data holds", before["data"], header["data"]),
                         ("the kind of --device", before["device"][:4], header["device"][:4])]
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"--resume: {self.log} does not begin with the header of a run; start another --out_dir "
-                            "(with --init_from best.pt to keep what was learnt)") from None
+            raise UserError(f"--resume: {self.log} does not begin with the header of a run; {ANOTHER_RUN}") from None
         for what, was, now in changes:
             if was != now:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
@@ -1484,62 +1451,48 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
         sync(self.log)
 
-    def save(self, path, checkpoint, previous=None):
-        """Write a checkpoint such that path holds the old or the new one, whole; previous keeps the old one."""
+    def save(self, path, checkpoint):
+        """Write a checkpoint such that path holds the old or the new one, whole."""
         if is_first():
             try:
                 torch.save(checkpoint, partial_of(path))
-                replace_durably(path, previous)
+                replace_durably(path)
             except (OSError, RuntimeError) as error:
                 partial_of(path).unlink(missing_ok=True)
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
 
-    def restore(self, training):
-        """Restore the state in last.pt; where that is missing or damaged, the one before."""
-        try:
-            training.restore(load_checkpoint(self.last, "--resume"), self.last)
-        except UserError:
-            if not self.previous.exists():
-                raise
-            training.restore(load_checkpoint(self.previous, "--resume"), self.previous)
-            if is_first():
-                print(f"{self.last} is missing or damaged; going on from {self.previous}", flush=True)
-
     def go_on(self, config, update):
-        """Name the hyperparameters that hold from now on, and drop log lines that the checkpoint has not seen, one of
-        which may have been torn when the machine stopped."""
+        """Start with the hyperparameters that hold from now on, and without log lines that the checkpoint has not seen,
+        one of which may have been torn when the machine stopped."""
         header, *lines = self.log.read_text().splitlines()
         begins = [re.match(r'{"update": (\d+),', line) for line in lines]
         seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
-        self.write(config, {**json.loads(header), "config": config}, seen)
+        self.start(config, {**json.loads(header), "config": config}, seen)
+
+
+# what the evaluation of a checkpoint needs, and of which type
+PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
 
 
 def load_checkpoint(path, option, *parts):
-    """Read a checkpoint with these parts, executing nothing in it; option: that which asked for it."""
+    """Read a checkpoint with these of PARTS, executing nothing in it; option: that which asked for it."""
+    remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := [part for part in parts if part not in checkpoint]:
-            raise ValueError(f"it has no {missing[0]}")
+        for part in parts:
+            if not isinstance(checkpoint.get(part), PARTS[part]):
+                raise ValueError(f"it has no usable {part}")
+        if "std" in parts and not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf):
+            raise ValueError("its mean or std is out of range")
         return checkpoint
-    except FileNotFoundError:
-        raise UserError(f"{option}: {path} does not exist; name a checkpoint, or start without {option}") from None
     except Exception as error:  # a damaged checkpoint can raise anything
-        raise UserError(f"{option}: {path} is not a readable checkpoint ({first_line(error)}); name another, or start "
-                        f"without {option}") from None
-
-
-def load_trained(path):
-    """The checkpoint of --evaluate, with what its evaluation needs besides the parameters."""
-    checkpoint = load_checkpoint(path, "--evaluate", "model", "config", "mean", "std", "update")
-    config, mean, std, update = (checkpoint[part] for part in ("config", "mean", "std", "update"))
-    if not (type(config) is dict and type(mean) is type(std) is float and type(update) is int
-            and math.isfinite(mean) and 0 < std < math.inf):
-        raise UserError(f"--evaluate: {path} has no usable config, mean, std or update; name another checkpoint")
-    return checkpoint
+        is_missing = isinstance(error, FileNotFoundError)
+        why = "does not exist" if is_missing else f"is not a readable checkpoint ({first_line(error)})"
+        raise UserError(f"{option}: {path} {why}; {remedy}") from None
 
 
 def load_parameters(model, parameters, path, option):
@@ -1595,7 +1548,7 @@ def parse(script, argv=None):
         for name in ["resume"] * resume + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = {"ar_order": 0, **load_trained(path)["config"]}  # older ones have none
+        config = {"ar_order": 0, **load_checkpoint(path, "--evaluate", *PARTS)["config"]}  # older ones have none
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
@@ -1611,25 +1564,18 @@ def script_of(cls):
 
 def kinds_of(script):
     """{field: type} of a script's dataclass. Raises UserError where a line of it cannot become a flag."""
-    kinds, defaults = typing.get_type_hints(script), {f.name: f.default for f in dataclasses.fields(script)}
-    problems = [f"{name} = {value!r} has no type; write {name}: {type(value).__name__} = {value!r}"
-                for cls in script.__mro__[:-1] for name, value in vars(cls).items()
-                if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
-                        or name in inspect.get_annotations(cls))]
-    for name, kind in kinds.items():
-        if name not in defaults:
-            problems.append(f"{name} is no field of {script.__name__}; write @dataclass above its class")
-        elif defaults[name] is dataclasses.MISSING:
-            problems.append(f"{name} has no default; give one behind an equals sign")
-        elif name in ("resume", "demo", "help"):
-            problems.append(f"every script has a flag --{name}; give this hyperparameter another name")
-        elif kind not in FROM_TEXT:
-            problems.append(f"{name} has a type that no flag can have; make it int, float, str, bool or "
-                            "tuple[int, ...]")
-    problems += [f"there is no hyperparameter {name}; add one, such as vrnn_gauss.py has"
-                 for name in sorted(NEEDED - kinds.keys())]
-    if problems:
-        raise UserError(f"{script_of(script)}.py: {problems[0]}")
+    kinds = typing.get_type_hints(script)
+    with_default = {f.name for f in dataclasses.fields(script) if f.default is not dataclasses.MISSING}
+    without_type = [name for cls in script.__mro__[:-1] for name, value in vars(cls).items()
+                    if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
+                            or name in inspect.get_annotations(cls))]
+    for name, kind in (kinds | dict.fromkeys(without_type)).items():
+        if kind not in FROM_TEXT or name not in with_default - {"resume", "demo", "help"}:
+            raise UserError(f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
+                            "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and if it is named "
+                            "resume, demo or help, name it otherwise")
+    for name in sorted(NEEDED - kinds.keys()):
+        raise UserError(f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py")
     return kinds
 
 
@@ -1726,9 +1672,8 @@ class Excerpts:
 
 def window_starts(split, samples, at_most=None):
     """First samples of the non-overlapping windows of every recording: all, or at_most of them evenly spread."""
-    counts = np.diff(split.offsets) // samples
-    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(split.offsets[:-1], counts) + nth * samples
+    starts = np.concatenate([np.arange(start, end - samples + 1, samples)
+                             for start, end in zip(split.offsets, split.offsets[1:])])
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")
@@ -1805,43 +1750,34 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'speech.h5'}")
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(out)
-    with only_writer(partial), h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-        writers = {split: SplitWriter(file.create_group(split), share)
-                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
-        skipped = distribute(recordings, writers.values(), strict)
-        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-        for split, writer in writers.items():
-            if not writer.names:
-                why = f" (skipped: {skipped[0]})" if skipped else ""
-                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
-                                f"split {split}{why}; give more recordings or a larger --valid and --test")
-        (mean, std), *_ = [writer.close() for writer in writers.values()]
-        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                          created_by=created_by)
-        file.close()
+    partial.touch()
+    descriptor = lock(partial)
+    try:
+        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+            writers = {split: SplitWriter(file.create_group(split), share)
+                       for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
+            skipped = distribute(recordings, writers.values(), strict)
+            splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+            for split, writer in writers.items():
+                if not writer.names:
+                    why = f" (skipped: {skipped[0]})" if skipped else ""
+                    raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for "
+                                    f"the split {split}{why}; give more recordings or a larger --valid and --test")
+            (mean, std), *_ = [writer.close() for writer in writers.values()]
+            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                              created_by=created_by)
         replace_durably(out)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
     lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
                            skipped=skipped)
-
-
-@contextlib.contextmanager
-def only_writer(path):
-    """Hold `path`, a file in the making, against other processes; in the end it is gone, unless renamed by then."""
-    path.touch()
-    descriptor = lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def distribute(recordings, writers, strict):
@@ -1923,8 +1859,7 @@ def read_corpus(path):
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
-MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
 
 
 class BadAudio(Exception):
@@ -1958,17 +1893,11 @@ def array_recordings(path, name, allow_pickle=False):
     A recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
     the file says. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
     """
-    load = functools.partial(np.load, path, mmap_mode=None if allow_pickle else "r", allow_pickle=allow_pickle,
-                             encoding="latin1")  # Python 2 wrote some
+    load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
-        yield from recordings_of(load, name)
+        yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
         return
-    with zipfile.ZipFile(path) as archive:
-        expanded = sum(member.file_size for member in archive.infolist())
-    if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
-        raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it should "
-                       "hold with numpy.savez")
-    with load() as archive:
+    with path.open("rb") as file, load(file) as archive:
         members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")
@@ -1996,15 +1925,15 @@ def recordings_of(load, name):
 def pcm16_blocks(array):
     """int16 blocks of one recording, its first channel, of any real dtype.
 
-    int16 is taken as it is. 8-bit samples are widened (uint8 around 128). Wider integers are int16 values where all fit
-    and 32-bit full scale where some exceed 24 bits. Floats have full scale 1, or are int16 values where all are whole.
+    int16 is taken as it is. Wider integers are int16 values where all fit and 32-bit full scale where some exceed 24
+    bits. Floats have full scale 1, or are int16 values where all are whole.
     """
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
     if len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
-    if kind not in "iuf" or (kind, itemsize) == ("u", 2):
+    if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array
     blocks = [samples[start:start + BLOCK] for start in range(0, len(samples), BLOCK)]
@@ -2013,10 +1942,7 @@ def pcm16_blocks(array):
         return
     peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
-    zero = 128 if (kind, itemsize) == ("u", 1) else 0
-    if itemsize == 1:
-        scale = 256
-    elif is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
+    if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
     elif kind == "f" and peak <= 2:
         scale = 1 << 15
@@ -2026,7 +1952,7 @@ def pcm16_blocks(array):
         raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
     else:
         raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-    yield from (to_int16((block.astype(np.float64) - zero) * scale) for block in blocks)
+    yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
 
 def to_int16(samples):
@@ -2120,11 +2046,9 @@ def write_durably(path, text):
         replace_durably(path)
 
 
-def replace_durably(path, previous=None):
-    """Rename a complete file into place, after its bytes have reached the disk; previous keeps the one before it."""
+def replace_durably(path):
+    """Rename a complete file into place, after its bytes have reached the disk."""
     sync(partial_of(path))
-    if previous and path.exists():
-        path.replace(previous)
     partial_of(path).replace(path)
     sync(path.parent)  # the new name as well
 

@@ -162,6 +162,19 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("order", (0, 4))
+def test_the_filter_steps_in_bfloat16_as_the_rollout_does(order):
+    torch.manual_seed(0)
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7, order)
+    model.mirror()
+    model.bf16 = True
+    x_TBX, noise = torch.randn(9, 4, 5), torch.randn(9, 4 * 2, 3)
+    with torch.no_grad():
+        filtering = common.particle_filter(model, x_TBX, None, noise, torch.rand(9, 4), 2)
+        bound = common.importance_weighted(model(x_TBX, None, noise, 2).log_w_TBK.sum(0))
+    torch.testing.assert_close(filtering.log_likelihood_TB[-1], bound, rtol=1e-2, atol=0.3)
+
+
 def test_whole_recordings_count_every_frame_once(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     np.savez(tmp_path / "in.npz", **{f"rec_{i}": smooth_noise(random, 300 + 170 * i) for i in range(30)})

@@ -128,10 +128,6 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
             np.asfortranarray(np.stack([x, x[::-1]], 1)), x[:, None]]
     for array in same:
         np.testing.assert_array_equal(converted_array(tmp_path, array), x)
-    coarse = (x // 256).astype(np.int8)
-    np.testing.assert_array_equal(converted_array(tmp_path, coarse), coarse.astype(np.int16) * 256)
-    np.testing.assert_array_equal(converted_array(tmp_path, (coarse.astype(np.int16) + 128).astype(np.uint8)),
-                                  coarse.astype(np.int16) * 256)
 
 
 @pytest.mark.parametrize("array, reason", (
@@ -141,6 +137,7 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
     (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
     (np.zeros(9, [("a", "i2")]), "not audio"), (np.full(9, 32768, np.uint16), "not audio"),
+    (np.arange(9, dtype=np.int8), "not audio"), (np.arange(9, dtype=np.uint8), "not audio"),
     (np.full(9, 1 << 20), "peak"), (np.array([1, 32_769]), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
 ))
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
@@ -288,15 +285,6 @@ def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tm
         convert(folder, tmp_path, force=True, strict=True)
 
 
-def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    np.savez(folder / "good.npz", **recordings())
-    np.savez_compressed(folder / "bomb.npz", a=np.zeros(20_000_000, np.int16), b=noise(1_000))
-    _, summary = convert(folder, tmp_path)
-    assert len(summary.skipped) == 1 and re.search("bomb.npz: it expands [0-9,]+-fold", summary.skipped[0])
-
-
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -424,9 +412,11 @@ def test_a_decoder_leaves_ctrl_c_to_its_parent():
 def test_two_conversions_cannot_write_the_same_file(tmp_path):
     (tmp_path / "in").mkdir()
     np.savez(tmp_path / "in/a.npz", **recordings())
-    with common.only_writer(tmp_path / "out.h5.partial"):
-        with pytest.raises(common.UserError, match="out.h5.partial is being written by another process"):
-            convert(tmp_path / "in", tmp_path)
+    (tmp_path / "out.h5.partial").touch()
+    other = common.lock(tmp_path / "out.h5.partial")
+    with pytest.raises(common.UserError, match="out.h5.partial is being written by another process"):
+        convert(tmp_path / "in", tmp_path)
+    os.close(other)
     convert(tmp_path / "in", tmp_path)
 
 

@@ -146,13 +146,13 @@ class TypedIn:
 
 
 @pytest.mark.parametrize("name, words", (
-    ("WithoutType", "temperature = 0.5 has no type; write temperature: float = 0.5"),
-    ("OverrideWithoutType", "lr = 0.001 has no type; write lr: float = 0.001"),
-    ("OfNoKind", "widths has"), ("OfTwoKinds", "temperature has a type that no flag can have"),
-    ("OfAnotherTuple", "betas has a type that no flag can have; make it int, float, str, bool or tuple[int, ...]"),
-    ("NoDataclass", "temperature is no field of NoDataclass; write @dataclass"),
-    ("WithoutDefault", "temperature has no default"), ("NameTaken", "flag --resume; give this hyperparameter another"),
-    ("Few", "there is no hyperparameter batch_size"),
+    ("WithoutType", "temperature cannot become a flag; write temperature: TYPE = VALUE below @dataclass"),
+    ("OverrideWithoutType", "lr cannot become a flag"), ("OfNoKind", "widths cannot become a flag"),
+    ("OfTwoKinds", "temperature cannot become a flag"),
+    ("OfAnotherTuple", "betas cannot become a flag; write betas: TYPE = VALUE below @dataclass, with a type of int, "
+                       "float, str, bool or tuple[int, ...]"),
+    ("NoDataclass", "temperature cannot become a flag"), ("WithoutDefault", "temperature cannot become a flag"),
+    ("NameTaken", "resume cannot become a flag"), ("Few", "there is no hyperparameter batch_size"),
 ))
 def test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file(name, words):
     text = refusal(of=getattr(TypedIn, name))

@@ -215,8 +215,7 @@ def test_without_latent_variables_every_bound_is_the_likelihood():
     assert not bounds["kl"].any() and (bounds["ess_iwae_7"] - 7).abs().max() < 1e-9 and (ess == 7).all()
     for script in (vrnn_gauss, vrnn_gauss_alt_nll, vrnn_gauss_iwae):
         torch.testing.assert_close(script.objective(rollout), -exact.mean() / FRAMES)
-    with pytest.raises(common.UserError, match="--k=1"):
-        model(x_TBX, k=2)
+    torch.testing.assert_close(model(x_TBX, k=2).log_w_TBK, rollout.log_w_TBK.expand(-1, -1, 2))
 
 
 def test_another_distribution_about_the_prediction_replaces_two_functions():

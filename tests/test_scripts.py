@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -37,7 +36,7 @@ import vrnn_gauss
 import vrnn_gauss_iwae
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-RUN_FILES = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "eval.json", "windows.csv", "samples"}
+RUN_FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "windows.csv", "samples"}
 
 
 def trained(script, *arguments, cwd):
@@ -213,30 +212,23 @@ def test_a_torn_log_line_is_dropped_on_resume(folder, runs, tmp_path):
     assert [line["update"] for line in log_of(folder_copy)[1:]] == [10, 20, 30, 40]
 
 
-def test_a_damaged_state_is_noticed_and_the_one_before_is_used(folder, runs, tmp_path):
-    whole, torn, missing = tmp_path / "whole", tmp_path / "torn", tmp_path / "missing"
-    for out in (whole, torn, missing):
-        shutil.copytree(runs / "vrnn_gauss", out)
-    state = bytearray((torn / "last.pt").read_bytes())
-    state[len(state) // 2] ^= 1  # in the middle of a tensor
-    (torn / "last.pt").write_bytes(state)
-    (missing / "last.pt").unlink()
-    for out in (whole, torn, missing):
-        result = trained("vrnn_gauss", "--data=data/tiny.h5", f"--out_dir={out}", "--monitor_every=10", "--resume",
-                         "--max_updates=40", cwd=folder)
-        assert ("going on from" in result.stdout) == (out != whole)
-        assert_same_run(whole, out)
+def flip_a_bit(state):
+    """In the middle of a tensor."""
+    middle = len(state) // 2
+    return state[:middle] + bytes([state[middle] ^ 1]) + state[middle + 1:]
 
 
-@pytest.mark.parametrize("file, content", (
-    ("log.jsonl", b""), ("log.jsonl", b"{}\n"), ("last.pt", b"no checkpoint"), ("last.pt", None),
+@pytest.mark.parametrize("file, damage", (
+    ("log.jsonl", lambda out: b""), ("log.jsonl", lambda out: b"{}\n"), ("last.pt", lambda out: b"no checkpoint"),
+    ("last.pt", lambda out: (out / "best.pt").read_bytes()),
+    ("last.pt", lambda out: flip_a_bit((out / "last.pt").read_bytes())),
 ))
-def test_damaged_run_files_are_refused_on_resume(folder, runs, tmp_path, file, content):
+def test_damaged_run_files_are_refused_on_resume_with_a_remedy(folder, runs, tmp_path, file, damage):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
-    (folder_copy / "previous.pt").unlink()
-    (folder_copy / file).write_bytes((folder_copy / "best.pt").read_bytes() if content is None else content)
+    (folder_copy / file).write_bytes(damage(folder_copy))
     result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and file in result.stderr
+    assert "start another --out_dir, with --init_from best.pt" in result.stderr
 
 
 def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
@@ -245,36 +237,31 @@ def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     for part, value in (("tensors", {}), ("generator", torch.zeros(3)),
                         ("progress", dict(updates="x", seconds=0.0, best=0.0))):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
-        (folder_copy / "previous.pt").unlink(missing_ok=True)
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
 
 
-def run_folder(path):
-    return common.RunFolder(SimpleNamespace(out_dir=path, resume=True, evaluate=""))
-
-
 def test_a_run_folder_is_written_by_one_process_at_a_time(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
-    other = run_folder(folder_copy)
-    other.keep_others_out()
+    other = common.lock(folder_copy)
     result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
     assert result.returncode == 2 and "is being written by another process" in result.stderr
-    os.close(other.descriptor)
+    os.close(other)
     trained("vrnn_gauss", *flags, cwd=folder)
 
 
 def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkeypatch):
     folder_copy, _ = copy_of_a_run(runs, tmp_path)
-    before = {name: (folder_copy / name).read_bytes() for name in ("last.pt", "previous.pt")}
+    before = (folder_copy / "last.pt").read_bytes()
 
     def disk_full(checkpoint, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", disk_full)
+    run_folder = common.RunFolder(SimpleNamespace(out_dir=folder_copy, resume=True, evaluate=""))
     with pytest.raises(common.UserError, match="last.pt cannot be written"):
-        run_folder(folder_copy).save(folder_copy / "last.pt", {})
-    assert before == {name: (folder_copy / name).read_bytes() for name in before}
+        run_folder.save(run_folder.last, {})
+    assert before == (folder_copy / "last.pt").read_bytes()
     assert not list(folder_copy.glob("*.partial"))
 
 
@@ -300,22 +287,21 @@ def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_p
 
 
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
-def test_a_signal_saves_and_the_printed_command_resumes(folder, number, status):
+def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=300", "--monitor_every=50"]
     whole, stopped = folder / "unstopped", folder / f"stopped-{status}"
     if not whole.exists():
         assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
-    process = subprocess.Popen(command("vrnn_gauss", *flags, f"--out_dir={stopped}"), cwd=folder, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    arguments = command("vrnn_gauss", *flags, f"--out_dir={stopped}")
+    process = subprocess.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (stopped / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    resume = shlex.split(output.splitlines()[-1].split("go on with: ")[1])
-    assert resume[-1] == "--resume"
-    assert subprocess.run(resume, cwd=folder, capture_output=True).returncode == 0
+    assert output.splitlines()[-1].endswith("; go on with the same command and --resume")
+    assert subprocess.run([*arguments, "--resume"], cwd=folder, capture_output=True).returncode == 0
     assert_same_run(whole, stopped)
 
 

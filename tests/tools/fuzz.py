@@ -176,7 +176,6 @@ def train_from(kind, path, run):
     flags = [f"--data={run.parent / 'tiny.h5'}", f"--out_dir={out}"]
     if kind == "last_pt":
         shutil.copytree(run, out)
-        (out / "previous.pt").unlink()
         shutil.copy(path, out / "last.pt")
         flags += [*SIZES, "--resume"]
     elif kind == "init_pt":
