@@ -1325,7 +1325,7 @@ class Training:
                 saved = checkpoint["tensors"][name]
                 if tensor.dim():  # this process's part of it
                     saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
-                tensor.copy_(saved)
+                tensor.copy_(saved.view_as(tensor))
             for i, moments in enumerate(self.optimiser.state.values()):
                 for name, tensor in moments.items():
                     tensor.copy_(checkpoint["optimiser"]["state"][i][name])
@@ -1859,7 +1859,8 @@ def read_corpus(path):
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
+BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
+MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
 
 
 class BadAudio(Exception):
@@ -1898,6 +1899,10 @@ def array_recordings(path, name, allow_pickle=False):
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
         return
     with path.open("rb") as file, load(file) as archive:
+        expanded = sum(member.file_size for member in archive.zip.infolist())
+        if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
+            raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
+                           "should hold with numpy.savez")
         members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")

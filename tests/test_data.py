@@ -285,6 +285,15 @@ def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tm
         convert(folder, tmp_path, force=True, strict=True)
 
 
+def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "good.npz", **recordings())
+    np.savez_compressed(folder / "bomb.npz", a=np.zeros(20_000_000, np.int16), b=noise(1_000))
+    _, summary = convert(folder, tmp_path)
+    assert len(summary.skipped) == 1 and re.search("bomb.npz: it expands [0-9,]+-fold", summary.skipped[0])
+
+
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -312,7 +312,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "for name, value in self.progress.items():\n",
      'for name, value in [item for item in self.progress.items() if item[0] != "best"]:\n'),
     ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
-     "                tensor.copy_(saved)\n", ""),
+     "                tensor.copy_(saved.view_as(tensor))\n", ""),
     ("a torn log line kept on resume", RESUME, COMMON,
      "seen = [begin.string for", 'seen = [line for line in lines if line[-1] != "}"] + [begin.string for'),
     ("log lines that the checkpoint has not seen kept on resume", RESUME, COMMON,
