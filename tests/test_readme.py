@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
     write_tiny_data(folder / "tiny.h5")
     for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
         (folder / name).write_text(source)
+    shutil.copy(ROOT / "tests/examples/stochastic_gru.py", folder)
     ours = run("vrnn_gauss", *FLAGS, cwd=folder)
     assert ours.returncode == 0, ours.stderr
     runs = [started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"), started(folder, "stochastic_gru", *FLAGS),
@@ -94,11 +95,10 @@ def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_the_readme_prints_three_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
+def test_the_readme_prints_two_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
     scripts = {name: len([line for line in source.splitlines()[1:] if line])
                for name, source in PRINTED.findall((ROOT / "README.md").read_text())}
-    assert list(scripts) == ["beta_vrnn.py", "laplace_vrnn.py", "stochastic_gru.py"]
-    assert scripts["laplace_vrnn.py"] <= 25 and sum(scripts.values()) <= 85
+    assert list(scripts) == ["beta_vrnn.py", "laplace_vrnn.py"] and max(scripts.values()) <= 22
 
 
 def test_a_printed_script_learns(folder):

@@ -1,0 +1,72 @@
+"""A model of one's own that is no VRNN: a GRU with latent variables in each frame, every network one layer.
+
+    PYTHONPATH=. python tests/examples/stochastic_gru.py --data data/speech.h5
+
+Its call gets a window x_TBX (T, B, X), the state before it (None for zeros), standard normal noise (T, B*k, Z) and k;
+particle j of sequence b is row b*k + j. What it returns has nll_TBK, kl_TBK, log_w_TBK and the state after the window:
+a tuple of tensors of B*k rows, like that of zero_state(rows). With methods generate and resynthesise, as VRNN has them,
+it would also write samples.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import vrnn_gauss
+from common import Training, gaussian_kl, gaussian_log_density, mean_and_sigma, parse, run_as_script
+
+
+@dataclass
+class Hyperparameters(vrnn_gauss.Hyperparameters):
+    out_dir: str = "runs/stochastic_gru"
+    weight_norm: float = 0.0                  # it has no constrain_weights ...
+    mirrored_init: bool = False               # ... and no mirror
+
+
+class StochasticGRU(nn.Module):
+    def __init__(self, x_dim, z_dim, units):
+        super().__init__()
+        self.x_dim, self.z_dim, self.gru = x_dim, z_dim, nn.GRUCell(x_dim + z_dim, units)
+        self.prior = nn.Sequential(nn.Linear(units, 2 * z_dim))
+        self.posterior = nn.Sequential(nn.Linear(units + x_dim, 2 * z_dim))
+        self.decoder = nn.Sequential(nn.Linear(units + z_dim, 2 * x_dim))
+
+    def zero_state(self, rows):
+        return (self.gru.bias_hh.new_zeros(rows, self.gru.hidden_size),)
+
+    def forward(self, x_TBX, state, noise, k):
+        (h,), frames = state or self.zero_state(x_TBX.shape[1] * k), []
+        for x, e in zip(x_TBX.repeat_interleave(k, dim=1), noise):
+            prior, q = mean_and_sigma(self.prior, h), mean_and_sigma(self.posterior, torch.cat((h, x), dim=1))
+            z = q[0] + q[1] * e
+            log_px = gaussian_log_density(x, *mean_and_sigma(self.decoder, torch.cat((h, z), dim=1)))
+            log_w = log_px + gaussian_log_density(z, *prior) - gaussian_log_density(z, *q)
+            frames.append((-log_px, gaussian_kl(*q, *prior), log_w))
+            h = self.gru(torch.cat((x, z), dim=1), h)
+        nll_TBK, kl_TBK, log_w_TBK = (torch.stack(part).unflatten(1, (-1, k)) for part in zip(*frames))
+        return SimpleNamespace(nll_TBK=nll_TBK, kl_TBK=kl_TBK, log_w_TBK=log_w_TBK, state=(h,))
+
+
+def main():
+    h = parse(Hyperparameters)
+    torch.manual_seed(h.seed)
+    model = StochasticGRU(h.x_dim, h.z_dim, h.rnn_dim)
+    training = Training(h, particles=h.k, model=model, name="stochastic GRU")
+
+    @training.captured
+    def update():
+        x_TBX, noise = training.window(), training.noise(h.k, h.z_dim)
+        rollout = training.model(x_TBX, training.state, noise, h.k)
+        loss = vrnn_gauss.objective(rollout)
+        loss.backward()
+        training.step(loss, rollout.state)
+
+    for _ in training.updates():
+        update()
+    training.finish()
+
+
+if __name__ == "__main__":
+    run_as_script(main)
