@@ -77,7 +77,12 @@ HISTOGRAM = "test_yardsticks.py::test_the_histogram_has_the_entropy_of_the_sampl
 RESYNTHESIS = "test_likelihood.py::test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter"
 GOES_ON = "test_likelihood.py::test_what_is_generated_goes_on_from_a_state"
 DRAWN = "test_likelihood.py::test_a_frame_is_drawn_as_if_sample_by_sample"
+INTERVALS = "test_plot.py::test_intervals_are_those_of_student_and_differences_are_paired_by_seed"
+REFERENCES = "test_plot.py::test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood"
+LIMITS = "test_plot.py::test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike"
+NUMBERS = "test_readme.py::test_what_is_not_in_the_logs_is_noticed"
 
+PLOT, CHECK = "plot_recon.py", "tests/experiments/check_readme.py"
 COMMON, ALT, GAUSS, IWAE_SCRIPT = "common.py", "vrnn_gauss_alt_nll.py", "vrnn_gauss.py", "vrnn_gauss_iwae.py"
 
 MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in its place), once or several times
@@ -301,6 +306,16 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "mean = of_recordings.sum() / frames.sum()", "mean = (of_recordings / frames).mean()"),
     ("other data normalised by its own mean and std", OTHER_DATA, COMMON,
      'self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]', "pass"),
+    # ---- tables ----
+    ("an interval of a normal distribution", INTERVALS, PLOT, "T_95[min(len(values) - 1, len(T_95)) - 1]", "1.96"),
+    ("an interval with a degree of freedom too many", INTERVALS, PLOT, "len(T_95)) - 1]", "len(T_95))]"),
+    ("runs of different seeds paired", INTERVALS, PLOT,
+     "for seed in sorted(by_seed[0].keys() & by_seed[1])]", "for seed in sorted(by_seed[1]) for _ in by_seed[0]]"),
+    ("differences from a run with another likelihood", REFERENCES, PLOT, '"window", "ar_order")', '"window")'),
+    ("each folder compared with its own first run", REFERENCES, PLOT, "[rows[0] if all(", "[runs if all("),
+    ("the limit on a sum as one on the mean", LIMITS, PLOT, '1 / config["batch_size"]', "1"),
+    ("a number in the text that nobody looks up", NUMBERS, CHECK, "sorted(numbers_in(text) - known)", "[]"),
+    ("a table that nobody compares", NUMBERS, CHECK, "if made != body:", "if False:"),
     # ---- resume ----
     ("Adam's moments forgotten on resume", RESUME, COMMON,
      'tensor.copy_(checkpoint["optimiser"]["state"][i][name])', "pass"),
