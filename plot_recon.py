@@ -213,7 +213,7 @@ def shared_bounds(tested):
     """Bounds on the test split that all runs have, from the loosest to the tightest."""
     names = set.intersection(*({"elbo", *run["test"]} for run in tested))
     return sorted((name for name in names if name == "elbo" or name.startswith(("iwae", "smc"))),
-                  key=lambda name: (name.split("_")[0], len(name)))
+                  key=lambda name: (name.split("_")[0], int(name.partition("_")[2] or 0)))
 
 
 # ---- pictures ----
@@ -273,7 +273,7 @@ def draw_differences(axis, tested, reference, styles):
     *_, tightest = shared_bounds(tested)
     for y, (label, (colour, _)) in enumerate(styles.items()):
         differences = paired([run for run in tested if run["label"] == label], reference, tightest)
-        if len(differences) and label != reference[0]["label"]:
+        if len(differences):
             axis.plot(differences, [y] * len(differences), "o", markersize=3, color=colour, alpha=0.4)
             interval = half_width(differences) if len(differences) > 1 else None
             axis.errorbar(differences.mean(), y, xerr=interval, fmt="D", markersize=5, color=colour, capsize=3,
@@ -342,9 +342,8 @@ def table(runs, reference):
         group = [run for run in tested if run["label"] == name]
         cells = [mean_and_interval([run["test"][bound] for run in group]) for bound in bounds]
         bits = [bits_of(run, run["test"][tightest]) for run in group]
-        difference = [] if name == reference[0]["label"] else paired(group, reference, tightest)
         lines.append(" | ".join([f"| {name}", str(len(group)), *cells, mean_and_interval(bits, 3),
-                                 f"{mean_and_interval(difference)} |"]))
+                                 f"{mean_and_interval(paired(group, reference, tightest))} |"]))
     return "\n".join(lines + yardstick_rows(tested, bounds))
 
 
@@ -365,8 +364,8 @@ def paired(group, reference, bound):
     the same, in the same unit: of equal data, normalisation and sizes."""
     by_seed = [{run["seed"]: run for run in runs if bound in (run["windows"] or ())} for runs in (group, reference)]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1])]
-    return np.array([(ours["windows"][bound] - theirs["windows"][bound]).mean() for ours, theirs in pairs
-                     if all(ours[what] == theirs[what] for what in ("data", "window", "tested"))])
+    return np.array([(one["windows"][bound] - other["windows"][bound]).mean() for one, other in pairs
+                     if one is not other and all(one[what] == other[what] for what in ("data", "window", "tested"))])
 
 
 def half_width(values):

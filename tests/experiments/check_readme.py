@@ -72,8 +72,7 @@ def front_table():
             group = [run for run in runs if run["label"] == label]
             if group[0]["name"] in SHOWN:
                 nats = [run["test"]["smc_100"] for run in group]
-                is_reference = label == reference[0]["label"]
-                differences = [] if is_reference else plot_recon.paired(group, reference, "smc_100")
+                differences = plot_recon.paired(group, reference, "smc_100")
                 rows.append([label, str(len(group)), mean_and_interval(nats), mean_and_interval(differences),
                              mean_and_interval([plot_recon.bits_of(run, run["test"]["smc_100"]) for run in group], 3),
                              minutes(group[0]["config"])])
@@ -115,7 +114,7 @@ def difference_by_limit(limits, names=()):
             words = plot_recon.in_words("grad_clip", dict(grad_clip=limit))
             group = [run for run in runs if run["name"] == name
                      and plot_recon.in_words("grad_clip", run["config"]) == words]
-            differences = [] if group == reference else plot_recon.paired(group, reference, "smc_100")
+            differences = plot_recon.paired(group, reference, "smc_100")
             row[words] = "0" if group == reference else with_runs(differences)
         rows.append(row)
     return markdown(rows)

@@ -198,7 +198,8 @@ def draw_run(name, data, folder, run):
     shutil.copytree(run, copy)
     (copy / name).write_bytes(data)
     try:
-        plot_recon.draw([plot_recon.read_runs(folder / "runs")], folder / "it.png")
+        rows = plot_recon.read_folders([folder / "runs"])
+        plot_recon.draw(rows, plot_recon.references(rows), folder / "it.png")
     finally:
         (folder / "it.png").unlink(missing_ok=True)
         shutil.rmtree(folder / "runs")
