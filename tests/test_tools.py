@@ -196,7 +196,8 @@ def test_every_run_of_the_experiment_has_valid_flags():
     names = []
     for group, name, script, *flags in experiment.table(Path("runs"), 5000):
         assert (ROOT / f"{script}.py").exists()
-        assert group in ("objectives", "variants", "adam", "reader", "latents", "likelihood", "clip", "regime")
+        assert group in ("objectives", "variants", "adam", "reader", "latents", "likelihood", "ar_settings", "clip",
+                         "regime")
         module = importlib.import_module(Path(script).name)
         h = common.parse(module.Hyperparameters, [*experiment.SETTINGS, *experiment.lengths(5000), *flags])
         if module is vrnn_gauss_iwae:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = str(ROOT), str(ROOT / "tests/tools")
 
 import benchmark  # noqa: E402
+import numpy as np  # noqa: E402
 
 import plot_recon  # noqa: E402
 from plot_recon import mean_and_interval  # noqa: E402
@@ -41,6 +42,7 @@ OTHERS = {
 }
 FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",))
 MAIN = "VRNN", "IWAE_5", "IWAE_5 as published"
+CONTRASTS = ("IWAE_5 as published", "VRNN"), ("IWAE_5 as published", "IWAE_5"), ("IWAE_5", "VRNN")
 LIMITED = ("VRNN", "VAE_5", "VAE_5 as published", "IWAE_5", "IWAE_5 as published",
            *(f"IWAE_5 as published but for {correction}" for correction in ("sign", "time", "gradient", "batch")))
 SHOWN = [name + likelihood for likelihood in ("", " AR-16", " AR-32") for name in (
@@ -102,24 +104,25 @@ def minutes(config):
     return f"{config['max_updates'] * seconds / 60:.1f}"
 
 
-def difference_by_limit(limits, names=()):
-    """Rows: objectives, all or some. Columns: limits on the gradient of the mean over sequences. Cells: smc_100 above
-    VRNN limited to 640, in runs of the same seed, with the 95 % interval over the seeds, and in brackets their number.
-    """
+def difference_by_limit(limits, names, contrasts=()):
+    """Rows: objectives, and contrasts of two. Columns: limits on the gradient of the mean over sequences. Cells:
+    smc_100 above that of VRNN limited to 640, or of the other objective under the same limit, in runs of the same seed,
+    with the 95 % interval over the seeds, and in brackets their number."""
     groups = read("objectives", "clip", "variants")
     runs = [run for group, _ in groups for run in group if run["test"] and run["config"]["max_updates"] == 5000]
-    reference = [run for run in runs if run["name"] == "VRNN" and run["config"]["grad_clip"] == 640]
-    rows = []
-    for name in names or dict.fromkeys(run["name"] for run in runs):
-        row = {"objective": name}
+
+    def limited(name, limit):
+        words = plot_recon.in_words("grad_clip", dict(grad_clip=limit))
+        return [run for run in runs if run["name"] == name and plot_recon.in_words("grad_clip", run["config"]) == words]
+
+    def row_of(heading, name, other, other_limit=None):
+        cells = {}
         for limit in limits:
-            words = plot_recon.in_words("grad_clip", dict(grad_clip=limit))
-            group = [run for run in runs if run["name"] == name
-                     and plot_recon.in_words("grad_clip", run["config"]) == words]
-            differences = plot_recon.paired(group, reference, "smc_100")
-            row[words] = "0" if group == reference else with_runs(differences)
-        rows.append(row)
-    return markdown(rows)
+            differences = plot_recon.paired(limited(name, limit), limited(other, other_limit or limit), "smc_100")
+            cells[plot_recon.in_words("grad_clip", dict(grad_clip=limit))] = with_runs(differences)
+        return {"nats/frame": heading, **cells}
+    rows = [row_of(name, name, "VRNN", 640) for name in names]
+    return markdown(rows + [row_of(f"{name} above {other}, limited alike", name, other) for name, other in contrasts])
 
 
 def with_runs(differences):
@@ -185,18 +188,44 @@ def weights():
     return markdown(rows)
 
 
+def of_labels(*groups):
+    """(label, runs, their eval.json) of all runs of these groups, each read alone."""
+    for group in groups:
+        (runs, _), = read(group)
+        for label in dict.fromkeys(run["label"] for run in runs if run["test"]):
+            of_label = [run for run in runs if run["label"] == label]
+            yield label, of_label, [json.loads((RESULTS / group / run["folder"] / "eval.json").read_text())
+                                    for run in of_label]
+
+
 def effective_sizes():
     """Of the particle filter, and of the importance weights of whole windows, on the test split."""
+    columns = {"of 100 in the filter": ("ess_smc_100", "mean"), "of 100 over a window": ("ess_iwae_100", "mean"),
+               "log w, standard deviation": ("log_w_std", "nats_per_sequence")}
+    return markdown([{"objective": label, **{heading: mean_and_interval([one["bounds"][name][unit] for one in found])
+                                             for heading, (name, unit) in columns.items()}}
+                     for label, _, found in of_labels("objectives", "variants", "likelihood")])
+
+
+def whole_recordings():
+    """smc_100 of 8 recordings from their beginning to their end, and FLAC on the same."""
     rows = []
-    for runs, _ in read("objectives") + read("variants") + read("likelihood"):
-        for label in dict.fromkeys(run["label"] for run in runs):
-            found = [json.loads(path.read_text())["bounds"] for run in runs if run["label"] == label
-                     for path in RESULTS.glob(f"*/{run['folder']}/eval.json")]
-            rows.append({"objective": label, "of 100 in the filter": mean_and_interval(
-                [bounds["ess_smc_100"]["mean"] for bounds in found]), "of 100 over a window": mean_and_interval(
-                [bounds["ess_iwae_100"]["mean"] for bounds in found]), "log w, standard deviation": mean_and_interval(
-                [bounds["log_w_std"]["nats_per_sequence"] for bounds in found])})
-    return markdown(rows)
+    for label, _, found in of_labels("objectives", "likelihood"):
+        bounds = [one["whole_recordings"]["smc_100"] for one in found]
+        rows.append({"objective": label, "nats/frame": mean_and_interval([one["nats_per_frame"] for one in bounds]),
+                     "bits per sample": mean_and_interval([one["bits_per_sample"] for one in bounds], 3)})
+    flac = next(one["whole_recordings"]["flac"] for _, _, found in of_labels("likelihood") for one in found
+                if "flac" in one["whole_recordings"])
+    return markdown([*rows, {"objective": "FLAC", "nats/frame": f"{flac['nats_per_frame']:.2f}",
+                             "bits per sample": f"{flac['bits_per_sample']:.3f}"}])
+
+
+def windows():
+    """How unequal the windows of the test split are."""
+    columns = dict(worst=np.min, median=np.median, best=np.max)
+    return markdown([{"objective": label, **{name: mean_and_interval([of(run["windows"]["smc_100"]) for run in runs])
+                                             for name, of in columns.items()}}
+                     for label, runs, _ in of_labels("likelihood")])
 
 
 def signal_to_noise():
@@ -226,9 +255,10 @@ TABLES = dict(
     with_flag=lambda: benchmarks("variants", **WITH_FLAG),
     with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
     evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
-    front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 0), MAIN),
-    limits=lambda: difference_by_limit((5, 640, 3200, 0), LIMITED), norms=norms_and_clips, regime=regime,
+    front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 0), MAIN, CONTRASTS),
+    limits=lambda: difference_by_limit((5, 40, 640, 3200, 0), LIMITED), norms=norms_and_clips, regime=regime,
     weights=weights, effective_sizes=effective_sizes, signal_to_noise=signal_to_noise,
+    whole_recordings=whole_recordings, windows=windows, ar_settings=lambda: full_table("likelihood", "ar_settings"),
     objectives=lambda: full_table("objectives"), variants=lambda: full_table("objectives", "variants"),
     likelihood=lambda: full_table("likelihood"), reader=lambda: full_table("reader"),
     latents=lambda: full_table("objectives", "latents"), adam=lambda: full_table("objectives", "adam"),
