@@ -1672,8 +1672,9 @@ class Excerpts:
 
 def window_starts(split, samples, at_most=None):
     """First samples of the non-overlapping windows of every recording: all, or at_most of them evenly spread."""
-    starts = np.concatenate([np.arange(start, end - samples + 1, samples)
-                             for start, end in zip(split.offsets, split.offsets[1:])])
+    counts = np.diff(split.offsets) // samples
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(split.offsets[:-1], counts) + nth * samples
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")

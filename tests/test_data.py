@@ -403,7 +403,10 @@ def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_ag
     left = [pid for pid in decoders if runs(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert not left and "Traceback" not in (folder / "errors.txt").read_text()
+    said = (folder / "errors.txt").read_text()
+    assert not left, said
+    # a signal that meets the callback of a weak reference is reported by Python itself: that alone is let be
+    assert "Traceback" not in re.sub(r"Exception ignored in: <function Weak.*\nTraceback ", "", said)
     if number == signal.SIGINT:
         assert conversion.returncode == 130
         assert list(tmp_path.iterdir()) == [folder]

@@ -166,7 +166,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "self.split.offsets[recording] + self.shift[recording]", "self.split.offsets[recording]"),
     ("an excerpt over the end of its recording", VRNN, COMMON,
      'self.counts, chosen, side="right")', "self.counts, chosen)"),
-    ("held-out windows that overlap", WINDOWS, COMMON, "samples + 1, samples)", "samples + 1, samples // 2)"),
+    ("held-out windows that overlap", WINDOWS, COMMON, "+ nth * samples\n", "+ nth * (samples // 2)\n"),
     # ---- conversion ----
     ("a recording to the split that has most", NEEDIEST, COMMON, "neediest = max(writers,", "neediest = min(writers,"),
     ("mean and standard deviation of the test split", OF_TRAIN, COMMON, "(mean, std), *_ = [", "*_, (mean, std) = ["),
