@@ -10,7 +10,6 @@ checkpoint of vrnn-0 there.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,7 +141,8 @@ def train(runs, updates, to, group, name, script, *flags):
             return
     (to / group / name).mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        shutil.copy(folder / file, to / group / name)
+        text = (folder / file).read_text().replace(str(runs), "runs/experiment")  # wherever it was on this machine
+        (to / group / name / file).write_text(text)
     print(f"{name}: done", flush=True)
 
 
