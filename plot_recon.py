@@ -68,7 +68,7 @@ def in_words(setting, config):
     of which 2016 took the sum (IWAE) or a k-th (VAE)."""
     value = config.get(setting)
     if setting == "grad_clip" and config.get("as_published") and "batch" not in config.get("corrections", ""):
-        value *= dict(vrnn_gauss_alt_nll=config["k"], vrnn_gauss_iwae=1 / config["batch_size"])[config["script"]]
+        value *= dict(vrnn_gauss_alt_nll=config["k"], vrnn_gauss_iwae=1 / config["batch_size"]).get(config["script"], 1)
     if value is None or isinstance(value, bool):
         return setting if value else f"no {setting}"
     return "not clipped" if setting == "grad_clip" and not value else WORDS.get(setting, setting + " {}").format(value)

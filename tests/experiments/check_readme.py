@@ -8,6 +8,7 @@ cell of one of these tables, or stand in OTHERS with where it comes from.
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -51,6 +52,7 @@ SHOWN = [name + likelihood for likelihood in ("", " AR-16", " AR-32") for name i
 
 # ---- tables ----
 
+@functools.cache
 def read(*groups):
     """The runs of each group of results, and those that they are compared with."""
     rows = plot_recon.read_folders([RESULTS / group for group in groups])
