@@ -33,6 +33,8 @@ AR_16 = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "iwae_5_resample": [I
          "lstm": [VRNN, "--z_dim=0"]}
 WIDE = ("--x2s_dim 256 --p_x_dim 256 --rnn_dim 512 --z2s_dim 64 --q_z_dim 64 --p_z_dim 64 --z_dim 16 --ar_order 32 "
         "--batch_size 32 --lr 2e-3 --x_noise_updates 2000 --monitor_every 500").split()
+PUBLISHED_SIZE = ("--x2s_dim 600 --p_x_dim 600 --rnn_dim 1000 --z2s_dim 500 --q_z_dim 500 --p_z_dim 500 --z_dim 200 "
+                  "--batch_size 16 --bf16 --monitor_every 500").split()  # 15.89 M parameters
 KEPT = ("config.json", "log.jsonl", "windows.csv", "eval.json")  # the last one says that all are there
 
 
@@ -80,6 +82,8 @@ def table(runs, updates):
         yield "ar_settings", f"vrnn_ar_16_{name}-0", VRNN, "--ar_order=16", flag
     for name, flags in AR_16.items():
         yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
+    yield "size", "vrnn_published_size_ar_16-0", VRNN, *PUBLISHED_SIZE, "--ar_order=16"
+    yield "size", "vrnn_published_size-0", VRNN, *PUBLISHED_SIZE
     yield from clips()
     yield from regime(updates)
     for name in ("vae_5", "iwae_5"):
