@@ -197,13 +197,13 @@ def test_every_run_of_the_experiment_has_valid_flags():
     for group, name, script, *flags in experiment.table(Path("runs"), 5000):
         assert (ROOT / f"{script}.py").exists()
         assert group in ("objectives", "variants", "adam", "reader", "latents", "likelihood", "ar_settings", "clip",
-                         "regime")
+                         "regime", "size")
         module = importlib.import_module(Path(script).name)
         h = common.parse(module.Hyperparameters, [*experiment.SETTINGS, *experiment.lengths(5000), *flags])
         if module is vrnn_gauss_iwae:
             module.chosen_corrections(h)
         names.append(name)
-    assert len(names) == len(set(names)) == 129
+    assert len(names) == len(set(names)) == 132
 
 
 def test_growing_norms_scale_every_gradient_and_the_log_holds_those_before(data, tmp_path):
@@ -227,6 +227,14 @@ def test_the_norms_grow_in_lines_between_those_of_the_trial_run():
     clipping = importlib.import_module("clipping")
     norms = clipping.median_norms(torch.device("cpu"))
     assert norms[[0, 125, 250, 875]].tolist() == [60, 123, (123 + 272) / 2, 640] and len(norms) == 876
+
+
+def test_a_norm_is_limited_to_twice_the_median_of_the_last_ones():
+    clipping = importlib.import_module("clipping")
+    recent = torch.full((3,), torch.nan)
+    norms = [clipping.limited(torch.tensor(norm), recent, update).item()
+             for update, norm in enumerate((4.0, 1.0, 9.0, 30.0, 20.0, 20.0, 50.0))]
+    assert norms == [4, 1, 8, 18, 20, 20, 40]
 
 
 def test_particles_prints_its_three_tables(data, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,12 @@
 """What about clipping does the harm: train VRNN with gradients scaled to a norm that is the same for all batches.
 
-    python tests/experiments/clipping.py [--norm growing] [--beta2 0.99] [flags of vrnn_gauss.py]
+    python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99] [flags of vrnn_gauss.py]
 
 --norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
 sizes of experiment.py, until it reaches 640, at which VRNN is clipped by default. No batch then counts more than
-another, and yet the scale grows as it does without clipping. The log holds the norms before they were scaled.
-experiment.py has the runs.
+another, and yet the scale grows as it does without clipping. --norm=median clips at twice the median norm of the last
+100 updates, which last.pt does not hold: a resumed run begins with none. The log holds the norms before they were
+scaled. experiment.py has the runs.
 """
 
 import sys
@@ -26,7 +27,7 @@ UPDATES, MEDIAN_NORMS = (0, 125, 375, 625, 875), (60, 123, 272, 490, 640)  # lin
 class Hyperparameters(vrnn_gauss.Hyperparameters):
     """Each is also a flag."""
     out_dir: str = "runs/clipping"            # where the run goes: log, checkpoints, evaluation, generated speech
-    norm: str = "clipped"                     # of the gradient: clipped at grad_clip, or growing with the updates
+    norm: str = "clipped"                     # of the gradient: clipped at grad_clip, growing, or clipped by the median
     beta2: float = 0.999                      # decay of Adam's second moment
 
 
@@ -36,14 +37,20 @@ def median_norms(device):
     return torch.tensor(np.interp(updates, UPDATES, MEDIAN_NORMS), dtype=torch.float32, device=device)
 
 
+def limited(norm, recent, update):
+    """A norm, but at most twice the median of `recent`, where it takes the place of the oldest; NaN there is none."""
+    recent[update % len(recent)] = norm
+    return torch.minimum(norm, 2 * recent.nanmedian())
+
+
 def main():
     h = common.parse(Hyperparameters)
-    if h.norm not in ("clipped", "growing"):
-        raise common.UserError(f"--norm={h.norm} is neither clipped nor growing; give one of them")
+    if h.norm not in ("clipped", "growing", "median"):
+        raise common.UserError(f"--norm={h.norm} is none of clipped, growing, median; give one of them")
     training = common.Training(h, particles=h.k, name="vrnn_gauss")
     if not h.evaluate:
         training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
-    norms = median_norms(training.device)
+    norms, recent = median_norms(training.device), torch.full((100,), torch.nan, device=training.device)
 
     @training.captured
     def update():
@@ -56,7 +63,11 @@ def main():
         else:
             gradients = [p.grad for p in training.model.parameters()]
             norm = torch.nn.utils.get_total_norm(gradients)
-            wanted = norms.take(training.counts.updates.clamp(max=UPDATES[-1]))
+            if h.norm == "growing":
+                wanted = norms.take(training.counts.updates.clamp(max=UPDATES[-1]))
+            else:
+                wanted = limited(norm, recent, training.counts.updates)
+            training.counts.clipped += wanted < norm
             torch._foreach_mul_(gradients, wanted / norm)
             training.step(loss, rollout.state)
             training.counts.grad_norm.copy_(norm)  # for the log

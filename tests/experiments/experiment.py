@@ -102,6 +102,7 @@ def clips():
         yield "clip", f"iwae_5_published_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8, f"--seed={seed}"
     for clip in (40, 160, 2560):
         yield "clip", f"vrnn_clip_{clip}-0", VRNN, f"--grad_clip={clip}"
+    yield "clip", "vrnn_clip_median-0", VRNN_SCALED, "--norm=median", "--grad_clip=0"
     for seed in range(3):
         yield "clip", f"iwae_5_clip_0-{seed}", IWAE, "--grad_clip=0", f"--seed={seed}"
         for clip in (0, 5):
