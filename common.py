@@ -1,8 +1,5 @@
 """The VRNN, its bounds, its evaluation and its training: everything that the three scripts share.
 
-Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays (.npz, .npy),
-processes and errors.
-
 Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
 particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
 (summed over X, averaged over T and B) unless its name says otherwise.
@@ -46,6 +43,8 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
+SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
+EVAL_ROWS = 1280    # particles at once in an evaluation
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -77,27 +76,14 @@ def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
     return (0.5 * (ratio ** 2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
 
 
-SIGMA_FLOOR = 1e-4
-
-
 def sample_gaussian(mean, sigma, generator=None):
     return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
-def through_head(network, below):
-    """What a network says; its last layer runs in the precision of its parameters, whatever that of those before it."""
-    return network[-1](network[:-1](below).to(network[-1].weight.dtype))
-
-
-def of_units(units):
-    """Mean and sigma, (., D) each, from 2D units; the floor keeps sigma off zero."""
+def mean_and_sigma(units):
+    """(., D) each, from the 2D units of a head."""
     mean, sigma = units.chunk(2, dim=-1)
     return mean, F.softplus(sigma) + SIGMA_FLOOR
-
-
-def mean_and_sigma(network, below):
-    """Mean and sigma, (., D) each, from a network that ends in a head of 2D units."""
-    return of_units(through_head(network, below))
 
 
 def step_up(k):
@@ -141,7 +127,7 @@ class FrameLikelihood:
     def parameters(self, units):
         """m, s (., X) and a (., P) from the units of the decoder's last layer."""
         gaussian, k = units.split([2 * self.x_dim, self.ar_order], dim=-1)
-        return *of_units(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
+        return *mean_and_sigma(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
 
     def log_density(self, x_TBX, parameters, memory, k):
         """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
@@ -190,11 +176,9 @@ def product(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-# For the products of a frame, of which there are many of one shape and few rows: a weight that lies in memory as it is
-# read saves up to half of their time.
-
 def times(weight, rows):
-    """The function from x (rows, in) to x weight^T."""
+    """The function from x (rows, in) to x weight^T, for products of one shape and few rows in every frame: a weight
+    that lies in memory as it is read saves up to half of their time."""
     if by_onednn(rows, weight):
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     transposed = weight.t().contiguous()
@@ -210,19 +194,17 @@ def relu_layer(weight, bias, rows):
 
 
 def laid_out(network, rows, dtype):
-    """The function that a network of layers and ReLUs is for x of (rows, in), without a gradient; its hidden layers in
-    a dtype, its head, if it ends in one, in its own."""
-    layers = [layer for layer in network if isinstance(layer, Linear)]
+    """The function that a network's layers are for x of (rows, in), without a gradient; the hidden ones in a dtype."""
+    *hidden, head = network if isinstance(network[-1], Head) else (*network, None)
     hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
                layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
-              for layer in (layers[:-1] if network[-1] is layers[-1] else layers)]
-    from_hidden = times(layers[-1].weight, rows) if network[-1] is layers[-1] else None
+              for layer in hidden if isinstance(layer, Linear)]
+    from_hidden = head and times(head.weight, rows)
 
     def through(x):
-        x = x if network[0] is layers[0] else x.relu()
         for layer, out in hidden:
             x = layer(x, out)
-        return x if from_hidden is None else from_hidden(x.to(layers[-1].weight.dtype)).add_(layers[-1].bias)
+        return from_hidden(x.to(head.weight.dtype)).add_(head.bias) if head else x
     return through
 
 
@@ -247,6 +229,13 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return Product.apply(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Head(Linear):
+    """The last layer of a network, in the precision of its parameters, whatever that of the layers before it."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
 
 
 def relu_layers(*sizes):
@@ -427,11 +416,11 @@ class VRNN(nn.Module):
             self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
             self.posterior_x = Linear(x2s_dim, q_z_dim)
             self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
-            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Linear(q_z_dim, 2 * z_dim))
-            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Linear(p_z_dim, 2 * z_dim))
+            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Head(q_z_dim, 2 * z_dim))
+            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Head(p_z_dim, 2 * z_dim))
             self.decoder_z = Linear(z2s_dim, p_x_dim)
         self.decoder_h = Linear(rnn_dim, p_x_dim, bias=not z_dim)
-        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Linear(p_x_dim, self.likelihood.units))
+        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Head(p_x_dim, self.likelihood.units))
         self.lstm_x = Linear(x2s_dim, 4 * rnn_dim)
         if z_dim:
             self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
@@ -501,8 +490,7 @@ class VRNN(nn.Module):
     def decode(self, phi_z, h_before):
         """Parameters of the likelihood of x_t, from phi_z(z_t), None where there is no z, and h_{t-1}."""
         from_h = self.decoder_h(h_before)
-        below = from_h if phi_z is None else self.decoder_z(phi_z) + from_h
-        return self.likelihood.parameters(through_head(self.decoder, below))
+        return self.likelihood.parameters(self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h))
 
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
         """Sample z from the posterior along x and score both; returns a Rollout.
@@ -525,7 +513,7 @@ class VRNN(nn.Module):
             h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
                 k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
                 head_bias, *layers[6:])
-            prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+            prior_mean, prior_sigma = mean_and_sigma(self.prior(h_before))
         else:
             phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
             q_mean = q_sigma = prior_mean = prior_sigma = noise
@@ -565,13 +553,13 @@ class VRNN(nn.Module):
             h, c, *memory = self.zero_state(rows) if state is None else state
             h = h.to(phi_x.dtype)
             below_q, gates = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1).split(sizes, 1)
-            q_mean, q_sigma = of_units(posterior(below_q))
+            q_mean, q_sigma = mean_and_sigma(posterior(below_q.relu()))
             z = torch.addcmul(q_mean, q_sigma, noise)
             from_z = phi_z(z.to(phi_x.dtype))
             decoded = self.likelihood.parameters(decoder(
-                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h))).unsqueeze(0))
+                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)).relu()).unsqueeze(0))
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
-            log_pz, log_qz = gaussian_log_density(z, *of_units(prior(h))), gaussian_log_density(z, q_mean, q_sigma)
+            log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (mean_and_sigma(prior(h)), (q_mean, q_sigma)))
             log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
             return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
         return step
@@ -585,8 +573,8 @@ class VRNN(nn.Module):
         q = prior = z, z  # of no width, without z
         if self.z_dim:
             from_x = self.posterior_x(phi_x).repeat_interleave(k, 1)
-            q = mean_and_sigma(self.posterior, from_x + self.posterior_h(h_before))
-            prior = mean_and_sigma(self.prior, h_before)
+            q = mean_and_sigma(self.posterior(from_x + self.posterior_h(h_before)))
+            prior = mean_and_sigma(self.prior(h_before))
         log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
         log_pz, log_qz = (gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
         return log_px + log_pz, log_qz
@@ -628,7 +616,7 @@ class VRNN(nn.Module):
         x, phi_z, from_z = [], None, 0.0
         for _ in range(frames):
             if self.z_dim:
-                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior, h), generator))
+                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior(h)), generator))
                 from_z = self.lstm_z(phi_z)
             x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
             h, c = lstm_cell(self.lstm_x(self.phi_x(x_t)) + from_z + self.lstm_h(h), c)
@@ -647,9 +635,6 @@ class VRNN(nn.Module):
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
-EVAL_ROWS = 1280    # particles at once in an evaluation
-
-
 def importance_weighted(log_w_BK):
     """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
     return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
@@ -657,28 +642,24 @@ def importance_weighted(log_w_BK):
 
 @torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
-    """Lower bounds on log p(x) of each sequence from a zero state, by max(ks) particles each.
+    """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
 
     model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
     tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
-    bound by sampled log-weights, K = max(ks)) and `log_w_std` (their standard deviation over the particles); and for k
-    in ks `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
-    divisors of K, and `ess_iwae_k`, the effective sample size in these groups. Memory is bounded by max_rows particles.
+    bound by sampled log-weights) and `log_w_std` (their standard deviation over the particles); and for k in ks
+    `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
+    divisors of K, and `ess_iwae_k`, the effective sample size in these groups.
     """
-    frames, batch, _ = x_TBX.shape
-    particles = max(ks)
+    (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = particles if model.z_dim else 1  # without z all particles are the same
     at_once = max(1, max_rows // batch)
-    log_w, elbo, kl = [], [], []
     for start in range(0, drawn, at_once):
         k = min(at_once, drawn - start)
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = model(x_TBX, None, noise, k)
-        log_w.append(rollout.log_w_TBK.double().sum(0))
-        kl.append(rollout.kl_TBK.double().sum(0))
-        elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
-    log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in (log_w, elbo, kl))
-    bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
+        rollouts.append([part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)])
+    nll_BK, kl_BK, log_w_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts))
+    bounds = {"elbo": (-nll_BK - kl_BK).mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
               "log_w_std": log_w_BK.std(1, correction=0)}
     for k in sorted(ks):
         groups = log_w_BK[:, :particles // k * k].reshape(-1, k)
@@ -692,23 +673,6 @@ def effective_sample_size(log_w_BK):
     return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
 
 
-def systematic_ancestors(log_w_BK, uniform_B):
-    """Whom each of K new particles copies, (B, K): particle j comes up floor or ceil of K w_j / sum w times."""
-    k = log_w_BK.shape[1]
-    points = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
-    return torch.searchsorted(log_w_BK.softmax(dim=1).cumsum(dim=1), points).clamp(max=k - 1)
-
-
-@dataclasses.dataclass
-class Filtering:
-    """What a particle filter says of T frames of B sequences."""
-    log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), nats
-    ess_TB: torch.Tensor             # effective sample size of the weights gathered since the last resampling
-    resampled_TB: torch.Tensor       # whether the particles were resampled after a frame
-    ancestors: torch.Tensor          # (T, B*K), the row whose state each row went on with after a frame
-    state: tuple                     # of the particles after the last frame, each part of B*K rows
-
-
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
     """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
 
@@ -717,10 +681,18 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
+    Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
+    resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them.
     """
+    def step(t, state, noise):
+        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
+        return rollout.log_w_TBK[0], rollout.state
+
+    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
+        step = model.stepper(x_TBX, k)
     own_K = torch.arange(k, device=x_TBX.device)
     first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    step, log_w_BK, gathered_B, found = stepper_of(model, x_TBX, k), 0.0, 0.0, []
+    log_w_BK, gathered_B, found = 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
         frame_log_w_BK, state = step(t, state, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
@@ -730,23 +702,16 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         resampled_B1 = resampled_B.unsqueeze(1)
-        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B), own_K)
+        points_BK = (own_K + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them
+        drawn_BK = torch.searchsorted(log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK).clamp(max=k - 1)
+        chosen_BK = torch.where(resampled_B1, drawn_BK, own_K)
         ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = tuple(part[ancestors] for part in state)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
-    return Filtering(*map(torch.stack, zip(*found)), state)
-
-
-def stepper_of(model, x_TBX, k):
-    """The model's own stepper, or one of calls with single frames."""
-    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
-        return model.stepper(x_TBX, k)
-
-    def step(t, state, noise):
-        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
-        return rollout.log_w_TBK[0], rollout.state
-    return step
+    log_likelihood_TB, ess_TB, resampled_TB, ancestors = map(torch.stack, zip(*found))
+    return SimpleNamespace(log_likelihood_TB=log_likelihood_TB, ess_TB=ess_TB, resampled_TB=resampled_TB,
+                           ancestors=ancestors, state=state)
 
 
 @torch.no_grad()
@@ -757,8 +722,7 @@ def filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k):
 
 
 def filtered_bound(log_w_TBK, resampled_TB):
-    """The bound of a particle filter, (B,), from weights along its ancestors: the log-mean-weights that it gathers from
-    one resampling to the next add up."""
+    """The bound of a particle filter, (B,), from weights along its ancestors."""
     pieces_TB = resampled_TB.cumsum(0) - resampled_TB.long()  # in which piece a frame lies
     log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB.unsqueeze(2).expand_as(log_w_TBK), log_w_TBK)
     return sum(map(importance_weighted, log_w_PBK))  # a piece without frames adds log 1
@@ -769,19 +733,17 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     """The particle filter's log of an unbiased estimate of p(x_1..x_t) from a zero state, nats; its mean is a bound.
 
     model: as in estimate_bounds. Returns two float64 tensors (T, B): the estimate, and the effective sample size of the
-    k particles. Memory is bounded by max_rows particles, but no less than k.
+    k particles. No more than max_rows particles are there at once, or k.
     """
-    frames, same = len(x_TBX), 1 if model.z_dim else k  # without z all particles are the same: one is run
+    frames, same, found = len(x_TBX), 1 if model.z_dim else k, []  # without z all particles are the same: one is run
     k = k // same
-    estimates, effective = [], []
     drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
         uniform_TB = torch.rand(frames, x.shape[1], **drawn_like_x)
         noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * frames)
         filtering = particle_filter(model, x, None, noise, uniform_TB, k)
-        estimates.append(filtering.log_likelihood_TB.double())
-        effective.append(same * filtering.ess_TB.double())
-    return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
+        found.append((filtering.log_likelihood_TB.double(), same * filtering.ess_TB.double()))
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
