@@ -2,8 +2,7 @@
 
 Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
 particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
-(summed over X, averaged over T and B) unless its name says otherwise.
-"""
+(summed over X, averaged over T and B) unless its name says otherwise."""
 
 import argparse
 import contextlib
@@ -48,6 +47,10 @@ EVAL_ROWS = 1280    # particles at once in an evaluation
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
+
+sigmoid_backward, tanh_backward, threshold_backward = (
+    getattr(torch.ops.aten, f"{name}_backward").grad_input for name in ("sigmoid", "tanh", "threshold"))
+
 
 @dataclasses.dataclass
 class Rollout:
@@ -103,10 +106,8 @@ class FrameLikelihood:
     The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and particle. The filter runs
     on across frames and windows: the P last samples, (rows, P), are its memory, the last part of the model's state.
     With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
-
     For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
-    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood.
-    """
+    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood."""
 
     density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
 
@@ -130,11 +131,8 @@ class FrameLikelihood:
         return *mean_and_sigma(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
 
     def log_density(self, x_TBX, parameters, memory, k):
-        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
-
-        parameters: (T, B*k, .) each. While x is given no sample waits for the one before: all are predicted at once, in
-        one copy of x and of what came before it, because the k particles of a sequence have seen the same.
-        """
+        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame; parameters: (T, B*k, .)
+        each. All samples are predicted at once, in one copy of x, which all particles of a sequence have seen."""
         frames, batch, _ = x_TBX.shape
         mean, sigma, a = (part if part is None else part.view(frames, batch, k, -1) for part in parameters)
         error = x_TBX.unsqueeze(2)
@@ -169,34 +167,30 @@ def by_onednn(rows, weight):
             and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
 
 
+def onednn(x, weight, bias=None, then="none"):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+
+
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    if by_onednn(x.shape[:-1].numel(), weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return (onednn if by_onednn(x.shape[:-1].numel(), weight) else F.linear)(x, weight, bias)
 
 
-def times(weight, rows):
-    """The function from x (rows, in) to x weight^T, for products of one shape and few rows in every frame: a weight
-    that lies in memory as it is read saves up to half of their time."""
+def times(weight, rows, bias=None):
+    """The function from x (rows, in) to x weight^T; with a bias that which writes relu(x weight^T + bias) to its second
+    argument. For what every frame multiplies by: a weight that lies as it is read saves up to half of the time."""
     if by_onednn(rows, weight):
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return (lambda x: onednn(x, weight)) if bias is None else (
+            lambda x, out: out.copy_(onednn(x, weight, bias, "relu")))
     transposed = weight.t().contiguous()
-    return lambda x: torch.mm(x, transposed)
-
-
-def relu_layer(weight, bias, rows):
-    """The function that writes relu(x weight^T + bias), of x (rows, in), to its second argument."""
-    if by_onednn(rows, weight):
-        return lambda x, out: out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], ""))
-    transposed = weight.t().contiguous()
-    return lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out)
+    return (lambda x: torch.mm(x, transposed)) if bias is None else (
+        lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out))
 
 
 def laid_out(network, rows, dtype):
     """The function that a network's layers are for x of (rows, in), without a gradient; the hidden ones in a dtype."""
     *hidden, head = network if isinstance(network[-1], Head) else (*network, None)
-    hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
+    hidden = [(times(layer.weight.to(dtype), rows, layer.bias.to(dtype)),
                layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
               for layer in hidden if isinstance(layer, Linear)]
     from_hidden = head and times(head.weight, rows)
@@ -257,41 +251,33 @@ class Recurrence(torch.autograd.Function):
         q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
         h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
 
-    The backward sweep carries only gradients of activations from frame to frame. It leaves those of pre-activations in
+    The backward sweep carries gradients of activations from frame to frame, and leaves those of pre-activations in
     `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows. Products are in the
     precision of from_x, but for the head; noise, z, c, and mean and sigma keep their own. With ancestors, row i goes on
-    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice.
-    """
+    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice."""
 
     @staticmethod
     def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, *layers):
         """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow.
-
         layers: weight and bias of the posterior's second to fourth layer, of its head, and of the four of phi_z.
-        Returns h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame.
-        """
-        frames, rows, z_dim = noise.shape
-        rnn_dim = h.shape[1]
-        q_dim = h_weight.shape[0] - 4 * rnn_dim
+        Returns h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
+        (frames, rows, z_dim), rnn_dim = noise.shape, h.shape[1]
         layers = list(zip(layers[::2], layers[1::2]))
         posterior, (head, head_bias), phi_z = layers[:3], layers[3], layers[4:]
 
-        def returned(width, like=from_x):
-            return like.new_empty(frames, rows, width)
-
-        def inner(width, like=from_x):  # without a backward sweep every frame writes over the one before
-            return returned(width, like) if keep else like.new_empty(1, rows, width).expand(frames, -1, -1)
+        def room(width, like=from_x, keep=keep):  # without a backward sweep every frame writes over the one before
+            return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
 
         h_all, c_all = from_x.new_empty(frames + 1, rows, rnn_dim), c.new_empty(frames + 1, rows, rnn_dim)
-        mean, sigma, last_phi_z = returned(z_dim, c), returned(z_dim, c), returned(phi_z[-1][0].shape[0])
-        pre, tanh_c, z = inner(q_dim + 4 * rnn_dim), inner(rnn_dim, c), inner(z_dim, c)
-        q = [inner(weight.shape[0]) for weight, _ in posterior]
-        f = [inner(weight.shape[0]) for weight, _ in phi_z[:-1]] + [last_phi_z]
         h_all[0], c_all[0] = h, c
+        mean, sigma, last_phi_z = room(z_dim, c, True), room(z_dim, c, True), room(len(phi_z[-1][0]), keep=True)
+        pre, tanh_c, z = room(len(h_weight)), room(rnn_dim, c), room(z_dim, c)
+        q, f = ([room(len(weight)) for weight, _ in stack] for stack in (posterior, phi_z[:-1]))
+        f.append(last_phi_z)
         from_h, from_z, from_q = times(h_weight, rows), times(z_weight, rows), times(head, rows)
-        q_layers, f_layers = ([relu_layer(*layer, rows) for layer in stack] for stack in (posterior, phi_z))
+        q_layers, f_layers = ([times(weight, rows, bias) for weight, bias in stack] for stack in (posterior, phi_z))
         # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
-        pre_q, gates = pre.split([q_dim, 4 * rnn_dim], dim=2)
+        pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
         x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at = map(
             torch.unbind, (from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)),
                            pre_q, gates, gates[:, :, rnn_dim:]))
@@ -328,14 +314,11 @@ class Recurrence(torch.autograd.Function):
         noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = ctx.saved_tensors
         q, f, posterior, phi_z = rest[:3], rest[3:7], rest[7:10], rest[10:]
         frames, rows, rnn_dim = tanh_c.shape
-        q_dim = pre.shape[2] - 4 * rnn_dim
-
-        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, head.shape[0])
-        d_q, d_f = [torch.empty_like(out) for out in q], [torch.empty_like(out) for out in f]
-        d_h, d_c = d_h.clone(), d_c.clone()
-        scratch = torch.empty_like(d_c)
+        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, len(head))
+        d_q, d_f = ([torch.empty_like(out) for out in outputs] for outputs in (q, f))
+        d_h, d_c, scratch = d_h.clone(), d_c.clone(), torch.empty_like(d_c)
         slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
-        (pre_q, gates), (d_pre_q, d_gates) = (both.split([q_dim, 4 * rnn_dim], dim=2) for both in (pre, d_pre))
+        (pre_q, gates), (d_pre_q, d_gates) = (both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre))
         noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = map(torch.unbind, (
             noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma))
         d_pre_at, d_pre_q_at, d_gates_at, d_head_at = map(torch.unbind, (d_pre, d_pre_q, d_gates, d_head))
@@ -366,16 +349,10 @@ class Recurrence(torch.autograd.Function):
             torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
-        d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_pre[:, :, q_dim:], f[-1])]
-        inputs = [pre[:, :, :q_dim], *q, z, *f[:-1]]
-        for d, below in zip([*d_q, d_head, *d_f], inputs):
+        d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
+        for d, below in zip([*d_q, d_head, *d_f], [pre_q, *q, z, *f[:-1]]):
             d_weights += over_all_rows(d, below.to(d.dtype)), d.sum((0, 1))
         return None, None, None, d_from_x, None, d_h, d_c, *d_weights
-
-
-sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-tanh_backward = torch.ops.aten.tanh_backward.grad_input
-threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 def frame_by_frame(tensors):
@@ -401,8 +378,7 @@ class VRNN(nn.Module):
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
     products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
     from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
-    tests/plain.py is the same model in 50 lines, slowly.
-    """
+    tests/plain.py is the same model in 50 lines, slowly."""
 
     Likelihood = FrameLikelihood
 
@@ -433,11 +409,8 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks.
-
-        The range is scaled with fan-in such that 600 inputs give 0.08: at a fixed 0.08 narrow four-layer stacks pass
-        no signal and z stays unused.
-        """
+        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks. Here 600 inputs
+        give 0.08, and fewer more: at a fixed 0.08 narrow four-layer stacks pass no signal and z stays unused."""
         for layer in self.modules():
             if isinstance(layer, Linear):
                 bound = 0.08 * math.sqrt(600 / layer.in_features)
@@ -452,14 +425,13 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def mirror(self):
-        """Initialise such that z is of use from the first update on.
+        """Initialise such that z is of use from the first update on: without either of these two the decoder soon
+        learns to do without z.
 
         Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs with opposite weights, and
-        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591). Sixteen
-        layers lie between x and its reconstruction; with independent weights they map all inputs to nearly the same
-        output. The posterior starts narrow, so that z tells more of x than of noise. Without either, the decoder soon
-        learns to do without z.
-        """
+        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591); independent
+        weights in the sixteen layers from x to its reconstruction map all inputs to nearly the same output. The
+        posterior starts narrow, so that z tells more of x than of noise."""
         def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
             rows, columns = layer.weight.shape
             half_rows, half_columns = (rows + 1) // 2 if to_relu else rows, (columns + 1) // 2 if from_relu else columns
@@ -470,9 +442,9 @@ class VRNN(nn.Module):
             layer.weight.copy_(gain * weight[:rows, :columns])
 
         see_no_relu = {*self.parts("posterior_h", "decoder_h"), *(s[0] for s in self.parts("phi_x", "phi_z", "prior"))}
-        stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
-        in_stacks = [layer for stack in stacks for layer in stack[:-1] if isinstance(layer, Linear)]
-        for layer in [*in_stacks, *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")]:
+        hidden = [layer for stack in self.parts("phi_x", "phi_z", "posterior", "prior", "decoder") for layer in stack
+                  if type(layer) is Linear] + self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")
+        for layer in hidden:
             mirrored(layer, from_relu=layer not in see_no_relu)
         for layer in self.parts("lstm_x", "lstm_z"):
             mirrored(layer, to_relu=False)
@@ -498,8 +470,7 @@ class VRNN(nn.Module):
         x_TBX: (T, B, X). state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in the
         k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose
         state each row goes on with after a frame, of the same sequence; its own if None. Only what depends on h_{t-1}
-        or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
-        """
+        or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t)."""
         frames, batch, _ = x_TBX.shape
         h, c, *memory = state = self.zero_state(batch * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
@@ -522,9 +493,8 @@ class VRNN(nn.Module):
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return Rollout(
-            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
-            log_w_TBK=log_px + (log_pz - log_qz).view_as(log_px), q_mean=q_mean, q_sigma=q_sigma,
-            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
+            -log_px, gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
+            log_px + (log_pz - log_qz).view_as(log_px), q_mean, q_sigma, prior_mean, prior_sigma, x_mean, x_sigma,
             state=(next_h, next_c, *memory), phi_x=phi_x)
 
     def into_posterior_and_lstm(self, phi_x):
@@ -538,8 +508,7 @@ class VRNN(nn.Module):
     @torch.no_grad()
     def stepper(self, x_TBX, k):
         """A function from a frame, the state of all particles before it, and noise (B*k, Z), to log_w_BK and the state
-        after it: `forward` frame by frame, without a gradient, for who has to see each frame's weights before the next.
-        """
+        after it: `forward` frame by frame, for who has to see each frame's weights before the next."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         sizes = [len(h_weight) - 4 * self.rnn_dim, 4 * self.rnn_dim]
@@ -565,10 +534,8 @@ class VRNN(nn.Module):
         return step
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
-        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
-
-        As functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state: before the window.
-        """
+        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
+        alone, where z is detached. phi_x: that of the Rollout. state: before the window."""
         phi_z, h_before, *_ = self.along(phi_x, z, state, k)
         q = prior = z, z  # of no width, without z
         if self.z_dim:
@@ -608,10 +575,8 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, batch, generator=None, state=None):
-        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder.
-
-        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None.
-        """
+        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder;
+        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None."""
         h, c, *memory = self.zero_state(batch) if state is None else state
         x, phi_z, from_z = [], None, 0.0
         for _ in range(frames):
