@@ -44,13 +44,11 @@ from tqdm import tqdm
 SAMPLE_RATE = 16_000
 SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
 EVAL_ROWS = 1280    # particles at once in an evaluation
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
-
 sigmoid_backward, tanh_backward, threshold_backward = (
     getattr(torch.ops.aten, f"{name}_backward").grad_input for name in ("sigmoid", "tanh", "threshold"))
 
+
+# ---- model ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Rollout:
@@ -613,8 +611,7 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
     bound by sampled log-weights) and `log_w_std` (their standard deviation over the particles); and for k in ks
     `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
-    divisors of K, and `ess_iwae_k`, the effective sample size in these groups.
-    """
+    divisors of K, and `ess_iwae_k`, the effective sample size in these groups."""
     (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = particles if model.z_dim else 1  # without z all particles are the same
     at_once = max(1, max_rows // batch)
@@ -647,8 +644,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
-    resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them.
-    """
+    resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them."""
     def step(t, state, noise):
         rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
@@ -688,24 +684,20 @@ def filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k):
 
 def filtered_bound(log_w_TBK, resampled_TB):
     """The bound of a particle filter, (B,), from weights along its ancestors."""
-    pieces_TB = resampled_TB.cumsum(0) - resampled_TB.long()  # in which piece a frame lies
-    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB.unsqueeze(2).expand_as(log_w_TBK), log_w_TBK)
+    pieces_TB1 = (resampled_TB.cumsum(0) - resampled_TB.long()).unsqueeze(2)  # in which piece a frame lies
+    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB1.expand_as(log_w_TBK), log_w_TBK)
     return sum(map(importance_weighted, log_w_PBK))  # a piece without frames adds log 1
 
 
 @torch.no_grad()
 def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
-    """The particle filter's log of an unbiased estimate of p(x_1..x_t) from a zero state, nats; its mean is a bound.
-
-    model: as in estimate_bounds. Returns two float64 tensors (T, B): the estimate, and the effective sample size of the
-    k particles. No more than max_rows particles are there at once, or k.
-    """
-    frames, same, found = len(x_TBX), 1 if model.z_dim else k, []  # without z all particles are the same: one is run
-    k = k // same
+    """The particle filter's log_likelihood_TB from a zero state, whose mean is a bound, and ess_TB, in float64; model:
+    as in estimate_bounds. No more than max_rows particles are there at once, or k."""
+    k, same, found = (k, 1, []) if model.z_dim else (1, k, [])  # without z all particles are the same: one is run
     drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
-        uniform_TB = torch.rand(frames, x.shape[1], **drawn_like_x)
-        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * frames)
+        uniform_TB = torch.rand(x.shape[:2], **drawn_like_x)
+        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * len(x))
         filtering = particle_filter(model, x, None, noise, uniform_TB, k)
         found.append((filtering.log_likelihood_TB.double(), same * filtering.ess_TB.double()))
     return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
@@ -746,29 +738,24 @@ def batches_of_windows(split, starts, frames, x_dim, corpus, device, rank=0, pro
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
-    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)}.
-
-    With smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
-    model of one size, and for any number of processes, which share the work.
-    """
-    device = next(model.parameters()).device
+    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)};
+    with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
+    model of one size, and for any number of processes, which share the work."""
+    device, mine = next(model.parameters()).device, {}
     starts = window_starts(split, seq_frames * model.x_dim, at_most)
-    mine = {}
     for batch, x_TBX, generator in batches_of_windows(split, starts, seq_frames, model.x_dim, corpus, device, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
             bounds |= {f"smc_{smc}": estimate_TB[-1], f"ess_smc_{smc}": ess_TB.mean(0)}
         mine[batch] = {name: bound.cpu() for name, bound in bounds.items()}
-    by_batch = dict(sorted(item for part in gather(mine) for item in part.items()))
-    return {name: torch.cat([bounds[name] for bounds in by_batch.values()]) for name in by_batch[0]}
+    _, batches = zip(*sorted(item for part in gather(mine) for item in part.items()))
+    return {name: torch.cat([bounds[name] for bounds in batches]) for name in batches[0]}
 
 
 def summarise(by_window, seq_frames, x_dim, corpus):
     """Means over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}, stderr over windows.
-
-    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles).
-    """
+    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles)."""
     result = {}
     for name, values in by_window.items():
         mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
@@ -780,15 +767,12 @@ def summarise(by_window, seq_frames, x_dim, corpus):
 
 
 def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
-    """What is to be beaten on the windows of a split, in the form of `summarise`.
-
-    flac: each window coded alone at the highest compression, its header (`header_bytes`) not counted.
-    linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), zeros before the window, and a level that follows the error,
-    v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples.
-    """
+    """What is to be beaten on the windows of a split, in the form of `summarise`. flac: each window coded alone at the
+    highest compression, its header (`header_bytes`) not counted. linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n),
+    zeros before the window, and a level that follows the error, v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first
+    v fitted on train. histogram: entropy of the samples."""
     samples = seq_frames * x_dim
-    starts = window_starts(split, samples)
-    fitted = fit_linear_prediction(corpus, samples)
+    starts, fitted = window_starts(split, samples), fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
     for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
         predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
@@ -906,10 +890,8 @@ def evaluation_table(result):
 @torch.no_grad()
 def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     """Speech as .wav files in a folder, as loud as it comes, at most `frames` long (10 s of 200 samples a frame).
-
     real_N: the beginnings of the longest recordings. sample_N: generated. Of a model that can resynthesise also
-    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N.
-    """
+    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N."""
     import soundfile
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
@@ -919,9 +901,8 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     real = frames_at(split, split.offsets[longest], shown, model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if hasattr(model, "resynthesise"):
-        heard = real[:min(given, shown)]
-        goes_on = model.generate(frames - len(heard), len(longest), generator, model(heard).state)
-        speech |= dict(continued=torch.cat((heard, goes_on)), resynthesised=model.resynthesise(real, generator))
+        goes_on = model.generate(frames - len(real[:given]), len(longest), generator, model(real[:given]).state)
+        speech |= dict(continued=torch.cat((real[:given], goes_on)), resynthesised=model.resynthesise(real, generator))
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
