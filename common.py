@@ -106,7 +106,6 @@ class FrameLikelihood:
     With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
     For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
     else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood."""
-
     density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
 
     def __init__(self, x_dim, ar_order):
@@ -202,7 +201,6 @@ def laid_out(network, rows, dtype):
 
 class Product(torch.autograd.Function):
     """`product` with its gradient by products of the same speed."""
-
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -218,20 +216,17 @@ class Product(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear in the precision of its input."""
-
     def forward(self, x):
         return Product.apply(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Head(Linear):
     """The last layer of a network, in the precision of its parameters, whatever that of the layers before it."""
-
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def relu_layers(*sizes):
-    """Linear layers from each size to the next, each followed by a ReLU."""
     return [layer for fan_in, fan_out in zip(sizes, sizes[1:]) for layer in (Linear(fan_in, fan_out), nn.ReLU())]
 
 
@@ -255,13 +250,12 @@ class Recurrence(torch.autograd.Function):
     after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice."""
 
     @staticmethod
-    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, *layers):
-        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow.
-        layers: weight and bias of the posterior's second to fourth layer, of its head, and of the four of phi_z.
-        Returns h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
-        (frames, rows, z_dim), rnn_dim = noise.shape, h.shape[1]
-        layers = list(zip(layers[::2], layers[1::2]))
-        posterior, (head, head_bias), phi_z = layers[:3], layers[3], layers[4:]
+    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, head, head_bias, *layers):
+        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow. head:
+        the posterior's. layers: weight and bias of its second to fourth layer, and of the four of phi_z. Returns
+        h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
+        (frames, rows, z_dim), rnn_dim, layers = noise.shape, h.shape[1], list(zip(layers[::2], layers[1::2]))
+        posterior, phi_z = layers[:3], layers[3:]
 
         def room(width, like=from_x, keep=keep):  # without a backward sweep every frame writes over the one before
             return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
@@ -303,7 +297,7 @@ class Recurrence(torch.autograd.Function):
         if keep:
             ctx.k, ctx.ancestors = k, ancestors
             ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
-                                  *(weight for weight, _ in posterior + phi_z))
+                                  *(weight for weight, _ in layers))
         return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].to(h.dtype, copy=True), c_all[-1].clone()
 
     @staticmethod
@@ -348,7 +342,7 @@ class Recurrence(torch.autograd.Function):
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
         d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
-        for d, below in zip([*d_q, d_head, *d_f], [pre_q, *q, z, *f[:-1]]):
+        for d, below in zip([d_head, *d_q, *d_f], [q[-1], pre_q, *q[:-1], z, *f[:-1]]):
             d_weights += over_all_rows(d, below.to(d.dtype)), d.sum((0, 1))
         return None, None, None, d_from_x, None, d_h, d_c, *d_weights
 
@@ -377,7 +371,6 @@ class VRNN(nn.Module):
     products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
     from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
     tests/plain.py is the same model in 50 lines, slowly."""
-
     Likelihood = FrameLikelihood
 
     def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0):
@@ -423,9 +416,7 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def mirror(self):
-        """Initialise such that z is of use from the first update on: without either of these two the decoder soon
-        learns to do without z.
-
+        """Initialise such that z is of use from the first update on, and the decoder does not learn to do without it.
         Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs with opposite weights, and
         relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591); independent
         weights in the sixteen layers from x to its reconstruction map all inputs to nearly the same output. The
@@ -463,12 +454,10 @@ class VRNN(nn.Module):
         return self.likelihood.parameters(self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h))
 
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
-        """Sample z from the posterior along x and score both; returns a Rollout.
-
-        x_TBX: (T, B, X). state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in the
-        k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose
-        state each row goes on with after a frame, of the same sequence; its own if None. Only what depends on h_{t-1}
-        or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t)."""
+        """Sample z from the posterior along x_TBX and score both; returns a Rollout. state: as returned, or
+        zero_state(B*k) if None; what it remembers of x must be the same in the k rows of a sequence. noise: standard
+        normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose state each row goes on with after a frame,
+        of the same sequence; its own if None. The k particles of a sequence share phi_x(x_t)."""
         frames, batch, _ = x_TBX.shape
         h, c, *memory = state = self.zero_state(batch * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
@@ -480,20 +469,18 @@ class VRNN(nn.Module):
             z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
                 self.lstm_z.weight, *layers, *self.phi_z.parameters()))
             h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
-                head_bias, *layers[6:])
-            prior_mean, prior_sigma = mean_and_sigma(self.prior(h_before))
+                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, head, head_bias, *layers)
+            prior = mean_and_sigma(self.prior(h_before))
         else:
             phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
-            q_mean = q_sigma = prior_mean = prior_sigma = noise
-        x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
+            q_mean, q_sigma, *prior = [noise] * 4
+        decoded = self.decode(phi_z, h_before)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
-        log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
+        log_pz = gaussian_log_density(q_mean + q_sigma * noise, *prior)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return Rollout(
-            -log_px, gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
-            log_px + (log_pz - log_qz).view_as(log_px), q_mean, q_sigma, prior_mean, prior_sigma, x_mean, x_sigma,
-            state=(next_h, next_c, *memory), phi_x=phi_x)
+        kl = gaussian_kl(q_mean, q_sigma, *prior)
+        return Rollout(-log_px, kl.view_as(log_px), log_px + (log_pz - log_qz).view_as(log_px), q_mean, q_sigma, *prior,
+                       *decoded[:2], state=(next_h, next_c, *memory), phi_x=phi_x)
 
     def into_posterior_and_lstm(self, phi_x):
         """What x adds to the first layer of the posterior and to the gates, (T, B, Q + 4R), and the weight by which h
@@ -509,7 +496,6 @@ class VRNN(nn.Module):
         after it: `forward` frame by frame, for who has to see each frame's weights before the next."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        sizes = [len(h_weight) - 4 * self.rnn_dim, 4 * self.rnn_dim]
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
             self.posterior, self.phi_z, self.prior, self.decoder))
         from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
@@ -519,7 +505,8 @@ class VRNN(nn.Module):
         def step(t, state, noise):
             h, c, *memory = self.zero_state(rows) if state is None else state
             h = h.to(phi_x.dtype)
-            below_q, gates = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1).split(sizes, 1)
+            below = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1)
+            below_q, gates = below.tensor_split([-4 * self.rnn_dim], dim=1)
             q_mean, q_sigma = mean_and_sigma(posterior(below_q.relu()))
             z = torch.addcmul(q_mean, q_sigma, noise)
             from_z = phi_z(z.to(phi_x.dtype))
@@ -670,9 +657,8 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = tuple(part[ancestors] for part in state)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
-    log_likelihood_TB, ess_TB, resampled_TB, ancestors = map(torch.stack, zip(*found))
-    return SimpleNamespace(log_likelihood_TB=log_likelihood_TB, ess_TB=ess_TB, resampled_TB=resampled_TB,
-                           ancestors=ancestors, state=state)
+    by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
+    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
 
 
 @torch.no_grad()
@@ -717,11 +703,6 @@ def bits_per_sample(nats_per_frame, x_dim, std):
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
-def nats_of_code(bits, samples, std):
-    """The log-likelihood, in nats, of a model whose code would take as many bits for so many samples."""
-    return samples * math.log(std) - bits * math.log(2)
-
-
 def frames_at(split, starts, frames, x_dim, corpus, generator):
     """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
     pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
@@ -729,12 +710,13 @@ def frames_at(split, starts, frames, x_dim, corpus, generator):
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
 
-def batches_of_windows(split, starts, frames, x_dim, corpus, device, rank=0, processes=1):
-    """Yield (index, x_TBX, generator) of every processes-th batch of windows, dequantised by a generator of its own."""
+def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=None, rank=0, processes=1):
+    """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised by its own generator."""
+    starts = window_starts(split, frames * x_dim, at_most)
     for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
         chosen = starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH]
-        yield index, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
+        yield chosen, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
@@ -742,13 +724,13 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
     model of one size, and for any number of processes, which share the work."""
     device, mine = next(model.parameters()).device, {}
-    starts = window_starts(split, seq_frames * model.x_dim, at_most)
-    for batch, x_TBX, generator in batches_of_windows(split, starts, seq_frames, model.x_dim, corpus, device, *job()):
+    for starts, x_TBX, generator in batches_of_windows(
+            split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
             bounds |= {f"smc_{smc}": estimate_TB[-1], f"ess_smc_{smc}": ess_TB.mean(0)}
-        mine[batch] = {name: bound.cpu() for name, bound in bounds.items()}
+        mine[starts[0]] = {name: bound.cpu() for name, bound in bounds.items()}
     _, batches = zip(*sorted(item for part in gather(mine) for item in part.items()))
     return {name: torch.cat([bounds[name] for bounds in batches]) for name in batches[0]}
 
@@ -772,18 +754,19 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     zeros before the window, and a level that follows the error, v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first
     v fitted on train. histogram: entropy of the samples."""
     samples = seq_frames * x_dim
-    starts, fitted = window_starts(split, samples), fit_linear_prediction(corpus, samples)
+    fitted = fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
-    for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
+    for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
         predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
-        for window in split.read(starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH], samples):
+        for window in split.read(starts, samples):
             coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
     p = counts[counts > 0] / counts.sum()
     bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    found = summarise(dict(flac=nats_of_code(bits, samples, corpus.std), linear_prediction_16=torch.cat(predicted),
-                           histogram=nats_of_code(entropy, samples, corpus.std)), seq_frames, x_dim, corpus)
+    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))
+    found = summarise(dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
+                      seq_frames, x_dim, corpus)
     found["flac"]["header_bytes"] = headers.mean().item()
     found["histogram"]["stderr"] = None  # of all windows at once
     return found
@@ -804,9 +787,8 @@ def flac_size(samples):
 def fit_linear_prediction(corpus, samples, order=16):
     """a (order,), l and the first v of (nearly) the highest likelihood on windows of train: by turns a, given v, by
     weighted least squares, and l and the first v, given a, of a grid."""
-    starts = window_starts(corpus.train, samples, FIT_WINDOWS)
     x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
-        corpus.train, starts, 1, samples, corpus, "cpu")])
+        corpus.train, 1, samples, corpus, at_most=FIT_WINDOWS)])
     memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
     weights = torch.ones_like(x)
     for _ in range(6):
@@ -835,20 +817,19 @@ def squares_and_levels(x, a, memory, v):
 def evaluate_recordings(model, corpus, split, k, at_most):
     """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC on the same: means over all
     frames, and stderr over recordings, of the ratio of their nats to their frames."""
-    device = next(model.parameters()).device
     lengths = np.diff(split.offsets) // model.x_dim
     usable = np.flatnonzero(lengths)
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
     chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
-    generator = torch.Generator(device).manual_seed(EVAL_SEED)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     nats, ess, flac = [], [], []
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         ends = torch.from_numpy(lengths[batch])
-        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
+        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=generator.device)
         for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
             start, samples = split.offsets[[recording]], end * model.x_dim
             x_TBX[:end, i:i + 1] = frames_at(split, start, end, model.x_dim, corpus, generator)
-            flac.append(nats_of_code(flac_size(*split.read(start, samples))[0], samples, corpus.std))
+            flac.append(samples * math.log(corpus.std) - flac_size(*split.read(start, samples))[0] * math.log(2))
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
