@@ -250,7 +250,7 @@ class Recurrence(torch.autograd.Function):
     after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice."""
 
     @staticmethod
-    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, head, head_bias, *layers):
+    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers):
         """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow. head:
         the posterior's. layers: weight and bias of its second to fourth layer, and of the four of phi_z. Returns
         h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
@@ -270,10 +270,10 @@ class Recurrence(torch.autograd.Function):
         q_layers, f_layers = ([times(weight, rows, bias) for weight, bias in stack] for stack in (posterior, phi_z))
         # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
         pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
-        x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at = map(
-            torch.unbind, (from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)),
-                           pre_q, gates, gates[:, :, rnn_dim:]))
-        gate_at, q_at, f_at = map(frame_by_frame, (gates.chunk(4, dim=2), q, f))
+        (x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at,
+         gate_at, q_at, f_at) = frame_by_frame(
+            from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)), pre_q, gates,
+            gates[:, :, rnn_dim:], gates.chunk(4, dim=2), q, f)
         for t in range(frames):
             torch.add(from_h(h_at[t]).view_as(pre_at[t]), x_at[t], out=pre_at[t])
             below = pre_q_at[t].relu_()
@@ -311,11 +311,11 @@ class Recurrence(torch.autograd.Function):
         d_h, d_c, scratch = d_h.clone(), d_c.clone(), torch.empty_like(d_c)
         slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
         (pre_q, gates), (d_pre_q, d_gates) = (both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre))
-        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = map(torch.unbind, (
-            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma))
-        d_pre_at, d_pre_q_at, d_gates_at, d_head_at = map(torch.unbind, (d_pre, d_pre_q, d_gates, d_head))
-        gate_at, d_gate_at, d_heads_at, q_at, d_q_at, f_at, d_f_at = map(frame_by_frame, (
-            gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2), q, d_q, f, d_f))
+        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = frame_by_frame(
+            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
+        d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = frame_by_frame(
+            d_pre, d_pre_q, d_gates, d_head, gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2))
+        q_at, d_q_at, f_at, d_f_at = frame_by_frame(q, d_q, f, d_f)
         to_h, to_phi_z, to_q = (times(weight.t(), rows) for weight in (h_weight, z_weight, head))
         to_q_layers, to_f_layers = ([times(weight.t(), rows) for weight in stack] for stack in (posterior, phi_z))
         for t in reversed(range(frames)):
@@ -323,8 +323,7 @@ class Recurrence(torch.autograd.Function):
                 d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
             candidate, i, forget, o = gate_at[t]
             d_candidate, d_i, d_forget, d_o = d_gate_at[t]
-            torch.mul(d_h, o, out=scratch)
-            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c_at[t]))
+            d_c.add_(torch.ops.aten.tanh_backward(torch.mul(d_h, o, out=scratch), tanh_c_at[t]))
             sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
             sigmoid_backward(torch.mul(d_c, candidate, out=scratch), i, grad_input=d_i)
             sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
@@ -341,15 +340,16 @@ class Recurrence(torch.autograd.Function):
             torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
-        d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
-        for d, below in zip([d_head, *d_q, *d_f], [q[-1], pre_q, *q[:-1], z, *f[:-1]]):
-            d_weights += over_all_rows(d, below.to(d.dtype)), d.sum((0, 1))
+        d_weights = [over_all_rows(d_head, q[-1].to(d_head.dtype)), d_head.sum((0, 1)),
+                     over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
+        for d, below in zip([*d_q, *d_f], [pre_q, *q[:-1], z.to(pre.dtype), *f[:-1]]):
+            d_weights += over_all_rows(d, below), d.sum((0, 1))
         return None, None, None, d_from_x, None, d_h, d_c, *d_weights
 
 
-def frame_by_frame(tensors):
-    """[the tensors' parts of frame 0, of frame 1, ...], views."""
-    return list(zip(*map(torch.unbind, tensors)))
+def frame_by_frame(*parts):
+    """[views of the single frames of a tensor, or tuples of those of several tensors], for each part."""
+    return [part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part))) for part in parts]
 
 
 def through_relu_layers(d, products, outputs, d_outputs):
@@ -465,11 +465,10 @@ class VRNN(nn.Module):
             noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
         if self.z_dim:
             from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-            *layers, head, head_bias = self.posterior.parameters()
-            z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
-                self.lstm_z.weight, *layers, *self.phi_z.parameters()))
+            *layers, head, bias = self.posterior.parameters()
+            layers = [part.to(phi_x.dtype) for part in (self.lstm_z.weight, *layers, *self.phi_z.parameters())]
             h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, head, head_bias, *layers)
+                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, head, bias, h_weight, *layers)
             prior = mean_and_sigma(self.prior(h_before))
         else:
             phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
@@ -711,7 +710,7 @@ def frames_at(split, starts, frames, x_dim, corpus, generator):
 
 
 def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=None, rank=0, processes=1):
-    """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised by its own generator."""
+    """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised with its generator."""
     starts = window_starts(split, frames * x_dim, at_most)
     for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
