@@ -315,9 +315,9 @@ class Recurrence(torch.autograd.Function):
             noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
         d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = frame_by_frame(
             d_pre, d_pre_q, d_gates, d_head, gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2))
-        q_at, d_q_at, f_at, d_f_at = frame_by_frame(q, d_q, f, d_f)
         to_h, to_phi_z, to_q = (times(weight.t(), rows) for weight in (h_weight, z_weight, head))
-        to_q_layers, to_f_layers = ([times(weight.t(), rows) for weight in stack] for stack in (posterior, phi_z))
+        q_at, d_q_at, f_at, d_f_at = frame_by_frame(*(outputs[::-1] for outputs in (q, d_q, f, d_f)))  # last first
+        below_q, below_f = ([times(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z))
         for t in reversed(range(frames)):
             if ctx.ancestors is not None:
                 d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
@@ -331,11 +331,14 @@ class Recurrence(torch.autograd.Function):
             d_c.mul_(forget)
 
             d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
-            d_z = through_relu_layers(d, to_f_layers, f_at[t], d_f_at[t]).to(d_mean.dtype)
-            d_pre_mean, d_pre_sigma = d_heads_at[t]
+            for to_input, out, d_out in zip(below_f, f_at[t], d_f_at[t]):
+                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
+            d_z, (d_pre_mean, d_pre_sigma) = d.to(d_mean.dtype), d_heads_at[t]
             torch.add(d_z, d_mean_at[t], out=d_pre_mean)
             torch.mul(d_z.mul_(noise_at[t]).add_(d_sigma_at[t]), slope_at[t], out=d_pre_sigma)
-            d = through_relu_layers(to_q(d_head_at[t]).to(pre.dtype), to_q_layers, q_at[t], d_q_at[t])
+            d = to_q(d_head_at[t]).to(pre.dtype)
+            for to_input, out, d_out in zip(below_q, q_at[t], d_q_at[t]):
+                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
             threshold_backward(d, pre_q_at[t], 0, grad_input=d_pre_q_at[t])
             torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
@@ -352,13 +355,6 @@ def frame_by_frame(*parts):
     return [part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part))) for part in parts]
 
 
-def through_relu_layers(d, products, outputs, d_outputs):
-    """Gradient at the input of ReLU layers from d at their output; those before each ReLU go into d_outputs."""
-    for to_input, out, d_out in zip(reversed(products), reversed(outputs), reversed(d_outputs)):
-        d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
-    return d
-
-
 def over_all_rows(d, below):
     """Gradient of a weight from those of its outputs and from its inputs, both (., rows, .)."""
     return d.flatten(0, -2).t() @ below.flatten(0, -2)
@@ -366,7 +362,6 @@ def over_all_rows(d, below):
 
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
-
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
     products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
     from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
@@ -423,12 +418,10 @@ class VRNN(nn.Module):
         posterior starts narrow, so that z tells more of x than of noise."""
         def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
             rows, columns = layer.weight.shape
-            half_rows, half_columns = (rows + 1) // 2 if to_relu else rows, (columns + 1) // 2 if from_relu else columns
-            spread = math.sqrt(max(1, half_rows / half_columns))
-            weight = spread * nn.init.orthogonal_(torch.empty(half_rows, half_columns))
-            weight = torch.cat((weight, -weight), dim=1) if from_relu else weight
-            weight = torch.cat((weight, -weight), dim=0) if to_relu else weight
-            layer.weight.copy_(gain * weight[:rows, :columns])
+            signs = torch.outer(*(torch.tensor([1.0, -1.0][:1 + is_paired]) for is_paired in (to_relu, from_relu)))
+            half = [math.ceil(size / copies) for size, copies in zip((rows, columns), signs.shape)]
+            weight = math.sqrt(max(1, half[0] / half[1])) * nn.init.orthogonal_(torch.empty(half))
+            layer.weight.copy_(gain * torch.kron(signs, weight)[:rows, :columns])
 
         see_no_relu = {*self.parts("posterior_h", "decoder_h"), *(s[0] for s in self.parts("phi_x", "phi_z", "prior"))}
         hidden = [layer for stack in self.parts("phi_x", "phi_z", "posterior", "prior", "decoder") for layer in stack
@@ -482,8 +475,7 @@ class VRNN(nn.Module):
                        *decoded[:2], state=(next_h, next_c, *memory), phi_x=phi_x)
 
     def into_posterior_and_lstm(self, phi_x):
-        """What x adds to the first layer of the posterior and to the gates, (T, B, Q + 4R), and the weight by which h
-        does, (Q + 4R, R)."""
+        """What x adds to the posterior's first layer and the gates, (T, B, Q + 4R); h's weights there, (Q + 4R, R)."""
         x_weight, x_bias, h_weight = (torch.cat(both).to(phi_x.dtype) for both in (
             (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
             (self.posterior_h.weight, self.lstm_h.weight)))
@@ -513,8 +505,7 @@ class VRNN(nn.Module):
                 (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)).relu()).unsqueeze(0))
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
             log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (mean_and_sigma(prior(h)), (q_mean, q_sigma)))
-            log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
-            return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
+            return log_px[0] + (log_pz - log_qz).view(-1, k), (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
         return step
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
@@ -531,8 +522,7 @@ class VRNN(nn.Module):
         return log_px + log_pz, log_qz
 
     def along(self, phi_x, z, state, k=1):
-        """phi_z(z_t), None where there is no z, and h_{t-1} of each frame, (T, B*k, .), and h, c after the last, where
-        x, as phi_x (T, B, .), and z are given."""
+        """phi_z(z_t), None without z, and h_{t-1}, (T, B*k, .), and h, c after the last frame, of given phi_x and z."""
         gates, phi_z = self.lstm_x(phi_x).repeat_interleave(k, 1), None
         if self.z_dim:
             phi_z = self.phi_z(z.to(phi_x.dtype))
@@ -592,7 +582,6 @@ def importance_weighted(log_w_BK):
 @torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
-
     model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
     tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
     bound by sampled log-weights) and `log_w_std` (their standard deviation over the particles); and for k in ks
@@ -623,7 +612,6 @@ def effective_sample_size(log_w_BK):
 
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
     """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
-
     The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
     arXiv 1705.09279, algorithm 1); without a resampling it is the importance-weighted bound. Gradients flow through
     weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
@@ -723,8 +711,7 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
     with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
     model of one size, and for any number of processes, which share the work."""
     device, mine = next(model.parameters()).device, {}
-    for starts, x_TBX, generator in batches_of_windows(
-            split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
+    for starts, x_TBX, generator in batches_of_windows(split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
