@@ -97,10 +97,8 @@ def step_up(k):
 
 
 class FrameLikelihood:
-    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it.
-
-        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.))
-
+    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it,
+        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.)).
     The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and particle. The filter runs
     on across frames and windows: the P last samples, (rows, P), are its memory, the last part of the model's state.
     With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
@@ -451,11 +449,10 @@ class VRNN(nn.Module):
         zero_state(B*k) if None; what it remembers of x must be the same in the k rows of a sequence. noise: standard
         normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose state each row goes on with after a frame,
         of the same sequence; its own if None. The k particles of a sequence share phi_x(x_t)."""
-        frames, batch, _ = x_TBX.shape
-        h, c, *memory = state = self.zero_state(batch * k) if state is None else state
+        h, c, *memory = state = self.zero_state(x_TBX.shape[1] * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
         if noise is None:
-            noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
+            noise = torch.randn(len(x_TBX), len(h), self.z_dim, dtype=h.dtype, device=h.device)
         if self.z_dim:
             from_x, h_weight = self.into_posterior_and_lstm(phi_x)
             *layers, head, bias = self.posterior.parameters()
