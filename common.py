@@ -1,12 +1,8 @@
 """The VRNN, its bounds, its evaluation and its training: everything that the three scripts share.
 
-Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays (.npz, .npy),
-processes and errors.
-
 Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
 particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
-(summed over X, averaged over T and B) unless its name says otherwise.
-"""
+(summed over X, averaged over T and B) unless its name says otherwise."""
 
 import argparse
 import contextlib
@@ -46,6 +42,10 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
+SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
+EVAL_ROWS = 1280    # particles at once in an evaluation
+sigmoid_backward, tanh_backward, threshold_backward = (
+    getattr(torch.ops.aten, f"{name}_backward").grad_input for name in ("sigmoid", "tanh", "threshold"))
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -77,27 +77,14 @@ def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
     return (0.5 * (ratio ** 2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
 
 
-SIGMA_FLOOR = 1e-4
-
-
 def sample_gaussian(mean, sigma, generator=None):
     return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
-def through_head(network, below):
-    """What a network says; its last layer runs in the precision of its parameters, whatever that of those before it."""
-    return network[-1](network[:-1](below).to(network[-1].weight.dtype))
-
-
-def of_units(units):
-    """Mean and sigma, (., D) each, from 2D units; the floor keeps sigma off zero."""
+def mean_and_sigma(units):
+    """(., D) each, from the 2D units of a head."""
     mean, sigma = units.chunk(2, dim=-1)
     return mean, F.softplus(sigma) + SIGMA_FLOOR
-
-
-def mean_and_sigma(network, below):
-    """Mean and sigma, (., D) each, from a network that ends in a head of 2D units."""
-    return of_units(through_head(network, below))
 
 
 def step_up(k):
@@ -110,18 +97,13 @@ def step_up(k):
 
 
 class FrameLikelihood:
-    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it.
-
-        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.))
-
+    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it,
+        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.)).
     The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and particle. The filter runs
     on across frames and windows: the P last samples, (rows, P), are its memory, the last part of the model's state.
     With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
-
     For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
-    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood.
-    """
-
+    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood."""
     density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
 
     def __init__(self, x_dim, ar_order):
@@ -141,14 +123,11 @@ class FrameLikelihood:
     def parameters(self, units):
         """m, s (., X) and a (., P) from the units of the decoder's last layer."""
         gaussian, k = units.split([2 * self.x_dim, self.ar_order], dim=-1)
-        return *of_units(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
+        return *mean_and_sigma(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
 
     def log_density(self, x_TBX, parameters, memory, k):
-        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
-
-        parameters: (T, B*k, .) each. While x is given no sample waits for the one before: all are predicted at once, in
-        one copy of x and of what came before it, because the k particles of a sequence have seen the same.
-        """
+        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame; parameters: (T, B*k, .)
+        each. All samples are predicted at once, in one copy of x, which all particles of a sequence have seen."""
         frames, batch, _ = x_TBX.shape
         mean, sigma, a = (part if part is None else part.view(frames, batch, k, -1) for part in parameters)
         error = x_TBX.unsqueeze(2)
@@ -183,52 +162,43 @@ def by_onednn(rows, weight):
             and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
 
 
+def onednn(x, weight, bias=None, then="none"):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+
+
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    if by_onednn(x.shape[:-1].numel(), weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return (onednn if by_onednn(x.shape[:-1].numel(), weight) else F.linear)(x, weight, bias)
 
 
-# For the products of a frame, of which there are many of one shape and few rows: a weight that lies in memory as it is
-# read saves up to half of their time.
-
-def times(weight, rows):
-    """The function from x (rows, in) to x weight^T."""
+def times(weight, rows, bias=None):
+    """The function from x (rows, in) to x weight^T; with a bias that which writes relu(x weight^T + bias) to its second
+    argument. For what every frame multiplies by: a weight that lies as it is read saves up to half of the time."""
     if by_onednn(rows, weight):
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return (lambda x: onednn(x, weight)) if bias is None else (
+            lambda x, out: out.copy_(onednn(x, weight, bias, "relu")))
     transposed = weight.t().contiguous()
-    return lambda x: torch.mm(x, transposed)
-
-
-def relu_layer(weight, bias, rows):
-    """The function that writes relu(x weight^T + bias), of x (rows, in), to its second argument."""
-    if by_onednn(rows, weight):
-        return lambda x, out: out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], ""))
-    transposed = weight.t().contiguous()
-    return lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out)
+    return (lambda x: torch.mm(x, transposed)) if bias is None else (
+        lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out))
 
 
 def laid_out(network, rows, dtype):
-    """The function that a network of layers and ReLUs is for x of (rows, in), without a gradient; its hidden layers in
-    a dtype, its head, if it ends in one, in its own."""
-    layers = [layer for layer in network if isinstance(layer, Linear)]
-    hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
+    """The function that a network's layers are for x of (rows, in), without a gradient; the hidden ones in a dtype."""
+    *hidden, head = network if isinstance(network[-1], Head) else (*network, None)
+    hidden = [(times(layer.weight.to(dtype), rows, layer.bias.to(dtype)),
                layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
-              for layer in (layers[:-1] if network[-1] is layers[-1] else layers)]
-    from_hidden = times(layers[-1].weight, rows) if network[-1] is layers[-1] else None
+              for layer in hidden if isinstance(layer, Linear)]
+    from_hidden = head and times(head.weight, rows)
 
     def through(x):
-        x = x if network[0] is layers[0] else x.relu()
         for layer, out in hidden:
             x = layer(x, out)
-        return x if from_hidden is None else from_hidden(x.to(layers[-1].weight.dtype)).add_(layers[-1].bias)
+        return from_hidden(x.to(head.weight.dtype)).add_(head.bias) if head else x
     return through
 
 
 class Product(torch.autograd.Function):
     """`product` with its gradient by products of the same speed."""
-
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -244,13 +214,17 @@ class Product(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear in the precision of its input."""
-
     def forward(self, x):
         return Product.apply(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class Head(Linear):
+    """The last layer of a network, in the precision of its parameters, whatever that of the layers before it."""
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
 def relu_layers(*sizes):
-    """Linear layers from each size to the next, each followed by a ReLU."""
     return [layer for fan_in, fan_out in zip(sizes, sizes[1:]) for layer in (Linear(fan_in, fan_out), nn.ReLU())]
 
 
@@ -268,45 +242,36 @@ class Recurrence(torch.autograd.Function):
         q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
         h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
 
-    The backward sweep carries only gradients of activations from frame to frame. It leaves those of pre-activations in
+    The backward sweep carries gradients of activations from frame to frame, and leaves those of pre-activations in
     `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows. Products are in the
     precision of from_x, but for the head; noise, z, c, and mean and sigma keep their own. With ancestors, row i goes on
-    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice.
-    """
+    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice."""
 
     @staticmethod
-    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, h_weight, z_weight, *layers):
-        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow.
+    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers):
+        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow. head:
+        the posterior's. layers: weight and bias of its second to fourth layer, and of the four of phi_z. Returns
+        h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
+        (frames, rows, z_dim), rnn_dim, layers = noise.shape, h.shape[1], list(zip(layers[::2], layers[1::2]))
+        posterior, phi_z = layers[:3], layers[3:]
 
-        layers: weight and bias of the posterior's second to fourth layer, of its head, and of the four of phi_z.
-        Returns h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame.
-        """
-        frames, rows, z_dim = noise.shape
-        rnn_dim = h.shape[1]
-        q_dim = h_weight.shape[0] - 4 * rnn_dim
-        layers = list(zip(layers[::2], layers[1::2]))
-        posterior, (head, head_bias), phi_z = layers[:3], layers[3], layers[4:]
-
-        def returned(width, like=from_x):
-            return like.new_empty(frames, rows, width)
-
-        def inner(width, like=from_x):  # without a backward sweep every frame writes over the one before
-            return returned(width, like) if keep else like.new_empty(1, rows, width).expand(frames, -1, -1)
+        def room(width, like=from_x, keep=keep):  # without a backward sweep every frame writes over the one before
+            return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
 
         h_all, c_all = from_x.new_empty(frames + 1, rows, rnn_dim), c.new_empty(frames + 1, rows, rnn_dim)
-        mean, sigma, last_phi_z = returned(z_dim, c), returned(z_dim, c), returned(phi_z[-1][0].shape[0])
-        pre, tanh_c, z = inner(q_dim + 4 * rnn_dim), inner(rnn_dim, c), inner(z_dim, c)
-        q = [inner(weight.shape[0]) for weight, _ in posterior]
-        f = [inner(weight.shape[0]) for weight, _ in phi_z[:-1]] + [last_phi_z]
         h_all[0], c_all[0] = h, c
+        mean, sigma, last_phi_z = room(z_dim, c, True), room(z_dim, c, True), room(len(phi_z[-1][0]), keep=True)
+        pre, tanh_c, z = room(len(h_weight)), room(rnn_dim, c), room(z_dim, c)
+        q, f = ([room(len(weight)) for weight, _ in stack] for stack in (posterior, phi_z[:-1]))
+        f.append(last_phi_z)
         from_h, from_z, from_q = times(h_weight, rows), times(z_weight, rows), times(head, rows)
-        q_layers, f_layers = ([relu_layer(*layer, rows) for layer in stack] for stack in (posterior, phi_z))
+        q_layers, f_layers = ([times(weight, rows, bias) for weight, bias in stack] for stack in (posterior, phi_z))
         # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
-        pre_q, gates = pre.split([q_dim, 4 * rnn_dim], dim=2)
-        x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at = map(
-            torch.unbind, (from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)),
-                           pre_q, gates, gates[:, :, rnn_dim:]))
-        gate_at, q_at, f_at = map(frame_by_frame, (gates.chunk(4, dim=2), q, f))
+        pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
+        (x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at,
+         gate_at, q_at, f_at) = frame_by_frame(
+            from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)), pre_q, gates,
+            gates[:, :, rnn_dim:], gates.chunk(4, dim=2), q, f)
         for t in range(frames):
             torch.add(from_h(h_at[t]).view_as(pre_at[t]), x_at[t], out=pre_at[t])
             below = pre_q_at[t].relu_()
@@ -330,7 +295,7 @@ class Recurrence(torch.autograd.Function):
         if keep:
             ctx.k, ctx.ancestors = k, ancestors
             ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
-                                  *(weight for weight, _ in posterior + phi_z))
+                                  *(weight for weight, _ in layers))
         return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].to(h.dtype, copy=True), c_all[-1].clone()
 
     @staticmethod
@@ -339,28 +304,24 @@ class Recurrence(torch.autograd.Function):
         noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = ctx.saved_tensors
         q, f, posterior, phi_z = rest[:3], rest[3:7], rest[7:10], rest[10:]
         frames, rows, rnn_dim = tanh_c.shape
-        q_dim = pre.shape[2] - 4 * rnn_dim
-
-        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, head.shape[0])
-        d_q, d_f = [torch.empty_like(out) for out in q], [torch.empty_like(out) for out in f]
-        d_h, d_c = d_h.clone(), d_c.clone()
-        scratch = torch.empty_like(d_c)
+        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, len(head))
+        d_q, d_f = ([torch.empty_like(out) for out in outputs] for outputs in (q, f))
+        d_h, d_c, scratch = d_h.clone(), d_c.clone(), torch.empty_like(d_c)
         slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
-        (pre_q, gates), (d_pre_q, d_gates) = (both.split([q_dim, 4 * rnn_dim], dim=2) for both in (pre, d_pre))
-        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = map(torch.unbind, (
-            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma))
-        d_pre_at, d_pre_q_at, d_gates_at, d_head_at = map(torch.unbind, (d_pre, d_pre_q, d_gates, d_head))
-        gate_at, d_gate_at, d_heads_at, q_at, d_q_at, f_at, d_f_at = map(frame_by_frame, (
-            gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2), q, d_q, f, d_f))
+        (pre_q, gates), (d_pre_q, d_gates) = (both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre))
+        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = frame_by_frame(
+            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
+        d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = frame_by_frame(
+            d_pre, d_pre_q, d_gates, d_head, gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2))
         to_h, to_phi_z, to_q = (times(weight.t(), rows) for weight in (h_weight, z_weight, head))
-        to_q_layers, to_f_layers = ([times(weight.t(), rows) for weight in stack] for stack in (posterior, phi_z))
+        q_at, d_q_at, f_at, d_f_at = frame_by_frame(*(outputs[::-1] for outputs in (q, d_q, f, d_f)))  # last first
+        below_q, below_f = ([times(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z))
         for t in reversed(range(frames)):
             if ctx.ancestors is not None:
                 d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
             candidate, i, forget, o = gate_at[t]
             d_candidate, d_i, d_forget, d_o = d_gate_at[t]
-            torch.mul(d_h, o, out=scratch)
-            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c_at[t]))
+            d_c.add_(torch.ops.aten.tanh_backward(torch.mul(d_h, o, out=scratch), tanh_c_at[t]))
             sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
             sigmoid_backward(torch.mul(d_c, candidate, out=scratch), i, grad_input=d_i)
             sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
@@ -368,37 +329,28 @@ class Recurrence(torch.autograd.Function):
             d_c.mul_(forget)
 
             d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
-            d_z = through_relu_layers(d, to_f_layers, f_at[t], d_f_at[t]).to(d_mean.dtype)
-            d_pre_mean, d_pre_sigma = d_heads_at[t]
+            for to_input, out, d_out in zip(below_f, f_at[t], d_f_at[t]):
+                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
+            d_z, (d_pre_mean, d_pre_sigma) = d.to(d_mean.dtype), d_heads_at[t]
             torch.add(d_z, d_mean_at[t], out=d_pre_mean)
             torch.mul(d_z.mul_(noise_at[t]).add_(d_sigma_at[t]), slope_at[t], out=d_pre_sigma)
-            d = through_relu_layers(to_q(d_head_at[t]).to(pre.dtype), to_q_layers, q_at[t], d_q_at[t])
+            d = to_q(d_head_at[t]).to(pre.dtype)
+            for to_input, out, d_out in zip(below_q, q_at[t], d_q_at[t]):
+                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
             threshold_backward(d, pre_q_at[t], 0, grad_input=d_pre_q_at[t])
             torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
-        d_weights = [over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_pre[:, :, q_dim:], f[-1])]
-        inputs = [pre[:, :, :q_dim], *q, z, *f[:-1]]
-        for d, below in zip([*d_q, d_head, *d_f], inputs):
-            d_weights += over_all_rows(d, below.to(d.dtype)), d.sum((0, 1))
+        d_weights = [over_all_rows(d_head, q[-1].to(d_head.dtype)), d_head.sum((0, 1)),
+                     over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
+        for d, below in zip([*d_q, *d_f], [pre_q, *q[:-1], z.to(pre.dtype), *f[:-1]]):
+            d_weights += over_all_rows(d, below), d.sum((0, 1))
         return None, None, None, d_from_x, None, d_h, d_c, *d_weights
 
 
-sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-tanh_backward = torch.ops.aten.tanh_backward.grad_input
-threshold_backward = torch.ops.aten.threshold_backward.grad_input
-
-
-def frame_by_frame(tensors):
-    """[the tensors' parts of frame 0, of frame 1, ...], views."""
-    return list(zip(*map(torch.unbind, tensors)))
-
-
-def through_relu_layers(d, products, outputs, d_outputs):
-    """Gradient at the input of ReLU layers from d at their output; those before each ReLU go into d_outputs."""
-    for to_input, out, d_out in zip(reversed(products), reversed(outputs), reversed(d_outputs)):
-        d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
-    return d
+def frame_by_frame(*parts):
+    """[views of the single frames of a tensor, or tuples of those of several tensors], for each part."""
+    return [part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part))) for part in parts]
 
 
 def over_all_rows(d, below):
@@ -408,13 +360,10 @@ def over_all_rows(d, below):
 
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
-
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
     products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
     from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
-    tests/plain.py is the same model in 50 lines, slowly.
-    """
-
+    tests/plain.py is the same model in 50 lines, slowly."""
     Likelihood = FrameLikelihood
 
     def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0):
@@ -427,11 +376,11 @@ class VRNN(nn.Module):
             self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
             self.posterior_x = Linear(x2s_dim, q_z_dim)
             self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
-            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Linear(q_z_dim, 2 * z_dim))
-            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Linear(p_z_dim, 2 * z_dim))
+            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Head(q_z_dim, 2 * z_dim))
+            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Head(p_z_dim, 2 * z_dim))
             self.decoder_z = Linear(z2s_dim, p_x_dim)
         self.decoder_h = Linear(rnn_dim, p_x_dim, bias=not z_dim)
-        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Linear(p_x_dim, self.likelihood.units))
+        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Head(p_x_dim, self.likelihood.units))
         self.lstm_x = Linear(x2s_dim, 4 * rnn_dim)
         if z_dim:
             self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
@@ -444,11 +393,8 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks.
-
-        The range is scaled with fan-in such that 600 inputs give 0.08: at a fixed 0.08 narrow four-layer stacks pass
-        no signal and z stays unused.
-        """
+        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks. Here 600 inputs
+        give 0.08, and fewer more: at a fixed 0.08 narrow four-layer stacks pass no signal and z stays unused."""
         for layer in self.modules():
             if isinstance(layer, Linear):
                 bound = 0.08 * math.sqrt(600 / layer.in_features)
@@ -463,27 +409,22 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def mirror(self):
-        """Initialise such that z is of use from the first update on.
-
+        """Initialise such that z is of use from the first update on, and the decoder does not learn to do without it.
         Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs with opposite weights, and
-        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591). Sixteen
-        layers lie between x and its reconstruction; with independent weights they map all inputs to nearly the same
-        output. The posterior starts narrow, so that z tells more of x than of noise. Without either, the decoder soon
-        learns to do without z.
-        """
+        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591); independent
+        weights in the sixteen layers from x to its reconstruction map all inputs to nearly the same output. The
+        posterior starts narrow, so that z tells more of x than of noise."""
         def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
             rows, columns = layer.weight.shape
-            half_rows, half_columns = (rows + 1) // 2 if to_relu else rows, (columns + 1) // 2 if from_relu else columns
-            spread = math.sqrt(max(1, half_rows / half_columns))
-            weight = spread * nn.init.orthogonal_(torch.empty(half_rows, half_columns))
-            weight = torch.cat((weight, -weight), dim=1) if from_relu else weight
-            weight = torch.cat((weight, -weight), dim=0) if to_relu else weight
-            layer.weight.copy_(gain * weight[:rows, :columns])
+            signs = torch.outer(*(torch.tensor([1.0, -1.0][:1 + is_paired]) for is_paired in (to_relu, from_relu)))
+            half = [math.ceil(size / copies) for size, copies in zip((rows, columns), signs.shape)]
+            weight = math.sqrt(max(1, half[0] / half[1])) * nn.init.orthogonal_(torch.empty(half))
+            layer.weight.copy_(gain * torch.kron(signs, weight)[:rows, :columns])
 
         see_no_relu = {*self.parts("posterior_h", "decoder_h"), *(s[0] for s in self.parts("phi_x", "phi_z", "prior"))}
-        stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
-        in_stacks = [layer for stack in stacks for layer in stack[:-1] if isinstance(layer, Linear)]
-        for layer in [*in_stacks, *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")]:
+        hidden = [layer for stack in self.parts("phi_x", "phi_z", "posterior", "prior", "decoder") for layer in stack
+                  if type(layer) is Linear] + self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")
+        for layer in hidden:
             mirrored(layer, from_relu=layer not in see_no_relu)
         for layer in self.parts("lstm_x", "lstm_z"):
             mirrored(layer, to_relu=False)
@@ -501,47 +442,37 @@ class VRNN(nn.Module):
     def decode(self, phi_z, h_before):
         """Parameters of the likelihood of x_t, from phi_z(z_t), None where there is no z, and h_{t-1}."""
         from_h = self.decoder_h(h_before)
-        below = from_h if phi_z is None else self.decoder_z(phi_z) + from_h
-        return self.likelihood.parameters(through_head(self.decoder, below))
+        return self.likelihood.parameters(self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h))
 
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
-        """Sample z from the posterior along x and score both; returns a Rollout.
-
-        x_TBX: (T, B, X). state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in the
-        k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose
-        state each row goes on with after a frame, of the same sequence; its own if None. Only what depends on h_{t-1}
-        or z_t runs inside the loop; the k particles of a sequence share phi_x(x_t).
-        """
-        frames, batch, _ = x_TBX.shape
-        h, c, *memory = state = self.zero_state(batch * k) if state is None else state
+        """Sample z from the posterior along x_TBX and score both; returns a Rollout. state: as returned, or
+        zero_state(B*k) if None; what it remembers of x must be the same in the k rows of a sequence. noise: standard
+        normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose state each row goes on with after a frame,
+        of the same sequence; its own if None. The k particles of a sequence share phi_x(x_t)."""
+        h, c, *memory = state = self.zero_state(x_TBX.shape[1] * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
         if noise is None:
-            noise = torch.randn(frames, batch * k, self.z_dim, dtype=h.dtype, device=h.device)
+            noise = torch.randn(len(x_TBX), len(h), self.z_dim, dtype=h.dtype, device=h.device)
         if self.z_dim:
             from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-            *layers, head, head_bias = self.posterior.parameters()
-            z_weight, *layers = (weight.to(phi_x.dtype) for weight in (
-                self.lstm_z.weight, *layers, *self.phi_z.parameters()))
+            *layers, head, bias = self.posterior.parameters()
+            layers = [part.to(phi_x.dtype) for part in (self.lstm_z.weight, *layers, *self.phi_z.parameters())]
             h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, h_weight, z_weight, *layers[:6], head,
-                head_bias, *layers[6:])
-            prior_mean, prior_sigma = mean_and_sigma(self.prior, h_before)
+                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, head, bias, h_weight, *layers)
+            prior = mean_and_sigma(self.prior(h_before))
         else:
             phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
-            q_mean = q_sigma = prior_mean = prior_sigma = noise
-        x_mean, x_sigma, *_ = decoded = self.decode(phi_z, h_before)
+            q_mean, q_sigma, *prior = [noise] * 4
+        decoded = self.decode(phi_z, h_before)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
-        log_pz = gaussian_log_density(q_mean + q_sigma * noise, prior_mean, prior_sigma)
+        log_pz = gaussian_log_density(q_mean + q_sigma * noise, *prior)
         log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return Rollout(
-            nll_TBK=-log_px, kl_TBK=gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma).view_as(log_px),
-            log_w_TBK=log_px + (log_pz - log_qz).view_as(log_px), q_mean=q_mean, q_sigma=q_sigma,
-            prior_mean=prior_mean, prior_sigma=prior_sigma, x_mean=x_mean, x_sigma=x_sigma,
-            state=(next_h, next_c, *memory), phi_x=phi_x)
+        kl = gaussian_kl(q_mean, q_sigma, *prior)
+        return Rollout(-log_px, kl.view_as(log_px), log_px + (log_pz - log_qz).view_as(log_px), q_mean, q_sigma, *prior,
+                       *decoded[:2], state=(next_h, next_c, *memory), phi_x=phi_x)
 
     def into_posterior_and_lstm(self, phi_x):
-        """What x adds to the first layer of the posterior and to the gates, (T, B, Q + 4R), and the weight by which h
-        does, (Q + 4R, R)."""
+        """What x adds to the posterior's first layer and the gates, (T, B, Q + 4R); h's weights there, (Q + 4R, R)."""
         x_weight, x_bias, h_weight = (torch.cat(both).to(phi_x.dtype) for both in (
             (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
             (self.posterior_h.weight, self.lstm_h.weight)))
@@ -550,11 +481,9 @@ class VRNN(nn.Module):
     @torch.no_grad()
     def stepper(self, x_TBX, k):
         """A function from a frame, the state of all particles before it, and noise (B*k, Z), to log_w_BK and the state
-        after it: `forward` frame by frame, without a gradient, for who has to see each frame's weights before the next.
-        """
+        after it: `forward` frame by frame, for who has to see each frame's weights before the next."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        sizes = [len(h_weight) - 4 * self.rnn_dim, 4 * self.rnn_dim]
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
             self.posterior, self.phi_z, self.prior, self.decoder))
         from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
@@ -564,36 +493,33 @@ class VRNN(nn.Module):
         def step(t, state, noise):
             h, c, *memory = self.zero_state(rows) if state is None else state
             h = h.to(phi_x.dtype)
-            below_q, gates = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1).split(sizes, 1)
-            q_mean, q_sigma = of_units(posterior(below_q))
+            below = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1)
+            below_q, gates = below.tensor_split([-4 * self.rnn_dim], dim=1)
+            q_mean, q_sigma = mean_and_sigma(posterior(below_q.relu()))
             z = torch.addcmul(q_mean, q_sigma, noise)
             from_z = phi_z(z.to(phi_x.dtype))
             decoded = self.likelihood.parameters(decoder(
-                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h))).unsqueeze(0))
+                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)).relu()).unsqueeze(0))
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
-            log_pz, log_qz = gaussian_log_density(z, *of_units(prior(h))), gaussian_log_density(z, q_mean, q_sigma)
-            log_w_BK = log_px[0] + (log_pz - log_qz).view(-1, k)
-            return log_w_BK, (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
+            log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (mean_and_sigma(prior(h)), (q_mean, q_sigma)))
+            return log_px[0] + (log_pz - log_qz).view(-1, k), (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
         return step
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
-        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z), by the networks of forward.
-
-        As functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state: before the window.
-        """
+        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
+        alone, where z is detached. phi_x: that of the Rollout. state: before the window."""
         phi_z, h_before, *_ = self.along(phi_x, z, state, k)
         q = prior = z, z  # of no width, without z
         if self.z_dim:
             from_x = self.posterior_x(phi_x).repeat_interleave(k, 1)
-            q = mean_and_sigma(self.posterior, from_x + self.posterior_h(h_before))
-            prior = mean_and_sigma(self.prior, h_before)
+            q = mean_and_sigma(self.posterior(from_x + self.posterior_h(h_before)))
+            prior = mean_and_sigma(self.prior(h_before))
         log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
         log_pz, log_qz = (gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
         return log_px + log_pz, log_qz
 
     def along(self, phi_x, z, state, k=1):
-        """phi_z(z_t), None where there is no z, and h_{t-1} of each frame, (T, B*k, .), and h, c after the last, where
-        x, as phi_x (T, B, .), and z are given."""
+        """phi_z(z_t), None without z, and h_{t-1}, (T, B*k, .), and h, c after the last frame, of given phi_x and z."""
         gates, phi_z = self.lstm_x(phi_x).repeat_interleave(k, 1), None
         if self.z_dim:
             phi_z = self.phi_z(z.to(phi_x.dtype))
@@ -620,15 +546,13 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, batch, generator=None, state=None):
-        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder.
-
-        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None.
-        """
+        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder;
+        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None."""
         h, c, *memory = self.zero_state(batch) if state is None else state
         x, phi_z, from_z = [], None, 0.0
         for _ in range(frames):
             if self.z_dim:
-                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior, h), generator))
+                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior(h)), generator))
                 from_z = self.lstm_z(phi_z)
             x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
             h, c = lstm_cell(self.lstm_x(self.phi_x(x_t)) + from_z + self.lstm_h(h), c)
@@ -647,9 +571,6 @@ class VRNN(nn.Module):
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
-EVAL_ROWS = 1280    # particles at once in an evaluation
-
-
 def importance_weighted(log_w_BK):
     """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
     return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
@@ -657,28 +578,22 @@ def importance_weighted(log_w_BK):
 
 @torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
-    """Lower bounds on log p(x) of each sequence from a zero state, by max(ks) particles each.
-
+    """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
     model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
     tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
-    bound by sampled log-weights, K = max(ks)) and `log_w_std` (their standard deviation over the particles); and for k
-    in ks `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
-    divisors of K, and `ess_iwae_k`, the effective sample size in these groups. Memory is bounded by max_rows particles.
-    """
-    frames, batch, _ = x_TBX.shape
-    particles = max(ks)
+    bound by sampled log-weights) and `log_w_std` (their standard deviation over the particles); and for k in ks
+    `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
+    divisors of K, and `ess_iwae_k`, the effective sample size in these groups."""
+    (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = particles if model.z_dim else 1  # without z all particles are the same
     at_once = max(1, max_rows // batch)
-    log_w, elbo, kl = [], [], []
     for start in range(0, drawn, at_once):
         k = min(at_once, drawn - start)
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = model(x_TBX, None, noise, k)
-        log_w.append(rollout.log_w_TBK.double().sum(0))
-        kl.append(rollout.kl_TBK.double().sum(0))
-        elbo.append(-rollout.nll_TBK.double().sum(0) - kl[-1])
-    log_w_BK, elbo_BK, kl_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in (log_w, elbo, kl))
-    bounds = {"elbo": elbo_BK.mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
+        rollouts.append([part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)])
+    nll_BK, kl_BK, log_w_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts))
+    bounds = {"elbo": (-nll_BK - kl_BK).mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
               "log_w_std": log_w_BK.std(1, correction=0)}
     for k in sorted(ks):
         groups = log_w_BK[:, :particles // k * k].reshape(-1, k)
@@ -692,35 +607,24 @@ def effective_sample_size(log_w_BK):
     return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
 
 
-def systematic_ancestors(log_w_BK, uniform_B):
-    """Whom each of K new particles copies, (B, K): particle j comes up floor or ceil of K w_j / sum w times."""
-    k = log_w_BK.shape[1]
-    points = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
-    return torch.searchsorted(log_w_BK.softmax(dim=1).cumsum(dim=1), points).clamp(max=k - 1)
-
-
-@dataclasses.dataclass
-class Filtering:
-    """What a particle filter says of T frames of B sequences."""
-    log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), nats
-    ess_TB: torch.Tensor             # effective sample size of the weights gathered since the last resampling
-    resampled_TB: torch.Tensor       # whether the particles were resampled after a frame
-    ancestors: torch.Tensor          # (T, B*K), the row whose state each row went on with after a frame
-    state: tuple                     # of the particles after the last frame, each part of B*K rows
-
-
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
     """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
-
     The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
     arXiv 1705.09279, algorithm 1); without a resampling it is the importance-weighted bound. Gradients flow through
     weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
-    """
+    Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
+    resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them."""
+    def step(t, state, noise):
+        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
+        return rollout.log_w_TBK[0], rollout.state
+
+    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
+        step = model.stepper(x_TBX, k)
     own_K = torch.arange(k, device=x_TBX.device)
     first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    step, log_w_BK, gathered_B, found = stepper_of(model, x_TBX, k), 0.0, 0.0, []
+    log_w_BK, gathered_B, found = 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
         frame_log_w_BK, state = step(t, state, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
@@ -730,23 +634,15 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         resampled_B1 = resampled_B.unsqueeze(1)
-        chosen_BK = torch.where(resampled_B1, systematic_ancestors(log_w_BK.detach(), uniform_B), own_K)
+        points_BK = (own_K + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them
+        drawn_BK = torch.searchsorted(log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK).clamp(max=k - 1)
+        chosen_BK = torch.where(resampled_B1, drawn_BK, own_K)
         ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = tuple(part[ancestors] for part in state)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
-    return Filtering(*map(torch.stack, zip(*found)), state)
-
-
-def stepper_of(model, x_TBX, k):
-    """The model's own stepper, or one of calls with single frames."""
-    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
-        return model.stepper(x_TBX, k)
-
-    def step(t, state, noise):
-        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
-        return rollout.log_w_TBK[0], rollout.state
-    return step
+    by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
+    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
 
 
 @torch.no_grad()
@@ -757,31 +653,24 @@ def filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k):
 
 
 def filtered_bound(log_w_TBK, resampled_TB):
-    """The bound of a particle filter, (B,), from weights along its ancestors: the log-mean-weights that it gathers from
-    one resampling to the next add up."""
-    pieces_TB = resampled_TB.cumsum(0) - resampled_TB.long()  # in which piece a frame lies
-    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB.unsqueeze(2).expand_as(log_w_TBK), log_w_TBK)
+    """The bound of a particle filter, (B,), from weights along its ancestors."""
+    pieces_TB1 = (resampled_TB.cumsum(0) - resampled_TB.long()).unsqueeze(2)  # in which piece a frame lies
+    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB1.expand_as(log_w_TBK), log_w_TBK)
     return sum(map(importance_weighted, log_w_PBK))  # a piece without frames adds log 1
 
 
 @torch.no_grad()
 def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
-    """The particle filter's log of an unbiased estimate of p(x_1..x_t) from a zero state, nats; its mean is a bound.
-
-    model: as in estimate_bounds. Returns two float64 tensors (T, B): the estimate, and the effective sample size of the
-    k particles. Memory is bounded by max_rows particles, but no less than k.
-    """
-    frames, same = len(x_TBX), 1 if model.z_dim else k  # without z all particles are the same: one is run
-    k = k // same
-    estimates, effective = [], []
+    """The particle filter's log_likelihood_TB from a zero state, whose mean is a bound, and ess_TB, in float64; model:
+    as in estimate_bounds. No more than max_rows particles are there at once, or k."""
+    k, same, found = (k, 1, []) if model.z_dim else (1, k, [])  # without z all particles are the same: one is run
     drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
-        uniform_TB = torch.rand(frames, x.shape[1], **drawn_like_x)
-        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * frames)
+        uniform_TB = torch.rand(x.shape[:2], **drawn_like_x)
+        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * len(x))
         filtering = particle_filter(model, x, None, noise, uniform_TB, k)
-        estimates.append(filtering.log_likelihood_TB.double())
-        effective.append(same * filtering.ess_TB.double())
-    return torch.cat(estimates, dim=1), torch.cat(effective, dim=1)
+        found.append((filtering.log_likelihood_TB.double(), same * filtering.ess_TB.double()))
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -798,11 +687,6 @@ def bits_per_sample(nats_per_frame, x_dim, std):
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
-def nats_of_code(bits, samples, std):
-    """The log-likelihood, in nats, of a model whose code would take as many bits for so many samples."""
-    return samples * math.log(std) - bits * math.log(2)
-
-
 def frames_at(split, starts, frames, x_dim, corpus, generator):
     """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
     pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
@@ -810,38 +694,33 @@ def frames_at(split, starts, frames, x_dim, corpus, generator):
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
 
-def batches_of_windows(split, starts, frames, x_dim, corpus, device, rank=0, processes=1):
-    """Yield (index, x_TBX, generator) of every processes-th batch of windows, dequantised by a generator of its own."""
+def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=None, rank=0, processes=1):
+    """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised with its generator."""
+    starts = window_starts(split, frames * x_dim, at_most)
     for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
         chosen = starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH]
-        yield index, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
+        yield chosen, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
-    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)}.
-
-    With smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
-    model of one size, and for any number of processes, which share the work.
-    """
-    device = next(model.parameters()).device
-    starts = window_starts(split, seq_frames * model.x_dim, at_most)
-    mine = {}
-    for batch, x_TBX, generator in batches_of_windows(split, starts, seq_frames, model.x_dim, corpus, device, *job()):
+    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)};
+    with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
+    model of one size, and for any number of processes, which share the work."""
+    device, mine = next(model.parameters()).device, {}
+    for starts, x_TBX, generator in batches_of_windows(split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
             bounds |= {f"smc_{smc}": estimate_TB[-1], f"ess_smc_{smc}": ess_TB.mean(0)}
-        mine[batch] = {name: bound.cpu() for name, bound in bounds.items()}
-    by_batch = dict(sorted(item for part in gather(mine) for item in part.items()))
-    return {name: torch.cat([bounds[name] for bounds in by_batch.values()]) for name in by_batch[0]}
+        mine[starts[0]] = {name: bound.cpu() for name, bound in bounds.items()}
+    _, batches = zip(*sorted(item for part in gather(mine) for item in part.items()))
+    return {name: torch.cat([bounds[name] for bounds in batches]) for name in batches[0]}
 
 
 def summarise(by_window, seq_frames, x_dim, corpus):
     """Means over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}, stderr over windows.
-
-    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles).
-    """
+    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles)."""
     result = {}
     for name, values in by_window.items():
         mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
@@ -853,26 +732,24 @@ def summarise(by_window, seq_frames, x_dim, corpus):
 
 
 def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
-    """What is to be beaten on the windows of a split, in the form of `summarise`.
-
-    flac: each window coded alone at the highest compression, its header (`header_bytes`) not counted.
-    linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), zeros before the window, and a level that follows the error,
-    v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples.
-    """
+    """What is to be beaten on the windows of a split, in the form of `summarise`. flac: each window coded alone at the
+    highest compression, its header (`header_bytes`) not counted. linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n),
+    zeros before the window, and a level that follows the error, v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first
+    v fitted on train. histogram: entropy of the samples."""
     samples = seq_frames * x_dim
-    starts = window_starts(split, samples)
     fitted = fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
-    for index, x_TBX, _ in batches_of_windows(split, starts, 1, samples, corpus, "cpu"):
+    for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
         predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
-        for window in split.read(starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH], samples):
+        for window in split.read(starts, samples):
             coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
     p = counts[counts > 0] / counts.sum()
     bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    found = summarise(dict(flac=nats_of_code(bits, samples, corpus.std), linear_prediction_16=torch.cat(predicted),
-                           histogram=nats_of_code(entropy, samples, corpus.std)), seq_frames, x_dim, corpus)
+    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))
+    found = summarise(dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
+                      seq_frames, x_dim, corpus)
     found["flac"]["header_bytes"] = headers.mean().item()
     found["histogram"]["stderr"] = None  # of all windows at once
     return found
@@ -893,9 +770,8 @@ def flac_size(samples):
 def fit_linear_prediction(corpus, samples, order=16):
     """a (order,), l and the first v of (nearly) the highest likelihood on windows of train: by turns a, given v, by
     weighted least squares, and l and the first v, given a, of a grid."""
-    starts = window_starts(corpus.train, samples, FIT_WINDOWS)
     x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
-        corpus.train, starts, 1, samples, corpus, "cpu")])
+        corpus.train, 1, samples, corpus, at_most=FIT_WINDOWS)])
     memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
     weights = torch.ones_like(x)
     for _ in range(6):
@@ -924,20 +800,19 @@ def squares_and_levels(x, a, memory, v):
 def evaluate_recordings(model, corpus, split, k, at_most):
     """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC on the same: means over all
     frames, and stderr over recordings, of the ratio of their nats to their frames."""
-    device = next(model.parameters()).device
     lengths = np.diff(split.offsets) // model.x_dim
     usable = np.flatnonzero(lengths)
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
     chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
-    generator = torch.Generator(device).manual_seed(EVAL_SEED)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     nats, ess, flac = [], [], []
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         ends = torch.from_numpy(lengths[batch])
-        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=device)
+        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=generator.device)
         for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
             start, samples = split.offsets[[recording]], end * model.x_dim
             x_TBX[:end, i:i + 1] = frames_at(split, start, end, model.x_dim, corpus, generator)
-            flac.append(nats_of_code(flac_size(*split.read(start, samples))[0], samples, corpus.std))
+            flac.append(samples * math.log(corpus.std) - flac_size(*split.read(start, samples))[0] * math.log(2))
         estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
         nats += estimate_TB[ends - 1, range(len(batch))].tolist()
         ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
@@ -979,10 +854,8 @@ def evaluation_table(result):
 @torch.no_grad()
 def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     """Speech as .wav files in a folder, as loud as it comes, at most `frames` long (10 s of 200 samples a frame).
-
     real_N: the beginnings of the longest recordings. sample_N: generated. Of a model that can resynthesise also
-    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N.
-    """
+    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N."""
     import soundfile
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
@@ -992,9 +865,8 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     real = frames_at(split, split.offsets[longest], shown, model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if hasattr(model, "resynthesise"):
-        heard = real[:min(given, shown)]
-        goes_on = model.generate(frames - len(heard), len(longest), generator, model(heard).state)
-        speech |= dict(continued=torch.cat((heard, goes_on)), resynthesised=model.resynthesise(real, generator))
+        goes_on = model.generate(frames - len(real[:given]), len(longest), generator, model(real[:given]).state)
+        speech |= dict(continued=torch.cat((real[:given], goes_on)), resynthesised=model.resynthesise(real, generator))
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())

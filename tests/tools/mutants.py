@@ -222,7 +222,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("a prediction fitted without its level", LPC_FIT, COMMON,
      "        weights = 1 / torch.stack(", "        torch.stack("),
     ("the entropy of train", HISTOGRAM, COMMON,
-     "split.read(starts[index * EVAL_BATCH:", "corpus.train.read(starts[index * EVAL_BATCH:"),
+     "in split.read(starts, samples)", "in corpus.train.read(starts, samples)"),
     ("a resynthesis whose h does not hear x", RESYNTHESIS, COMMON,
      "self.along(rollout.phi_x, ", "self.along(0 * rollout.phi_x, "),
     ("a resynthesis whose filter forgets", RESYNTHESIS, COMMON,
