@@ -1424,12 +1424,12 @@ class RunFolder:
 
     def start(self, config, header=None, lines=()):
         """Keep other processes out, and begin the log; without a header there is none, since nothing is trained."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
-        write_durably(self.config, json.dumps(config, indent=1) + "\n")
-        if header:
-            write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
+            write_durably(self.config, json.dumps(config, indent=1) + "\n")
+            if header:
+                write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
 
     def check_unchanged(self, header):
         """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
@@ -1449,16 +1449,16 @@ class RunFolder:
     def append(self, line):
         with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        sync(self.log)
+            file.flush()
+            os.fsync(file.fileno())
 
     def save(self, path, checkpoint):
         """Write a checkpoint such that path holds the old or the new one, whole."""
         if is_first():
             try:
-                torch.save(checkpoint, partial_of(path))
-                replace_durably(path)
+                with durably(path) as partial:
+                    torch.save(checkpoint, partial)
             except (OSError, RuntimeError) as error:
-                partial_of(path).unlink(missing_ok=True)
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
 
@@ -1678,9 +1678,8 @@ def window_starts(split, samples, at_most=None):
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")
-    if at_most is not None and at_most < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
-    return starts
+    at_most = min(at_most or len(starts), len(starts))
+    return starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
 
 
 def normalise(pcm, corpus, uniform=None):
@@ -1707,25 +1706,21 @@ class SplitWriter:
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
-        """Append one recording; if it fails half-way nothing of it stays. Raises BadAudio."""
+        """Append one recording; the next is written over one that fails half-way. Raises BadAudio."""
         start = end = self.offsets[-1]
         total = squares = 0
-        try:
-            for block in guarded(blocks):
-                require_space(Path(self.group.file.filename).parent)
-                self.audio.resize((end + len(block),))
-                self.audio[end:] = block
-                end += len(block)
-                wide = block.astype(np.int64)
-                total += int(wide.sum())
-                squares += int((wide * wide).sum())
-            if end == start:
-                raise BadAudio("it holds no samples")
-            if squares * (end - start) == total ** 2:
-                raise BadAudio(f"every sample of it is {total // (end - start)}")
-        except BadAudio:
-            self.audio.resize((start,))
-            raise
+        for block in guarded(blocks):
+            require_space(Path(self.group.file.filename).parent)
+            self.audio.resize((end + len(block),))
+            self.audio[end:] = block
+            end += len(block)
+            wide = block.astype(np.int64)
+            total += int(wide.sum())
+            squares += int((wide * wide).sum())
+        if end == start:
+            raise BadAudio("it holds no samples")
+        if squares * (end - start) == total ** 2:
+            raise BadAudio(f"every sample of it is {total // (end - start)}")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
         self.total += total
@@ -1733,6 +1728,7 @@ class SplitWriter:
 
     def close(self):
         """Returns mean and standard deviation."""
+        self.audio.resize((self.offsets[-1],))
         self.group["offsets"] = np.array(self.offsets, np.int64)
         self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
         mean = self.total / self.offsets[-1]
@@ -1754,27 +1750,19 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(out)
-    partial.touch()
-    descriptor = lock(partial)
-    try:
-        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-            writers = {split: SplitWriter(file.create_group(split), share)
-                       for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
-            skipped = distribute(recordings, writers.values(), strict)
-            splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-            for split, writer in writers.items():
-                if not writer.names:
-                    why = f" (skipped: {skipped[0]})" if skipped else ""
-                    raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for "
-                                    f"the split {split}{why}; give more recordings or a larger --valid and --test")
-            (mean, std), *_ = [writer.close() for writer in writers.values()]
-            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                              created_by=created_by)
-        replace_durably(out)
-    finally:
-        partial.unlink(missing_ok=True)
-        os.close(descriptor)
+    with durably(out) as partial, h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+        writers = {split: SplitWriter(file.create_group(split), share)
+                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
+        skipped = distribute(recordings, writers.values(), strict)
+        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+        for split, (count, _) in splits.items():
+            if count == 0:
+                why = f" (skipped: {skipped[0]})" if skipped else ""
+                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
+                                f"split {split}{why}; give more recordings or a larger --valid and --test")
+        (mean, std), *_ = [writer.close() for writer in writers.values()]
+        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                          created_by=created_by)
     lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
@@ -1811,14 +1799,11 @@ class Split:
 
     def read(self, starts, samples):
         """(B, samples) int16 from B starting points."""
-        out = np.empty((len(starts), samples), np.int16)
         try:
-            for row, start in zip(out, starts):
-                self.audio.read_direct(row, np.s_[start:start + samples])
+            return np.stack([self.audio[start:start + samples] for start in starts])
         except (OSError, RuntimeError) as error:
             raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
                             f"({first_line(error)}); {REMAKE}") from None
-        return out
 
 
 def open_corpus(path):
@@ -1838,24 +1823,21 @@ def read_corpus(path):
     cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
     cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
     file.id.set_mdc_config(cache)
-    kind, version, rate, created_by = (
-        str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by"))
-    mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
-    if (kind, version) != (FORMAT, str(VERSION)):
+    if (str(file.attrs.get("format")), str(file.attrs.get("version"))) != (FORMAT, str(VERSION)):
         raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if rate != str(SAMPLE_RATE):
+    if str(file.attrs.get("sample_rate")) != str(SAMPLE_RATE):
         raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
+    mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise BadAudio("has no usable mean and std")
     splits = {}
     for name in SPLITS:
         audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
-                and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
-                and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
+        if not ((audio.dtype, audio.ndim, offsets.dtype, offsets.ndim) == ("int16", 1, "int64", 1) and len(offsets) > 1
+                and offsets[0] == 0 and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
             raise BadAudio(f"has inconsistent offsets in split {name}")
         splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=created_by, mean=mean, std=std, **splits)
+    return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std, **splits)
 
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
@@ -1877,10 +1859,8 @@ def guarded(reader):
     """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
     try:
         yield from reader
-    except BadAudio:
-        raise
     except Exception as error:
-        raise BadAudio(f"it cannot be read ({first_line(error)})") from None
+        raise error if isinstance(error, BadAudio) else BadAudio(f"it cannot be read ({first_line(error)})") from None
 
 
 def raise_later(error):
@@ -1954,10 +1934,9 @@ def pcm16_blocks(array):
         scale = 1 << 15
     elif kind == "i" and 1 << 23 < peak <= 1 << 31:
         scale = 2.0 ** -16
-    elif np.isfinite(peak):
-        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
     else:
-        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
+                       if np.isfinite(peak) else "it holds NaN or infinity; remove or repair these samples")
     yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
 
@@ -1991,9 +1970,9 @@ def run_as_script(main):
                    "them to end said, and go on with --resume")
         else:
             raise
-    print(f"error: {why}", file=sys.stderr)
+    print(f"error: {why}", file=sys.stderr, flush=True)
     if job()[1] > 1:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(2)  # no clean-up that would wait for processes that are gone
     sys.exit(2)
 
@@ -2041,29 +2020,25 @@ def lock(path):
     return descriptor
 
 
-def partial_of(path):
-    """Where a file is written, until it is complete."""
-    return path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def durably(path):
+    """Where to write a file, by one process at a time; it becomes `path` once it is whole and on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    descriptor, folder = lock(partial), os.open(path.parent, os.O_RDONLY)
+    try:
+        yield partial
+        os.fsync(descriptor)
+        partial.replace(path)
+        os.fsync(folder)  # the new name as well
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor), os.close(folder)
 
 
 def write_durably(path, text):
-    if is_first():
-        partial_of(path).write_text(text)
-        replace_durably(path)
-
-
-def replace_durably(path):
-    """Rename a complete file into place, after its bytes have reached the disk."""
-    sync(partial_of(path))
-    partial_of(path).replace(path)
-    sync(path.parent)  # the new name as well
-
-
-def sync(path):
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with durably(path) as partial:
+        partial.write_text(text)
 
 
 def start_processes(batch_size):
@@ -2075,8 +2050,7 @@ def start_processes(batch_size):
         libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, -1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-    processes = job()[1]
-    if batch_size % processes:
+    if batch_size % (processes := job()[1]):
         raise UserError(f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do")
     return processes
 
@@ -2130,7 +2104,6 @@ def gather(value):
 def average_over_processes(tensors):
     """In place, by one exchange."""
     if job()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / job()[1])
+        total = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(total)
+        nn.utils.vector_to_parameters(total / job()[1], tensors)

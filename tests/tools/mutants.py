@@ -170,7 +170,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     # ---- conversion ----
     ("a recording to the split that has most", NEEDIEST, COMMON, "neediest = max(writers,", "neediest = min(writers,"),
     ("mean and standard deviation of the test split", OF_TRAIN, COMMON, "(mean, std), *_ = [", "*_, (mean, std) = ["),
-    ("half a recording stays", NEEDIEST, COMMON, "            self.audio.resize((start,))\n", ""),
+    ("half a recording stays", NEEDIEST, COMMON, "        self.audio.resize((self.offsets[-1],))\n", ""),
     ("two conversions into one file", ONE_WRITER, COMMON, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH"),
     ("arrays of arrays read in any case", PICKLES, COMMON,
      "functools.partial(np.load, allow_pickle=allow_pickle,", "functools.partial(np.load, allow_pickle=True,", COMMON,
@@ -336,8 +336,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     # ---- processes ----
     ("each process draws the same noise", TWO_PROCESSES, COMMON,
      "return drawn[:, my_part(rows)]", "return drawn[:, :rows // self.processes]"),
-    ("gradients of processes added up", TWO_PROCESSES, COMMON, "tensor.copy_(total.view_as(tensor) / job()[1])",
-     "tensor.copy_(total.view_as(tensor))"),
+    ("gradients of processes added up", TWO_PROCESSES, COMMON, "vector_to_parameters(total / job()[1], tensors)",
+     "vector_to_parameters(total, tensors)"),
     ("every process reads the first part of the batch", TWO_PROCESSES, COMMON,
      "(index + 1) * self.batch_size][my_part(self.batch_size)]",
      "(index + 1) * self.batch_size][:self.batch_size // job()[1]]"),
