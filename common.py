@@ -1020,7 +1020,9 @@ class Training:
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
-        self.script, self.name = script_of(type(h)), name or script_of(type(h))
+        script = script_of(type(h))
+        self.config = json.loads(json.dumps({**dataclasses.asdict(h), "script": script, "name": name or script}))
+        del self.config["evaluate"]
         self.processes = start_processes(h.batch_size)
         self.folder, self.device = RunFolder(h), choose_device(h.device)
         ensure_demo_data(h.data)
@@ -1058,17 +1060,18 @@ class Training:
         self.state, self.next_state = (  # before and after the window
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
         self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
-        self.counts = SimpleNamespace(
-            **{name: torch.tensor(0, device=self.device) for name in (
-                "updates", "clipped", "skipped", "skipped_in_a_row")},
-            **{name: torch.tensor(0.0, device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
+        self.counts = SimpleNamespace(**{name: torch.tensor(zero, device=self.device) for name, zero in dict(
+            updates=0, clipped=0, skipped=0, skipped_in_a_row=0, loss_sum=0.0, losses=0.0, grad_norm=0.0).items()})
+        self.in_place = {**vars(self.counts), "pcm": self.pcm,  # what is there besides parameters and moments
+                         **{f"state.{i}": part for i, part in enumerate(self.state)},
+                         **{f"next_state.{i}": part for i, part in enumerate(self.next_state)}}
 
     def begin(self):
         """Start the run folder, or go on from the state in it."""
-        h, folder, config = self.h, self.folder, self.config()
+        h, folder = self.h, self.folder
         header = dict(
-            config=config, particles=self.particles, replays=self.replays, processes=self.processes, commit=commit(),
-            device=describe(self.device), data=describe_corpus(self.corpus),
+            config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
+            commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
@@ -1076,15 +1079,15 @@ class Training:
             folder.check_unchanged(header)
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
-            folder.go_on(config, self.progress["updates"])
+            folder.go_on(self.config, self.progress["updates"])
         else:
             if h.init_from:
                 parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
                 for model in (self.model, self.averaged):
                     load_parameters(model, parameters, h.init_from, "--init_from")
-            folder.start(config, header)
+            folder.start(self.config, json.dumps(header))
         if is_first():
-            print(f"{self.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
+            print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
                   f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
                   flush=True)
@@ -1093,16 +1096,10 @@ class Training:
         """Parameters and name of a checkpoint that is to be evaluated, and mean and std of what it was trained on."""
         load_parameters(self.averaged, checkpoint["model"], self.h.evaluate, "--evaluate")
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-        self.progress["updates"], config = checkpoint["update"], checkpoint["config"]
-        self.script = config.get("script", self.script)
-        self.name = config.get("name", self.script)
-        self.folder.start({**config, **self.config()})
-
-    def config(self):
-        """The hyperparameters as plain Python, with the name of the run."""
-        values = {**dataclasses.asdict(self.h), "script": self.script, "name": self.name}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-                if name != "evaluate"}
+        self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
+        script = trained.get("script", self.config["script"])
+        self.config = {**trained, **self.config, "script": script, "name": trained.get("name", script)}
+        self.folder.start(self.config)
 
     # ---- one update, in the order in which a script calls these ----
 
@@ -1149,7 +1146,8 @@ class Training:
         norm = divide_by * norm
         is_finite = norm.isfinite() & loss.isfinite()
         if h.lr_updates:
-            self.optimiser.param_groups[0]["lr"].copy_(self.lr())
+            falling = h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01)  # in a line to a hundredth
+            self.optimiser.param_groups[0]["lr"].copy_(falling)
         if replace_non_finite:
             for p in parameters:
                 p.grad.copy_(torch.where(is_finite, p.grad, 0.1 * p))
@@ -1175,15 +1173,10 @@ class Training:
         done = self.counts.updates / self.h.x_noise_updates
         return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
 
-    def lr(self):
-        """Adam's learning rate: from h.lr down in a line to a hundredth of it, and no further."""
-        return self.h.lr * (1 - self.counts.updates / self.h.lr_updates).clamp(min=0.01)
-
     def average(self):
         """Exponential moving average of the parameters, shorter early on, so that it forgets the initial values: single
         updates throw the held-out bound up and down by tens of nats, their average does not."""
-        decay = ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
-        share = 1 - decay
+        share = 1 - ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
         for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
             averaged.lerp_(p, share)
 
@@ -1244,16 +1237,20 @@ class Training:
                 if progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates:
                     self.monitor()
                 if signal_number := max(gather(max(received, default=0))):
-                    self.stop(signal_number)
+                    self.stop_clock()
+                    self.folder.save(self.folder.last, self.checkpoint())
+                    if is_first():
+                        print(f"stopped after update {progress['updates']}; go on with the same command and --resume",
+                              flush=True)
+                    sys.exit(128 + signal_number)
 
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
         windows, replay = divmod(self.progress["updates"], self.replays)
         if replay == 0:
             batch, window = divmod(windows, self.h.reset_freq)
-            is_pinned = self.device.type == "cuda"
-            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(self.excerpts.batch, i, is_pinned)
-                               for i in (batch, batch + 1)}  # by a thread
+            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(
+                self.excerpts.batch, i, self.device.type == "cuda") for i in (batch, batch + 1)}  # by a thread
             self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
             for before, after in zip(self.state, self.next_state):
                 before.zero_() if window == 0 else before.copy_(after)
@@ -1272,13 +1269,16 @@ class Training:
         counts.loss_sum.zero_()
         counts.losses.zero_()
         if is_first():
-            folder.append(line)
+            with folder.log.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
         tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
         if tracked > progress["best"]:
             progress["best"] = tracked
-            folder.save(folder.best, dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
+            folder.save(folder.best, self.described(model=self.averaged.state_dict()))
         folder.save(folder.last, self.checkpoint())
         self.clock = time.monotonic()
 
@@ -1286,34 +1286,20 @@ class Training:
         self.counts.updates.item()  # wait for the device
         self.progress["seconds"] += time.monotonic() - self.clock
 
-    def stop(self, signal_number):
-        """Save the state, say how to go on, and exit."""
-        self.stop_clock()
-        self.folder.save(self.folder.last, self.checkpoint())
-        if is_first():
-            print(f"stopped after update {self.progress['updates']}; go on with the same command and --resume",
-                  flush=True)
-        sys.exit(128 + signal_number)
-
     # ---- state ----
 
-    def origin(self):
-        """What makes a checkpoint enough to evaluate it, and to generate from it, anywhere."""
-        return dict(config=self.config(), mean=self.corpus.mean, std=self.corpus.std)
-
-    def in_place(self):
-        """{name: tensor} of what the device holds besides parameters and moments."""
-        states = dict(state=self.state, next_state=self.next_state)
-        return {**vars(self.counts), "pcm": self.pcm,
-                **{f"{name}.{i}": part for name, parts in states.items() for i, part in enumerate(parts)}}
+    def described(self, **parts):
+        """A checkpoint of these parts, with what makes it enough to evaluate it, and to generate from it, anywhere."""
+        return dict(parts, config=self.config, mean=self.corpus.mean, std=self.corpus.std,
+                    update=self.progress["updates"])
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
         tensors = {name: torch.cat(gather(tensor.cpu()), SHARED_AXIS.get(name, 0)) if tensor.dim() else tensor
-                   for name, tensor in self.in_place().items()}
-        return dict(self.origin(), model=self.model.state_dict(), averaged=self.averaged.state_dict(),
-                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
-                    tensors=tensors, progress=self.progress, update=self.progress["updates"])
+                   for name, tensor in self.in_place.items()}
+        return self.described(model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
+                              optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
+                              progress=self.progress)
 
     def restore(self, checkpoint, path):
         """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
@@ -1321,7 +1307,7 @@ class Training:
             load_parameters(self.model, checkpoint["model"], path, "--resume")
             load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
-            for name, tensor in self.in_place().items():
+            for name, tensor in self.in_place.items():
                 saved = checkpoint["tensors"][name]
                 if tensor.dim():  # this process's part of it
                     saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
@@ -1350,9 +1336,10 @@ class Training:
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
-            result = dict(script=self.script, name=self.name, checkpoint=h.evaluate or folder.best.name,
-                          data=describe_corpus(corpus), split="test", update=update, windows=len(by_window["elbo"]),
-                          frames=h.seq_frames, bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
+            result = dict(script=self.config["script"], name=self.config["name"],
+                          checkpoint=h.evaluate or folder.best.name, data=describe_corpus(corpus), split="test",
+                          update=update, windows=len(by_window["elbo"]), frames=h.seq_frames,
+                          bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
                           yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim))
             if h.eval_recordings:
                 result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
@@ -1422,14 +1409,14 @@ class RunFolder:
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
 
-    def start(self, config, header=None, lines=()):
-        """Keep other processes out, and begin the log; without a header there is none, since nothing is trained."""
+    def start(self, config, *lines):
+        """Keep other processes out, and begin the log; without lines there is none, since nothing is trained."""
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
             write_durably(self.config, json.dumps(config, indent=1) + "\n")
-            if header:
-                write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
+            if lines:
+                write_durably(self.log, "\n".join(lines) + "\n")
 
     def check_unchanged(self, header):
         """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
@@ -1445,12 +1432,6 @@ class RunFolder:
             if was != now:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
                                 "give the old value, or start another --out_dir")
-
-    def append(self, line):
-        with self.log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def save(self, path, checkpoint):
         """Write a checkpoint such that path holds the old or the new one, whole."""
@@ -1468,7 +1449,7 @@ class RunFolder:
         header, *lines = self.log.read_text().splitlines()
         begins = [re.match(r'{"update": (\d+),', line) for line in lines]
         seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
-        self.start(config, {**json.loads(header), "config": config}, seen)
+        self.start(config, json.dumps({**json.loads(header), "config": config}), *seen)
 
 
 # what the evaluation of a checkpoint needs, and of which type
