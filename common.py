@@ -1030,8 +1030,12 @@ class Training:
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
-        if not h.evaluate:
-            prepare(model, h)
+        for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
+            if getattr(h, option) and not hasattr(model, feature) and not h.evaluate:
+                off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
+                raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
+        if h.mirrored_init and not h.evaluate:
+            model.mirror()
         self.model = model.to(self.device)
         self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
@@ -1047,12 +1051,9 @@ class Training:
         model.bf16 = h.bf16
         self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
                                           capturable=self.device.type == "cuda")
-        for p in model.parameters():  # a step creates Adam's moments, so that they can be restored in place
-            p.grad = torch.zeros_like(p)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        for moments in self.optimiser.state.values():
-            moments["step"].zero_()
+        for p in model.parameters():  # as its first step would create it, so that it can be restored in place
+            self.optimiser.state[p] = dict(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(p),
+                                           exp_avg_sq=torch.zeros_like(p))
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
 
@@ -1101,8 +1102,6 @@ class Training:
         self.config = {**trained, **self.config, "script": script, "name": trained.get("name", script)}
         self.folder.start(self.config)
 
-    # ---- one update, in the order in which a script calls these ----
-
     def window(self):
         """The present window on the device, (T, B, X): dequantised, normalised, with noise while there is any."""
         h = self.h
@@ -1138,7 +1137,10 @@ class Training:
         gradients = [p.grad for p in parameters]
         if self.processes > 1 and replace_non_finite:
             raise UserError("--as_published: what the 2016 scripts did runs in one process; start without torchrun")
-        average_over_processes([*gradients, loss])
+        if self.processes > 1:
+            total = nn.utils.parameters_to_vector([*gradients, loss])
+            dist.all_reduce(total)
+            nn.utils.vector_to_parameters(total / self.processes, [*gradients, loss])
         if divide_by != 1:
             torch._foreach_div_(gradients, divide_by)
         norm = nn.utils.get_total_norm(gradients)
@@ -1212,8 +1214,6 @@ class Training:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if is_allowed else "highest")
 
-    # ---- the loop around the updates ----
-
     def updates(self):
         """Yield once for every update that is still to be made, with its window in place; none with --evaluate. Between
         them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go on from."""
@@ -1286,8 +1286,6 @@ class Training:
         self.counts.updates.item()  # wait for the device
         self.progress["seconds"] += time.monotonic() - self.clock
 
-    # ---- state ----
-
     def described(self, **parts):
         """A checkpoint of these parts, with what makes it enough to evaluate it, and to generate from it, anywhere."""
         return dict(parts, config=self.config, mean=self.corpus.mean, std=self.corpus.std,
@@ -1321,8 +1319,6 @@ class Training:
             raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
                             f"{ANOTHER_RUN}") from None
 
-    # ---- the end ----
-
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
         h, folder, update, model, corpus = self.h, self.folder, self.progress["updates"], self.averaged, self.corpus
@@ -1351,16 +1347,6 @@ class Training:
             print(folder.eval, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def prepare(model, h):
-    """Raises UserError where h asks for what the model does not have."""
-    for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
-        if getattr(h, option) and not hasattr(model, feature):
-            off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
-            raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
-    if h.mirrored_init:
-        model.mirror()
 
 
 def ensure_demo_data(path):
@@ -1627,7 +1613,6 @@ class Excerpts:
         self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
-        self.first = np.cumsum(self.counts) - self.counts
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         self.epoch = None
         if self.batches_per_epoch == 0:
@@ -1640,12 +1625,10 @@ class Excerpts:
         epoch, index = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order = epoch, random.permutation(int(self.counts.sum()))
-            self.shift = random.integers(0, self.slack, endpoint=True)
-        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
-        recording = np.searchsorted(self.first + self.counts, chosen, side="right")
-        starts = (self.split.offsets[recording] + self.shift[recording]
-                  + (chosen - self.first[recording]) * self.samples)
+            order, shift = random.permutation(self.counts.sum()), random.integers(0, self.slack, endpoint=True)
+            starts = window_starts(self.split, self.samples) + np.repeat(shift, self.counts)
+            self.epoch, self.starts = epoch, starts[order]
+        starts = self.starts[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
         pcm = torch.from_numpy(self.split.read(starts, self.samples))
         windows = pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying one to a GPU waits for it
         return windows.pin_memory() if is_pinned else windows
@@ -1688,16 +1671,14 @@ class SplitWriter:
 
     def append(self, name, blocks):
         """Append one recording; the next is written over one that fails half-way. Raises BadAudio."""
-        start = end = self.offsets[-1]
-        total = squares = 0
+        start, end, total, squares = self.offsets[-1], self.offsets[-1], 0, 0
         for block in guarded(blocks):
             require_space(Path(self.group.file.filename).parent)
             self.audio.resize((end + len(block),))
             self.audio[end:] = block
             end += len(block)
             wide = block.astype(np.int64)
-            total += int(wide.sum())
-            squares += int((wide * wide).sum())
+            total, squares = total + int(wide.sum()), squares + int(wide @ wide)
         if end == start:
             raise BadAudio("it holds no samples")
         if squares * (end - start) == total ** 2:
@@ -1732,37 +1713,31 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with durably(out) as partial, h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-        writers = {split: SplitWriter(file.create_group(split), share)
-                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
-        skipped = distribute(recordings, writers.values(), strict)
-        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
+        writers = [SplitWriter(file.create_group(split), share)
+                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))]
+        skipped = []
+        for source, name, blocks in recordings:
+            so_far = sum(writer.offsets[-1] for writer in writers)
+            neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
+            try:
+                neediest.append(name, blocks)
+            except BadAudio as why:
+                skipped.append(f"{source}: {why}")
+                if strict:
+                    raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in zip(SPLITS, writers)}
         for split, (count, _) in splits.items():
             if count == 0:
                 why = f" (skipped: {skipped[0]})" if skipped else ""
                 raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
                                 f"split {split}{why}; give more recordings or a larger --valid and --test")
-        (mean, std), *_ = [writer.close() for writer in writers.values()]
+        (mean, std), *_ = [writer.close() for writer in writers]
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
-    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
+    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
                            skipped=skipped)
-
-
-def distribute(recordings, writers, strict):
-    """Append each recording to the writer that is furthest below its share; returns why some were skipped."""
-    skipped = []
-    for source, name, blocks in recordings:
-        so_far = sum(writer.offsets[-1] for writer in writers)
-        neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
-        try:
-            neediest.append(name, blocks)
-        except BadAudio as why:
-            skipped.append(f"{source}: {why}")
-            if strict:
-                raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-    return skipped
 
 
 def require_space(folder):
@@ -1789,36 +1764,33 @@ class Split:
 
 def open_corpus(path):
     """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train)."""
-    if not Path(path).exists():
-        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                        f"{path}', name another with --data, or try --demo")
     try:
-        return read_corpus(path)
+        file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+        cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
+        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
+        file.id.set_mdc_config(cache)
+        if (str(file.attrs.get("format")), str(file.attrs.get("version"))) != (FORMAT, str(VERSION)):
+            raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
+        if str(file.attrs.get("sample_rate")) != str(SAMPLE_RATE):
+            raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
+        mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise BadAudio("has no usable mean and std")
+        splits = {name: Split(name, file[name]["audio"], file[name]["offsets"][:]) for name in SPLITS}
+        for name, split in splits.items():
+            audio, offsets = split.audio, split.offsets
+            if not (isinstance(audio, h5py.Dataset) and (audio.dtype, audio.ndim) == ("int16", 1)
+                    and (offsets.dtype, offsets.ndim) == ("int64", 1) and len(offsets) > 1 and offsets[0] == 0
+                    and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
+                raise BadAudio(f"has inconsistent offsets in split {name}")
+        return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std,
+                               **splits)
+    except FileNotFoundError:
+        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                        f"{path}', name another with --data, or try --demo") from None
     except Exception as error:  # a damaged file can raise anything
         why = error if isinstance(error, BadAudio) else f"is not a readable HDF5 file ({first_line(error)})"
         raise UserError(f"data file {path} {why}; {REMAKE}") from None
-
-
-def read_corpus(path):
-    file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-    cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
-    cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
-    file.id.set_mdc_config(cache)
-    if (str(file.attrs.get("format")), str(file.attrs.get("version"))) != (FORMAT, str(VERSION)):
-        raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if str(file.attrs.get("sample_rate")) != str(SAMPLE_RATE):
-        raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
-    mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise BadAudio("has no usable mean and std")
-    splits = {}
-    for name in SPLITS:
-        audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        if not ((audio.dtype, audio.ndim, offsets.dtype, offsets.ndim) == ("int16", 1, "int64", 1) and len(offsets) > 1
-                and offsets[0] == 0 and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
-            raise BadAudio(f"has inconsistent offsets in split {name}")
-        splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std, **splits)
 
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
@@ -2037,8 +2009,7 @@ def start_processes(batch_size):
 
 
 def choose_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = dict(auto="cuda" if torch.cuda.is_available() else "cpu").get(name, name)
     if name == "cuda" and job()[1] > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -2080,11 +2051,3 @@ def gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def average_over_processes(tensors):
-    """In place, by one exchange."""
-    if job()[1] > 1:
-        total = nn.utils.parameters_to_vector(tensors)
-        dist.all_reduce(total)
-        nn.utils.vector_to_parameters(total / job()[1], tensors)

@@ -163,9 +163,9 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     # ---- excerpts ----
     ("the same order in every epoch", VRNN, COMMON, "default_rng((self.seed, epoch))", "default_rng((self.seed, 0))"),
     ("excerpts that begin at the beginning of a recording", VRNN, COMMON,
-     "self.split.offsets[recording] + self.shift[recording]", "self.split.offsets[recording]"),
+     " + np.repeat(shift, self.counts)", ""),
     ("an excerpt over the end of its recording", VRNN, COMMON,
-     'self.counts, chosen, side="right")', "self.counts, chosen)"),
+     "np.repeat(shift, self.counts)", "np.repeat(shift + 1, self.counts)"),
     ("held-out windows that overlap", WINDOWS, COMMON, "+ nth * samples\n", "+ nth * (samples // 2)\n"),
     # ---- conversion ----
     ("a recording to the split that has most", NEEDIEST, COMMON, "neediest = max(writers,", "neediest = min(writers,"),
@@ -336,8 +336,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     # ---- processes ----
     ("each process draws the same noise", TWO_PROCESSES, COMMON,
      "return drawn[:, my_part(rows)]", "return drawn[:, :rows // self.processes]"),
-    ("gradients of processes added up", TWO_PROCESSES, COMMON, "vector_to_parameters(total / job()[1], tensors)",
-     "vector_to_parameters(total, tensors)"),
+    ("gradients of processes added up", TWO_PROCESSES, COMMON, "vector_to_parameters(total / self.processes,",
+     "vector_to_parameters(total,"),
     ("every process reads the first part of the batch", TWO_PROCESSES, COMMON,
      "(index + 1) * self.batch_size][my_part(self.batch_size)]",
      "(index + 1) * self.batch_size][:self.batch_size // job()[1]]"),
