@@ -1037,7 +1037,7 @@ class Training:
         if h.mirrored_init and not h.evaluate:
             model.mirror()
         self.model = model.to(self.device)
-        self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
+        self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
         if h.evaluate:
@@ -1077,10 +1077,12 @@ class Training:
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
-            folder.check_unchanged(header)
+            before, lines = folder.read_log(header)
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
-            folder.go_on(self.config, self.progress["updates"])
+            begins = [re.match(r'{"update": (\d+),', line) for line in lines]  # one may be torn, or not in last.pt
+            seen = [begin.string for begin in begins if begin and int(begin[1]) <= self.progress["updates"]]
+            folder.start(self.config, json.dumps({**before, "config": self.config}), *seen)
         else:
             if h.init_from:
                 parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
@@ -1127,7 +1129,6 @@ class Training:
     @torch.no_grad()
     def step(self, loss, state, divide_by=1, replace_non_finite=False):
         """After loss.backward(): clip the gradient, step Adam, constrain and average the weights, carry the state on.
-
         loss: scalar, nats per frame. state: after the window. A loss or gradient that is not finite changes no
         parameter and is counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they
         clipped it at grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient.
@@ -1159,7 +1160,9 @@ class Training:
         self.optimiser.zero_grad()
         if h.weight_norm:
             self.model.constrain_weights(h.weight_norm)
-        self.average()
+        share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
+            averaged.lerp_(p, share)
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
         counts.updates += 1
@@ -1175,17 +1178,9 @@ class Training:
         done = self.counts.updates / self.h.x_noise_updates
         return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
 
-    def average(self):
-        """Exponential moving average of the parameters, shorter early on, so that it forgets the initial values: single
-        updates throw the held-out bound up and down by tens of nats, their average does not."""
-        share = 1 - ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
-            averaged.lerp_(p, share)
-
     def captured(self, update):
-        """Decorator of a script's update: on a GPU it becomes one CUDA graph, because launching its thousands of small
-        kernels takes longer than running them. Where that fails, and with several processes, they are launched one by
-        one, with the same results. What a checkpoint holds stays as it is."""
+        """Decorator of a script's update: on a GPU one CUDA graph, since to launch its thousands of kernels takes
+        longer than to run them; one by one where that fails, and in several processes. Leaves the state as it is."""
         if self.device.type != "cuda" or self.processes > 1 or self.h.evaluate:
             return update
         before = copy.deepcopy(self.checkpoint())
@@ -1223,21 +1218,24 @@ class Training:
         bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates",
                    disable=not (is_first() and sys.stderr.isatty()))
         with stop_requests() as received, bar:
-            self.clock = time.monotonic()
             while progress["updates"] < h.max_updates:
+                started = time.monotonic()
                 self.next_window()
                 self.allow_tf32(True)
                 yield
                 self.allow_tf32(False)
                 progress["updates"] += 1
+                is_due = progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates
+                if is_due:
+                    self.counts.updates.item()  # wait for the device
+                progress["seconds"] += time.monotonic() - started
                 bar.update()
                 if progress["updates"] % MAX_SKIPPED == 0 and self.counts.skipped_in_a_row >= MAX_SKIPPED:
                     raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
                                     f"update {progress['updates']}; start again with a lower --lr or --grad_clip")
-                if progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates:
+                if is_due:
                     self.monitor()
                 if signal_number := max(gather(max(received, default=0))):
-                    self.stop_clock()
                     self.folder.save(self.folder.last, self.checkpoint())
                     if is_first():
                         print(f"stopped after update {progress['updates']}; go on with the same command and --resume",
@@ -1257,7 +1255,6 @@ class Training:
 
     def monitor(self):
         """A log line with the held-out bounds, best.pt where the tracked one is higher than ever, and last.pt."""
-        self.stop_clock()
         h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
         by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
                                   h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
@@ -1270,8 +1267,7 @@ class Training:
         counts.losses.zero_()
         if is_first():
             with folder.log.open("a") as log:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                print(json.dumps(line), file=log, flush=True)
                 os.fsync(log.fileno())
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
@@ -1280,11 +1276,6 @@ class Training:
             progress["best"] = tracked
             folder.save(folder.best, self.described(model=self.averaged.state_dict()))
         folder.save(folder.last, self.checkpoint())
-        self.clock = time.monotonic()
-
-    def stop_clock(self):
-        self.counts.updates.item()  # wait for the device
-        self.progress["seconds"] += time.monotonic() - self.clock
 
     def described(self, **parts):
         """A checkpoint of these parts, with what makes it enough to evaluate it, and to generate from it, anywhere."""
@@ -1384,16 +1375,15 @@ class RunFolder:
     Of the processes of a job only the first writes."""
 
     def __init__(self, h):
-        self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = (
-            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json",
-                                            "windows.csv", "samples"))
+        folder = self.folder = Path(h.out_dir)
+        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = map(folder.joinpath, (
+            "config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "windows.csv", "samples"))
         has_state = self.last.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
-            raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
+            raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
 
     def start(self, config, *lines):
         """Keep other processes out, and begin the log; without lines there is none, since nothing is trained."""
@@ -1404,10 +1394,11 @@ class RunFolder:
             if lines:
                 write_durably(self.log, "\n".join(lines) + "\n")
 
-    def check_unchanged(self, header):
-        """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
+    def read_log(self, header):
+        """Its header and lines. UserError where the saved state does not fit the new header: settings, data, device."""
         try:
-            before = json.loads(self.log.read_text().splitlines()[0])
+            before, *lines = self.log.read_text().splitlines()
+            before = json.loads(before)
             changes = [(f"--{name}", before["config"].get(name), value) for name, value in header["config"].items()
                        if name not in FREE_ON_RESUME]
             changes += [("what --data holds", before["data"], header["data"]),
@@ -1418,6 +1409,7 @@ class RunFolder:
             if was != now:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
                                 "give the old value, or start another --out_dir")
+        return before, lines
 
     def save(self, path, checkpoint):
         """Write a checkpoint such that path holds the old or the new one, whole."""
@@ -1428,14 +1420,6 @@ class RunFolder:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
-
-    def go_on(self, config, update):
-        """Start with the hyperparameters that hold from now on, and without log lines that the checkpoint has not seen,
-        one of which may have been torn when the machine stopped."""
-        header, *lines = self.log.read_text().splitlines()
-        begins = [re.match(r'{"update": (\d+),', line) for line in lines]
-        seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
-        self.start(config, json.dumps({**json.loads(header), "config": config}), *seen)
 
 
 # what the evaluation of a checkpoint needs, and of which type
@@ -1476,10 +1460,8 @@ def load_parameters(model, parameters, path, option):
 def commit():
     """The commit of this code, with + where a file differs from it; None outside a repository."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with contextlib.suppress(OSError):  # where there is no git
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 # ---- hyperparameters ------------------------------------------------------------------------------------------------
@@ -1602,11 +1584,9 @@ def check_values(h, kinds):
 # ---- excerpts -------------------------------------------------------------------------------------------------------
 
 class Excerpts:
-    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
-
-    Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that
-    all of it is seen. What an epoch holds beyond whole batches is left out of it.
-    """
+    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone. Each
+    recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that all
+    of it is seen. What an epoch holds beyond whole batches is left out of it."""
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
         self.split, self.batch_size, self.seed = split, batch_size, seed
@@ -1700,11 +1680,10 @@ class SplitWriter:
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
     """Write recordings to one HDF5 file, which appears under its name only when it is complete.
 
-    recordings: an iterator over (source, name, blocks): where a recording lies, its name, and an iterator over its
-    samples in 1-D int16 arrays at 16 kHz. valid and test: the shares of these splits. Each recording goes, whole, to
-    the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
-    raise is skipped, or with `strict` an error. Returns a summary: splits {name: (recordings, samples)}, mean and std
-    (of train, in 16-bit steps), short (recordings, seconds), skipped ["source: why"].
+    recordings: of (source, name, blocks): where a recording lies, its name, and an iterator over its samples in 1-D
+    int16 arrays at 16 kHz. Each goes, whole, to the split that is furthest below its share of the samples so far, so a
+    rerun gives the same splits; one whose blocks raise is skipped, or with `strict` an error. Returns splits {name:
+    (recordings, samples)}, mean and std (of train, in 16-bit steps), short (recordings, seconds), skipped [why].
     """
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
@@ -1785,10 +1764,10 @@ def open_corpus(path):
                 raise BadAudio(f"has inconsistent offsets in split {name}")
         return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std,
                                **splits)
-    except FileNotFoundError:
-        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                        f"{path}', name another with --data, or try --demo") from None
     except Exception as error:  # a damaged file can raise anything
+        if not Path(path).exists():
+            raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                            f"{path}', name another with --data, or try --demo") from None
         why = error if isinstance(error, BadAudio) else f"is not a readable HDF5 file ({first_line(error)})"
         raise UserError(f"data file {path} {why}; {REMAKE}") from None
 
@@ -1823,11 +1802,9 @@ def raise_later(error):
 
 
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays.
-
-    A recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
-    the file says. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
-    """
+    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays. A
+    recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
+    the file says. What makes the whole file unusable is raised here, what makes one recording so by its blocks."""
     load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
@@ -1862,11 +1839,8 @@ def recordings_of(load, name):
 
 
 def pcm16_blocks(array):
-    """int16 blocks of one recording, its first channel, of any real dtype.
-
-    int16 is taken as it is. Wider integers are int16 values where all fit and 32-bit full scale where some exceed 24
-    bits. Floats have full scale 1, or are int16 values where all are whole.
-    """
+    """int16 blocks of one recording, its first channel, of any real dtype: int16 as it is; wider integers as int16
+    where all fit, as 32-bit full scale where some exceed 24 bits; floats of full scale 1, or as int16 where whole."""
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")

@@ -130,10 +130,12 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("weight norm over outputs", VRNN, COMMON,
      "layer.weight.norm(dim=1, keepdim=True)", "layer.weight.norm(dim=0, keepdim=True)"),
     ("average of weights off by one update", VRNN, COMMON,
-     "share = 1 - ((1 + self.counts.updates)", "share = 1 - ((2 + self.counts.updates)"),
+     "share = 1 - ((1 + counts.updates)", "share = 1 - ((2 + counts.updates)"),
     ("average of the weights before the step", VRNN, COMMON,
-     "        if replace_non_finite:\n", "        self.average()\n        if replace_non_finite:\n", COMMON,
-     "        self.average()\n        for carried", "        for carried"),
+     "            averaged.lerp_(p, share)\n", "            pass\n", COMMON, "        if replace_non_finite:\n",
+     "        share = 1 - ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=h.ema)\n"
+     "        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):\n"
+     "            averaged.lerp_(p, share)\n        if replace_non_finite:\n"),
     ("mirror() never called", VRNN, COMMON, "        model.mirror()\n", "        pass\n"),
     ("a learning rate that falls to nothing", PUBLISHED_VAE, COMMON, ".clamp(min=0.01)", ".clamp(min=0.0)"),
     ("a gradient that is not finite moves the state", NOT_FINITE, COMMON,
@@ -331,7 +333,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("a torn log line kept on resume", RESUME, COMMON,
      "seen = [begin.string for", 'seen = [line for line in lines if line[-1] != "}"] + [begin.string for'),
     ("log lines that the checkpoint has not seen kept on resume", RESUME, COMMON,
-     "if begin and int(begin[1]) <= update]", "if begin]"),
+     "if begin and int(begin[1]) <= self.progress[\"updates\"]]", "if begin]"),
     ("other data accepted on resume", OTHER_RUN, COMMON, 'before["data"], header["data"]),', "0, 0),"),
     # ---- processes ----
     ("each process draws the same noise", TWO_PROCESSES, COMMON,
