@@ -1013,10 +1013,9 @@ class Training:
 
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
-    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: whether the
-    particle filter's bound is logged too. On a GPU an update is one CUDA graph: what it reads and writes stays in
-    place, and nothing there waits for the host.
-    """
+    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: to log the
+    particle filter's bound too. On a GPU an update is one CUDA graph: its tensors stay in place, and the host is not
+    waited for."""
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
@@ -1037,13 +1036,13 @@ class Training:
         if h.mirrored_init and not h.evaluate:
             model.mirror()
         self.model = model.to(self.device)
+        if h.init_from and not (h.resume or h.evaluate):
+            parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
+            load_parameters(self.model, parameters, h.init_from, "--init_from")
         self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
-        if h.evaluate:
-            self.take_trained(load_checkpoint(h.evaluate, "--evaluate", *PARTS))
-        else:
-            self.begin()
+        self.take_trained() if h.evaluate else self.begin()
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
@@ -1056,7 +1055,6 @@ class Training:
                                            exp_avg_sq=torch.zeros_like(p))
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
-
         sequences = h.batch_size // self.processes
         self.state, self.next_state = (  # before and after the window
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
@@ -1084,10 +1082,6 @@ class Training:
             seen = [begin.string for begin in begins if begin and int(begin[1]) <= self.progress["updates"]]
             folder.start(self.config, json.dumps({**before, "config": self.config}), *seen)
         else:
-            if h.init_from:
-                parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-                for model in (self.model, self.averaged):
-                    load_parameters(model, parameters, h.init_from, "--init_from")
             folder.start(self.config, json.dumps(header))
         if is_first():
             print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
@@ -1095,8 +1089,9 @@ class Training:
                   f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
                   flush=True)
 
-    def take_trained(self, checkpoint):
-        """Parameters and name of a checkpoint that is to be evaluated, and mean and std of what it was trained on."""
+    def take_trained(self):
+        """Parameters and name of the checkpoint that is to be evaluated, and mean and std of what it was trained on."""
+        checkpoint = load_checkpoint(self.h.evaluate, "--evaluate", *PARTS)
         load_parameters(self.averaged, checkpoint["model"], self.h.evaluate, "--evaluate")
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
         self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
@@ -1271,24 +1266,19 @@ class Training:
                 os.fsync(log.fileno())
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
-        tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
+        tracked, checkpoint = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"], self.checkpoint()
         if tracked > progress["best"]:
             progress["best"] = tracked
-            folder.save(folder.best, self.described(model=self.averaged.state_dict()))
-        folder.save(folder.last, self.checkpoint())
-
-    def described(self, **parts):
-        """A checkpoint of these parts, with what makes it enough to evaluate it, and to generate from it, anywhere."""
-        return dict(parts, config=self.config, mean=self.corpus.mean, std=self.corpus.std,
-                    update=self.progress["updates"])
+            folder.save(folder.best, {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]})
+        folder.save(folder.last, checkpoint)
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
         tensors = {name: torch.cat(gather(tensor.cpu()), SHARED_AXIS.get(name, 0)) if tensor.dim() else tensor
                    for name, tensor in self.in_place.items()}
-        return self.described(model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
-                              optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
-                              progress=self.progress)
+        return dict(config=self.config, mean=self.corpus.mean, std=self.corpus.std, update=self.progress["updates"],
+                    model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
+                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(), progress=self.progress)
 
     def restore(self, checkpoint, path):
         """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
@@ -1422,7 +1412,7 @@ class RunFolder:
                                 "and go on with --resume") from None
 
 
-# what the evaluation of a checkpoint needs, and of which type
+# what it takes to evaluate a checkpoint, and to generate from it, anywhere
 PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
 
 
@@ -1483,12 +1473,9 @@ NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequan
 
 
 def parse(script, argv=None):
-    """The hyperparameters of a script: its dataclass, changed by its command line.
-
-    script: a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with a default and each a flag;
-    beside them are --resume and --demo. With --evaluate CHECKPOINT, what is not given comes from the checkpoint.
-    Returns an instance, with `resume` set. Raises UserError.
-    """
+    """The hyperparameters of a script, a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with
+    a default and each a flag; beside them are --resume and --demo. With --evaluate CHECKPOINT, what is not given comes
+    from the checkpoint. Returns an instance, with `resume` set. Raises UserError."""
     kinds = kinds_of(script)
     given = vars(flag_parser(script, kinds).parse_args(argv))
     resume = given.pop("resume")
@@ -1536,12 +1523,9 @@ def whole_number(text):
     return int(number)
 
 
-def whole_numbers(text):
-    return tuple(map(whole_number, text.split(",")))
-
-
-FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool, tuple[int, ...]: whole_numbers}
-whole_number.__name__, whole_numbers.__name__ = "whole number", "comma-separated list of whole numbers"  # in messages
+FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool,
+             tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(",")))}
+whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = "whole number", "comma-separated list of whole numbers"
 
 
 def flag_parser(script, kinds):
@@ -1549,9 +1533,8 @@ def flag_parser(script, kinds):
     parser = OneLineParser(
         prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = {}
-    for cls in reversed(script.__mro__[:-1]):
-        comments |= re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE)
+    comments = dict(found for cls in reversed(script.__mro__[:-1])
+                    for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE))
     for field in dataclasses.fields(script):
         about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
@@ -1665,8 +1648,7 @@ class SplitWriter:
             raise BadAudio(f"every sample of it is {total // (end - start)}")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
-        self.total += total
-        self.squares += squares
+        self.total, self.squares = self.total + total, self.squares + squares
 
     def close(self):
         """Returns mean and standard deviation."""
@@ -1678,13 +1660,11 @@ class SplitWriter:
 
 
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
-    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
-
-    recordings: of (source, name, blocks): where a recording lies, its name, and an iterator over its samples in 1-D
-    int16 arrays at 16 kHz. Each goes, whole, to the split that is furthest below its share of the samples so far, so a
-    rerun gives the same splits; one whose blocks raise is skipped, or with `strict` an error. Returns splits {name:
-    (recordings, samples)}, mean and std (of train, in 16-bit steps), short (recordings, seconds), skipped [why].
-    """
+    """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
+    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz. Each goes, whole, to
+    the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
+    raise is skipped, or with `strict` an error. Returns splits {name: (recordings, samples)}, mean and std (of train,
+    in 16-bit steps), short (recordings, seconds) and skipped ["source: why"]."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
@@ -1705,11 +1685,10 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
                 if strict:
                     raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
         splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in zip(SPLITS, writers)}
-        for split, (count, _) in splits.items():
-            if count == 0:
-                why = f" (skipped: {skipped[0]})" if skipped else ""
-                raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the "
-                                f"split {split}{why}; give more recordings or a larger --valid and --test")
+        if empty := [split for split, (count, _) in splits.items() if count == 0]:
+            why = f" (skipped: {skipped[0]})" if skipped else ""
+            raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the split "
+                            f"{empty[0]}{why}; give more recordings or a larger --valid and --test")
         (mean, std), *_ = [writer.close() for writer in writers]
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
@@ -1831,11 +1810,9 @@ def recordings_of(load, name):
             error = BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
                              "recording with numpy.savez, or pass --allow_pickle if you trust the file")
         yield name, raise_later(error)
-        return
-    if array.dtype.hasobject:
-        yield from ((f"{name}/{index}", pcm16_blocks(np.asarray(part))) for index, part in enumerate(array.ravel()))
     else:
-        yield name, pcm16_blocks(array)
+        parts = {f"{name}/{i}": part for i, part in enumerate(array.flat)} if array.dtype.hasobject else {name: array}
+        yield from ((name, pcm16_blocks(np.asarray(part))) for name, part in parts.items())
 
 
 def pcm16_blocks(array):
@@ -1983,7 +1960,8 @@ def start_processes(batch_size):
 
 
 def choose_device(name):
-    name = dict(auto="cuda" if torch.cuda.is_available() else "cpu").get(name, name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and job()[1] > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

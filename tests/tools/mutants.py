@@ -278,7 +278,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("raw weights in the monitor", MONITOR, COMMON, "window_bounds(self.averaged, self.corpus, self.corpus.valid",
      "window_bounds(self.model, self.corpus, self.corpus.valid"),
     ("raw weights in best.pt", BEST, COMMON,
-     "self.described(model=self.averaged.state_dict()", "self.described(model=self.model.state_dict()"),
+     'for name in PARTS}, "model": checkpoint["averaged"]}', "for name in PARTS}}"),
     ("test split evaluated with the last weights", TEST_SPLIT, COMMON,
      '            load_parameters(model, best["model"], folder.best, "--resume")\n', ""),
     ("best is worst", BEST, COMMON,
