@@ -1072,8 +1072,8 @@ class Training:
             config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
             commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
-        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
+        excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
             before, lines = folder.read_log(header)
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
@@ -1085,9 +1085,8 @@ class Training:
             folder.start(self.config, json.dumps(header))
         if is_first():
             print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
-                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
-                  f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
-                  flush=True)
+                  f"{self.processes} x {describe(self.device)}; {excerpts.batches_per_epoch} batches of {h.batch_size} "
+                  f"excerpts of {excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}", flush=True)
 
     def take_trained(self):
         """Parameters and name of the checkpoint that is to be evaluated, and mean and std of what it was trained on."""
@@ -1124,10 +1123,9 @@ class Training:
     @torch.no_grad()
     def step(self, loss, state, divide_by=1, replace_non_finite=False):
         """After loss.backward(): clip the gradient, step Adam, constrain and average the weights, carry the state on.
-        loss: scalar, nats per frame. state: after the window. A loss or gradient that is not finite changes no
-        parameter and is counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they
-        clipped it at grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient.
-        """
+        loss: nats per frame. state: after the window. A loss or gradient that is not finite changes no parameter and is
+        counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they clipped it at
+        grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient."""
         h, counts, loss = self.h, self.counts, loss.detach().clone()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -1144,8 +1142,7 @@ class Training:
         norm = divide_by * norm
         is_finite = norm.isfinite() & loss.isfinite()
         if h.lr_updates:
-            falling = h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01)  # in a line to a hundredth
-            self.optimiser.param_groups[0]["lr"].copy_(falling)
+            self.optimiser.param_groups[0]["lr"].copy_(h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01))
         if replace_non_finite:
             for p in parameters:
                 p.grad.copy_(torch.where(is_finite, p.grad, 0.1 * p))
@@ -1361,8 +1358,7 @@ ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what wa
 
 
 class RunFolder:
-    """What a run leaves: last.pt is all that --resume needs, windows.csv the bounds of every window of the test split.
-    Of the processes of a job only the first writes."""
+    """The files of a run, of which only the first process of a job writes any; last.pt is all that --resume needs."""
 
     def __init__(self, h):
         folder = self.folder = Path(h.out_dir)
@@ -1412,8 +1408,7 @@ class RunFolder:
                                 "and go on with --resume") from None
 
 
-# what it takes to evaluate a checkpoint, and to generate from it, anywhere
-PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
+PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint
 
 
 def load_checkpoint(path, option, *parts):
@@ -1459,8 +1454,7 @@ def commit():
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
     data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500,
-)
+    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500)
 
 MOST = 1_000_000_000
 RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
@@ -1478,10 +1472,9 @@ def parse(script, argv=None):
     from the checkpoint. Returns an instance, with `resume` set. Raises UserError."""
     kinds = kinds_of(script)
     given = vars(flag_parser(script, kinds).parse_args(argv))
-    resume = given.pop("resume")
-    changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given.pop("demo") else {}
+    changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given["demo"] else {}
     if path := given.get("evaluate"):
-        for name in ["resume"] * resume + [size for size in SIZES if size in given]:
+        for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
         config = {"ar_order": 0, **load_checkpoint(path, "--evaluate", *PARTS)["config"]}  # older ones have none
@@ -1489,12 +1482,11 @@ def parse(script, argv=None):
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
     check_values(h, kinds)
-    h.resume = resume
+    h.resume = given["resume"]
     return h
 
 
 def script_of(cls):
-    """The name of the script that a class was written in."""
     return Path(sys.modules[cls.__module__].__file__).stem
 
 
