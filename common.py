@@ -1468,10 +1468,24 @@ NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequan
 
 def parse(script, argv=None):
     """The hyperparameters of a script, a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with
-    a default and each a flag; beside them are --resume and --demo. With --evaluate CHECKPOINT, what is not given comes
-    from the checkpoint. Returns an instance, with `resume` set. Raises UserError."""
+    a default and each a flag, whose help is the comment behind it; beside them are --resume and --demo. With --evaluate
+    CHECKPOINT, what is not given comes from the checkpoint. Returns an instance, with `resume` set. Raises UserError.
+    """
     kinds = kinds_of(script)
-    given = vars(flag_parser(script, kinds).parse_args(argv))
+    parser = OneLineParser(
+        prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(found for cls in reversed(script.__mro__[:-1])
+                    for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE))
+    for field in dataclasses.fields(script):
+        about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
+            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
+        parser.add_argument(f"--{field.name}", help=about, **how)
+    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
+    parser.add_argument("--demo", action="store_true", default=False,
+                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
+    given = vars(parser.parse_args(argv))
     changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given["demo"] else {}
     if path := given.get("evaluate"):
         for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
@@ -1518,24 +1532,6 @@ def whole_number(text):
 FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool,
              tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(",")))}
 whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = "whole number", "comma-separated list of whole numbers"
-
-
-def flag_parser(script, kinds):
-    """Every field of a script as a flag, with the comment behind it as its help; those not given have no value."""
-    parser = OneLineParser(
-        prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = dict(found for cls in reversed(script.__mro__[:-1])
-                    for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE))
-    for field in dataclasses.fields(script):
-        about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
-            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
-        parser.add_argument(f"--{field.name}", help=about, **how)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
-    parser.add_argument("--demo", action="store_true", default=False,
-                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
-    return parser
 
 
 def check_values(h, kinds):
