@@ -885,14 +885,15 @@ class Training:
 
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
-    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: whether the
-    particle filter's bound is logged too. On a GPU an update is one CUDA graph: what it reads and writes stays in
-    place, and nothing there waits for the host.
-    """
+    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: to log the
+    particle filter's bound too. On a GPU an update is one CUDA graph: its tensors stay in place, and the host is not
+    waited for."""
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
-        self.script, self.name = script_of(type(h)), name or script_of(type(h))
+        script = script_of(type(h))
+        self.config = json.loads(json.dumps({**dataclasses.asdict(h), "script": script, "name": name or script}))
+        del self.config["evaluate"]
         self.processes = start_processes(h.batch_size)
         self.folder, self.device = RunFolder(h), choose_device(h.device)
         ensure_demo_data(h.data)
@@ -900,16 +901,20 @@ class Training:
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
-        if not h.evaluate:
-            prepare(model, h)
+        for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
+            if getattr(h, option) and not hasattr(model, feature) and not h.evaluate:
+                off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
+                raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
+        if h.mirrored_init and not h.evaluate:
+            model.mirror()
         self.model = model.to(self.device)
-        self.averaged = copy.deepcopy(self.model)  # what is evaluated, saved as best.pt and generates
+        if h.init_from and not (h.resume or h.evaluate):
+            parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
+            load_parameters(self.model, parameters, h.init_from, "--init_from")
+        self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
-        if h.evaluate:
-            self.take_trained(load_checkpoint(h.evaluate, "--evaluate", *PARTS))
-        else:
-            self.begin()
+        self.take_trained() if h.evaluate else self.begin()
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
@@ -917,66 +922,53 @@ class Training:
         model.bf16 = h.bf16
         self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
                                           capturable=self.device.type == "cuda")
-        for p in model.parameters():  # a step creates Adam's moments, so that they can be restored in place
-            p.grad = torch.zeros_like(p)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        for moments in self.optimiser.state.values():
-            moments["step"].zero_()
+        for p in model.parameters():  # as its first step would create it, so that it can be restored in place
+            self.optimiser.state[p] = dict(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(p),
+                                           exp_avg_sq=torch.zeros_like(p))
         self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
-
         sequences = h.batch_size // self.processes
         self.state, self.next_state = (  # before and after the window
             tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
         self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
-        self.counts = SimpleNamespace(
-            **{name: torch.tensor(0, device=self.device) for name in (
-                "updates", "clipped", "skipped", "skipped_in_a_row")},
-            **{name: torch.tensor(0.0, device=self.device) for name in ("loss_sum", "losses", "grad_norm")})
+        self.counts = SimpleNamespace(**{name: torch.tensor(zero, device=self.device) for name, zero in dict(
+            updates=0, clipped=0, skipped=0, skipped_in_a_row=0, loss_sum=0.0, losses=0.0, grad_norm=0.0).items()})
+        self.in_place = {**vars(self.counts), "pcm": self.pcm,  # what is there besides parameters and moments
+                         **{f"state.{i}": part for i, part in enumerate(self.state)},
+                         **{f"next_state.{i}": part for i, part in enumerate(self.next_state)}}
 
     def begin(self):
         """Start the run folder, or go on from the state in it."""
-        h, folder, config = self.h, self.folder, self.config()
+        h, folder = self.h, self.folder
         header = dict(
-            config=config, particles=self.particles, replays=self.replays, processes=self.processes, commit=commit(),
-            device=describe(self.device), data=describe_corpus(self.corpus),
+            config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
+            commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
-        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
+        excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
-            folder.check_unchanged(header)
+            before, lines = folder.read_log(header)
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
-            folder.go_on(config, self.progress["updates"])
+            begins = [re.match(r'{"update": (\d+),', line) for line in lines]  # one may be torn, or not in last.pt
+            seen = [begin.string for begin in begins if begin and int(begin[1]) <= self.progress["updates"]]
+            folder.start(self.config, json.dumps({**before, "config": self.config}), *seen)
         else:
-            if h.init_from:
-                parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-                for model in (self.model, self.averaged):
-                    load_parameters(model, parameters, h.init_from, "--init_from")
-            folder.start(config, header)
+            folder.start(self.config, json.dumps(header))
         if is_first():
-            print(f"{self.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
-                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
-                  f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}",
-                  flush=True)
+            print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
+                  f"{self.processes} x {describe(self.device)}; {excerpts.batches_per_epoch} batches of {h.batch_size} "
+                  f"excerpts of {excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}", flush=True)
 
-    def take_trained(self, checkpoint):
-        """Parameters and name of a checkpoint that is to be evaluated, and mean and std of what it was trained on."""
+    def take_trained(self):
+        """Parameters and name of the checkpoint that is to be evaluated, and mean and std of what it was trained on."""
+        checkpoint = load_checkpoint(self.h.evaluate, "--evaluate", *PARTS)
         load_parameters(self.averaged, checkpoint["model"], self.h.evaluate, "--evaluate")
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-        self.progress["updates"], config = checkpoint["update"], checkpoint["config"]
-        self.script = config.get("script", self.script)
-        self.name = config.get("name", self.script)
-        self.folder.start({**config, **self.config()})
-
-    def config(self):
-        """The hyperparameters as plain Python, with the name of the run."""
-        values = {**dataclasses.asdict(self.h), "script": self.script, "name": self.name}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-                if name != "evaluate"}
-
-    # ---- one update, in the order in which a script calls these ----
+        self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
+        script = trained.get("script", self.config["script"])
+        self.config = {**trained, **self.config, "script": script, "name": trained.get("name", script)}
+        self.folder.start(self.config)
 
     def window(self):
         """The present window on the device, (T, B, X): dequantised, normalised, with noise while there is any."""
@@ -1003,17 +995,18 @@ class Training:
     @torch.no_grad()
     def step(self, loss, state, divide_by=1, replace_non_finite=False):
         """After loss.backward(): clip the gradient, step Adam, constrain and average the weights, carry the state on.
-
-        loss: scalar, nats per frame. state: after the window. A loss or gradient that is not finite changes no
-        parameter and is counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they
-        clipped it at grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient.
-        """
+        loss: nats per frame. state: after the window. A loss or gradient that is not finite changes no parameter and is
+        counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they clipped it at
+        grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient."""
         h, counts, loss = self.h, self.counts, loss.detach().clone()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if self.processes > 1 and replace_non_finite:
             raise UserError("--as_published: what the 2016 scripts did runs in one process; start without torchrun")
-        average_over_processes([*gradients, loss])
+        if self.processes > 1:
+            total = nn.utils.parameters_to_vector([*gradients, loss])
+            dist.all_reduce(total)
+            nn.utils.vector_to_parameters(total / self.processes, [*gradients, loss])
         if divide_by != 1:
             torch._foreach_div_(gradients, divide_by)
         norm = nn.utils.get_total_norm(gradients)
@@ -1021,7 +1014,7 @@ class Training:
         norm = divide_by * norm
         is_finite = norm.isfinite() & loss.isfinite()
         if h.lr_updates:
-            self.optimiser.param_groups[0]["lr"].copy_(self.lr())
+            self.optimiser.param_groups[0]["lr"].copy_(h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01))
         if replace_non_finite:
             for p in parameters:
                 p.grad.copy_(torch.where(is_finite, p.grad, 0.1 * p))
@@ -1031,7 +1024,9 @@ class Training:
         self.optimiser.zero_grad()
         if h.weight_norm:
             self.model.constrain_weights(h.weight_norm)
-        self.average()
+        share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
+            averaged.lerp_(p, share)
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
         counts.updates += 1
@@ -1047,22 +1042,9 @@ class Training:
         done = self.counts.updates / self.h.x_noise_updates
         return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
 
-    def lr(self):
-        """Adam's learning rate: from h.lr down in a line to a hundredth of it, and no further."""
-        return self.h.lr * (1 - self.counts.updates / self.h.lr_updates).clamp(min=0.01)
-
-    def average(self):
-        """Exponential moving average of the parameters, shorter early on, so that it forgets the initial values: single
-        updates throw the held-out bound up and down by tens of nats, their average does not."""
-        decay = ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=self.h.ema)
-        share = 1 - decay
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
-            averaged.lerp_(p, share)
-
     def captured(self, update):
-        """Decorator of a script's update: on a GPU it becomes one CUDA graph, because launching its thousands of small
-        kernels takes longer than running them. Where that fails, and with several processes, they are launched one by
-        one, with the same results. What a checkpoint holds stays as it is."""
+        """Decorator of a script's update: on a GPU one CUDA graph, since to launch its thousands of kernels takes
+        longer than to run them; one by one where that fails, and in several processes. Leaves the state as it is."""
         if self.device.type != "cuda" or self.processes > 1 or self.h.evaluate:
             return update
         before = copy.deepcopy(self.checkpoint())
@@ -1091,8 +1073,6 @@ class Training:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if is_allowed else "highest")
 
-    # ---- the loop around the updates ----
-
     def updates(self):
         """Yield once for every update that is still to be made, with its window in place; none with --evaluate. Between
         them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go on from."""
@@ -1102,37 +1082,43 @@ class Training:
         bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates",
                    disable=not (is_first() and sys.stderr.isatty()))
         with stop_requests() as received, bar:
-            self.clock = time.monotonic()
             while progress["updates"] < h.max_updates:
+                started = time.monotonic()
                 self.next_window()
                 self.allow_tf32(True)
                 yield
                 self.allow_tf32(False)
                 progress["updates"] += 1
+                is_due = progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates
+                if is_due:
+                    self.counts.updates.item()  # wait for the device
+                progress["seconds"] += time.monotonic() - started
                 bar.update()
                 if progress["updates"] % MAX_SKIPPED == 0 and self.counts.skipped_in_a_row >= MAX_SKIPPED:
                     raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
                                     f"update {progress['updates']}; start again with a lower --lr or --grad_clip")
-                if progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates:
+                if is_due:
                     self.monitor()
                 if signal_number := max(gather(max(received, default=0))):
-                    self.stop(signal_number)
+                    self.folder.save(self.folder.last, self.checkpoint())
+                    if is_first():
+                        print(f"stopped after update {progress['updates']}; go on with the same command and --resume",
+                              flush=True)
+                    sys.exit(128 + signal_number)
 
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
         windows, replay = divmod(self.progress["updates"], self.replays)
         if replay == 0:
             batch, window = divmod(windows, self.h.reset_freq)
-            is_pinned = self.device.type == "cuda"
-            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(self.excerpts.batch, i, is_pinned)
-                               for i in (batch, batch + 1)}  # by a thread
+            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(
+                self.excerpts.batch, i, self.device.type == "cuda") for i in (batch, batch + 1)}  # by a thread
             self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
             for before, after in zip(self.state, self.next_state):
                 before.zero_() if window == 0 else before.copy_(after)
 
     def monitor(self):
         """A log line with the held-out bounds, best.pt where the tracked one is higher than ever, and last.pt."""
-        self.stop_clock()
         h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
         by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
                                   h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
@@ -1144,48 +1130,24 @@ class Training:
         counts.loss_sum.zero_()
         counts.losses.zero_()
         if is_first():
-            folder.append(line)
+            with folder.log.open("a") as log:
+                print(json.dumps(line), file=log, flush=True)
+                os.fsync(log.fileno())
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
-        tracked = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"]
+        tracked, checkpoint = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"], self.checkpoint()
         if tracked > progress["best"]:
             progress["best"] = tracked
-            folder.save(folder.best, dict(self.origin(), model=self.averaged.state_dict(), update=progress["updates"]))
-        folder.save(folder.last, self.checkpoint())
-        self.clock = time.monotonic()
-
-    def stop_clock(self):
-        self.counts.updates.item()  # wait for the device
-        self.progress["seconds"] += time.monotonic() - self.clock
-
-    def stop(self, signal_number):
-        """Save the state, say how to go on, and exit."""
-        self.stop_clock()
-        self.folder.save(self.folder.last, self.checkpoint())
-        if is_first():
-            print(f"stopped after update {self.progress['updates']}; go on with the same command and --resume",
-                  flush=True)
-        sys.exit(128 + signal_number)
-
-    # ---- state ----
-
-    def origin(self):
-        """What makes a checkpoint enough to evaluate it, and to generate from it, anywhere."""
-        return dict(config=self.config(), mean=self.corpus.mean, std=self.corpus.std)
-
-    def in_place(self):
-        """{name: tensor} of what the device holds besides parameters and moments."""
-        states = dict(state=self.state, next_state=self.next_state)
-        return {**vars(self.counts), "pcm": self.pcm,
-                **{f"{name}.{i}": part for name, parts in states.items() for i, part in enumerate(parts)}}
+            folder.save(folder.best, {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]})
+        folder.save(folder.last, checkpoint)
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
         tensors = {name: torch.cat(gather(tensor.cpu()), SHARED_AXIS.get(name, 0)) if tensor.dim() else tensor
-                   for name, tensor in self.in_place().items()}
-        return dict(self.origin(), model=self.model.state_dict(), averaged=self.averaged.state_dict(),
-                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(),
-                    tensors=tensors, progress=self.progress, update=self.progress["updates"])
+                   for name, tensor in self.in_place.items()}
+        return dict(config=self.config, mean=self.corpus.mean, std=self.corpus.std, update=self.progress["updates"],
+                    model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
+                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(), progress=self.progress)
 
     def restore(self, checkpoint, path):
         """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
@@ -1193,7 +1155,7 @@ class Training:
             load_parameters(self.model, checkpoint["model"], path, "--resume")
             load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
-            for name, tensor in self.in_place().items():
+            for name, tensor in self.in_place.items():
                 saved = checkpoint["tensors"][name]
                 if tensor.dim():  # this process's part of it
                     saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
@@ -1206,8 +1168,6 @@ class Training:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
                             f"{ANOTHER_RUN}") from None
-
-    # ---- the end ----
 
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
@@ -1222,9 +1182,10 @@ class Training:
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
-            result = dict(script=self.script, name=self.name, checkpoint=h.evaluate or folder.best.name,
-                          data=describe_corpus(corpus), split="test", update=update, windows=len(by_window["elbo"]),
-                          frames=h.seq_frames, bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
+            result = dict(script=self.config["script"], name=self.config["name"],
+                          checkpoint=h.evaluate or folder.best.name, data=describe_corpus(corpus), split="test",
+                          update=update, windows=len(by_window["elbo"]), frames=h.seq_frames,
+                          bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
                           yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim))
             if h.eval_recordings:
                 result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
@@ -1236,16 +1197,6 @@ class Training:
             print(folder.eval, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def prepare(model, h):
-    """Raises UserError where h asks for what the model does not have."""
-    for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
-        if getattr(h, option) and not hasattr(model, feature):
-            off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
-            raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
-    if h.mirrored_init:
-        model.mirror()
 
 
 def ensure_demo_data(path):
@@ -1279,34 +1230,33 @@ ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what wa
 
 
 class RunFolder:
-    """What a run leaves: last.pt is all that --resume needs, windows.csv the bounds of every window of the test split.
-    Of the processes of a job only the first writes."""
+    """The files of a run, of which only the first process of a job writes any; last.pt is all that --resume needs."""
 
     def __init__(self, h):
-        self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = (
-            self.folder / name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "eval.json",
-                                            "windows.csv", "samples"))
+        folder = self.folder = Path(h.out_dir)
+        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = map(folder.joinpath, (
+            "config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "windows.csv", "samples"))
         has_state = self.last.exists()
         if h.resume and not has_state:
             raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
-            raise UserError(f"{self.folder} already holds a run or an evaluation; {remedy}")
+            raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
 
-    def start(self, config, header=None, lines=()):
-        """Keep other processes out, and begin the log; without a header there is none, since nothing is trained."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def start(self, config, *lines):
+        """Keep other processes out, and begin the log; without lines there is none, since nothing is trained."""
         if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
-        write_durably(self.config, json.dumps(config, indent=1) + "\n")
-        if header:
-            write_durably(self.log, "\n".join([json.dumps(header), *lines]) + "\n")
+            write_durably(self.config, json.dumps(config, indent=1) + "\n")
+            if lines:
+                write_durably(self.log, "\n".join(lines) + "\n")
 
-    def check_unchanged(self, header):
-        """Raise UserError where the saved state does not fit the hyperparameters, the data or the kind of device."""
+    def read_log(self, header):
+        """Its header and lines. UserError where the saved state does not fit the new header: settings, data, device."""
         try:
-            before = json.loads(self.log.read_text().splitlines()[0])
+            before, *lines = self.log.read_text().splitlines()
+            before = json.loads(before)
             changes = [(f"--{name}", before["config"].get(name), value) for name, value in header["config"].items()
                        if name not in FREE_ON_RESUME]
             changes += [("what --data holds", before["data"], header["data"]),
@@ -1317,34 +1267,20 @@ class RunFolder:
             if was != now:
                 raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
                                 "give the old value, or start another --out_dir")
-
-    def append(self, line):
-        with self.log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        sync(self.log)
+        return before, lines
 
     def save(self, path, checkpoint):
         """Write a checkpoint such that path holds the old or the new one, whole."""
         if is_first():
             try:
-                torch.save(checkpoint, partial_of(path))
-                replace_durably(path)
+                with durably(path) as partial:
+                    torch.save(checkpoint, partial)
             except (OSError, RuntimeError) as error:
-                partial_of(path).unlink(missing_ok=True)
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
 
-    def go_on(self, config, update):
-        """Start with the hyperparameters that hold from now on, and without log lines that the checkpoint has not seen,
-        one of which may have been torn when the machine stopped."""
-        header, *lines = self.log.read_text().splitlines()
-        begins = [re.match(r'{"update": (\d+),', line) for line in lines]
-        seen = [begin.string for begin in begins if begin and int(begin[1]) <= update]
-        self.start(config, {**json.loads(header), "config": config}, seen)
 
-
-# what the evaluation of a checkpoint needs, and of which type
-PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
+PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint
 
 
 def load_checkpoint(path, option, *parts):
@@ -1381,10 +1317,8 @@ def load_parameters(model, parameters, path, option):
 def commit():
     """The commit of this code, with + where a file differs from it; None outside a repository."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with contextlib.suppress(OSError):  # where there is no git
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 # ---- hyperparameters ------------------------------------------------------------------------------------------------
@@ -1392,8 +1326,7 @@ def commit():
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
 DEMO = dict(
     data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500,
-)
+    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500)
 
 MOST = 1_000_000_000
 RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
@@ -1406,18 +1339,28 @@ NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequan
 
 
 def parse(script, argv=None):
-    """The hyperparameters of a script: its dataclass, changed by its command line.
-
-    script: a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with a default and each a flag;
-    beside them are --resume and --demo. With --evaluate CHECKPOINT, what is not given comes from the checkpoint.
-    Returns an instance, with `resume` set. Raises UserError.
+    """The hyperparameters of a script, a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with
+    a default and each a flag, whose help is the comment behind it; beside them are --resume and --demo. With --evaluate
+    CHECKPOINT, what is not given comes from the checkpoint. Returns an instance, with `resume` set. Raises UserError.
     """
     kinds = kinds_of(script)
-    given = vars(flag_parser(script, kinds).parse_args(argv))
-    resume = given.pop("resume")
-    changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given.pop("demo") else {}
+    parser = OneLineParser(
+        prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(found for cls in reversed(script.__mro__[:-1])
+                    for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE))
+    for field in dataclasses.fields(script):
+        about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
+            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
+        parser.add_argument(f"--{field.name}", help=about, **how)
+    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
+    parser.add_argument("--demo", action="store_true", default=False,
+                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
+    given = vars(parser.parse_args(argv))
+    changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given["demo"] else {}
     if path := given.get("evaluate"):
-        for name in ["resume"] * resume + [size for size in SIZES if size in given]:
+        for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
         config = {"ar_order": 0, **load_checkpoint(path, "--evaluate", *PARTS)["config"]}  # older ones have none
@@ -1425,12 +1368,11 @@ def parse(script, argv=None):
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
     check_values(h, kinds)
-    h.resume = resume
+    h.resume = given["resume"]
     return h
 
 
 def script_of(cls):
-    """The name of the script that a class was written in."""
     return Path(sys.modules[cls.__module__].__file__).stem
 
 
@@ -1459,31 +1401,9 @@ def whole_number(text):
     return int(number)
 
 
-def whole_numbers(text):
-    return tuple(map(whole_number, text.split(",")))
-
-
-FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool, tuple[int, ...]: whole_numbers}
-whole_number.__name__, whole_numbers.__name__ = "whole number", "comma-separated list of whole numbers"  # in messages
-
-
-def flag_parser(script, kinds):
-    """Every field of a script as a flag, with the comment behind it as its help; those not given have no value."""
-    parser = OneLineParser(
-        prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = {}
-    for cls in reversed(script.__mro__[:-1]):
-        comments |= re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE)
-    for field in dataclasses.fields(script):
-        about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
-            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
-        parser.add_argument(f"--{field.name}", help=about, **how)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
-    parser.add_argument("--demo", action="store_true", default=False,
-                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
-    return parser
+FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool,
+             tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(",")))}
+whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = "whole number", "comma-separated list of whole numbers"
 
 
 def check_values(h, kinds):
@@ -1507,18 +1427,15 @@ def check_values(h, kinds):
 # ---- excerpts -------------------------------------------------------------------------------------------------------
 
 class Excerpts:
-    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone.
-
-    Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that
-    all of it is seen. What an epoch holds beyond whole batches is left out of it.
-    """
+    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone. Each
+    recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that all
+    of it is seen. What an epoch holds beyond whole batches is left out of it."""
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
-        self.first = np.cumsum(self.counts) - self.counts
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         self.epoch = None
         if self.batches_per_epoch == 0:
@@ -1531,12 +1448,10 @@ class Excerpts:
         epoch, index = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order = epoch, random.permutation(int(self.counts.sum()))
-            self.shift = random.integers(0, self.slack, endpoint=True)
-        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
-        recording = np.searchsorted(self.first + self.counts, chosen, side="right")
-        starts = (self.split.offsets[recording] + self.shift[recording]
-                  + (chosen - self.first[recording]) * self.samples)
+            order, shift = random.permutation(self.counts.sum()), random.integers(0, self.slack, endpoint=True)
+            starts = window_starts(self.split, self.samples) + np.repeat(shift, self.counts)
+            self.epoch, self.starts = epoch, starts[order]
+        starts = self.starts[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
         pcm = torch.from_numpy(self.split.read(starts, self.samples))
         windows = pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying one to a GPU waits for it
         return windows.pin_memory() if is_pinned else windows
@@ -1550,9 +1465,8 @@ def window_starts(split, samples, at_most=None):
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")
-    if at_most is not None and at_most < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
-    return starts
+    at_most = min(at_most or len(starts), len(starts))
+    return starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
 
 
 def normalise(pcm, corpus, uniform=None):
@@ -1579,32 +1493,26 @@ class SplitWriter:
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
-        """Append one recording; if it fails half-way nothing of it stays. Raises BadAudio."""
-        start = end = self.offsets[-1]
-        total = squares = 0
-        try:
-            for block in guarded(blocks):
-                require_space(Path(self.group.file.filename).parent)
-                self.audio.resize((end + len(block),))
-                self.audio[end:] = block
-                end += len(block)
-                wide = block.astype(np.int64)
-                total += int(wide.sum())
-                squares += int((wide * wide).sum())
-            if end == start:
-                raise BadAudio("it holds no samples")
-            if squares * (end - start) == total ** 2:
-                raise BadAudio(f"every sample of it is {total // (end - start)}")
-        except BadAudio:
-            self.audio.resize((start,))
-            raise
+        """Append one recording; the next is written over one that fails half-way. Raises BadAudio."""
+        start, end, total, squares = self.offsets[-1], self.offsets[-1], 0, 0
+        for block in guarded(blocks):
+            require_space(Path(self.group.file.filename).parent)
+            self.audio.resize((end + len(block),))
+            self.audio[end:] = block
+            end += len(block)
+            wide = block.astype(np.int64)
+            total, squares = total + int(wide.sum()), squares + int(wide @ wide)
+        if end == start:
+            raise BadAudio("it holds no samples")
+        if squares * (end - start) == total ** 2:
+            raise BadAudio(f"every sample of it is {total // (end - start)}")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
-        self.total += total
-        self.squares += squares
+        self.total, self.squares = self.total + total, self.squares + squares
 
     def close(self):
         """Returns mean and standard deviation."""
+        self.audio.resize((self.offsets[-1],))
         self.group["offsets"] = np.array(self.offsets, np.int64)
         self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
         mean = self.total / self.offsets[-1]
@@ -1612,60 +1520,42 @@ class SplitWriter:
 
 
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
-    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
-
-    recordings: an iterator over (source, name, blocks): where a recording lies, its name, and an iterator over its
-    samples in 1-D int16 arrays at 16 kHz. valid and test: the shares of these splits. Each recording goes, whole, to
+    """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
+    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz. Each goes, whole, to
     the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
-    raise is skipped, or with `strict` an error. Returns a summary: splits {name: (recordings, samples)}, mean and std
-    (of train, in 16-bit steps), short (recordings, seconds), skipped ["source: why"].
-    """
+    raise is skipped, or with `strict` an error. Returns splits {name: (recordings, samples)}, mean and std (of train,
+    in 16-bit steps), short (recordings, seconds) and skipped ["source: why"]."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(out)
-    partial.touch()
-    descriptor = lock(partial)
-    try:
-        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-            writers = {split: SplitWriter(file.create_group(split), share)
-                       for split, share in zip(SPLITS, (1 - valid - test, valid, test))}
-            skipped = distribute(recordings, writers.values(), strict)
-            splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in writers.items()}
-            for split, writer in writers.items():
-                if not writer.names:
-                    why = f" (skipped: {skipped[0]})" if skipped else ""
-                    raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for "
-                                    f"the split {split}{why}; give more recordings or a larger --valid and --test")
-            (mean, std), *_ = [writer.close() for writer in writers.values()]
-            file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                              created_by=created_by)
-        replace_durably(out)
-    finally:
-        partial.unlink(missing_ok=True)
-        os.close(descriptor)
-    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers.values()])
+    with durably(out) as partial, h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+        writers = [SplitWriter(file.create_group(split), share)
+                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))]
+        skipped = []
+        for source, name, blocks in recordings:
+            so_far = sum(writer.offsets[-1] for writer in writers)
+            neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
+            try:
+                neediest.append(name, blocks)
+            except BadAudio as why:
+                skipped.append(f"{source}: {why}")
+                if strict:
+                    raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in zip(SPLITS, writers)}
+        if empty := [split for split, (count, _) in splits.items() if count == 0]:
+            why = f" (skipped: {skipped[0]})" if skipped else ""
+            raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the split "
+                            f"{empty[0]}{why}; give more recordings or a larger --valid and --test")
+        (mean, std), *_ = [writer.close() for writer in writers]
+        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
+                          created_by=created_by)
+    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers])
     short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
     return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
                            skipped=skipped)
-
-
-def distribute(recordings, writers, strict):
-    """Append each recording to the writer that is furthest below its share; returns why some were skipped."""
-    skipped = []
-    for source, name, blocks in recordings:
-        so_far = sum(writer.offsets[-1] for writer in writers)
-        neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
-        try:
-            neediest.append(name, blocks)
-        except BadAudio as why:
-            skipped.append(f"{source}: {why}")
-            if strict:
-                raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-    return skipped
 
 
 def require_space(folder):
@@ -1683,51 +1573,42 @@ class Split:
 
     def read(self, starts, samples):
         """(B, samples) int16 from B starting points."""
-        out = np.empty((len(starts), samples), np.int16)
         try:
-            for row, start in zip(out, starts):
-                self.audio.read_direct(row, np.s_[start:start + samples])
+            return np.stack([self.audio[start:start + samples] for start in starts])
         except (OSError, RuntimeError) as error:
             raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
                             f"({first_line(error)}); {REMAKE}") from None
-        return out
 
 
 def open_corpus(path):
     """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train)."""
-    if not Path(path).exists():
-        raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                        f"{path}', name another with --data, or try --demo")
     try:
-        return read_corpus(path)
+        file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
+        cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
+        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
+        file.id.set_mdc_config(cache)
+        if (str(file.attrs.get("format")), str(file.attrs.get("version"))) != (FORMAT, str(VERSION)):
+            raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
+        if str(file.attrs.get("sample_rate")) != str(SAMPLE_RATE):
+            raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
+        mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise BadAudio("has no usable mean and std")
+        splits = {name: Split(name, file[name]["audio"], file[name]["offsets"][:]) for name in SPLITS}
+        for name, split in splits.items():
+            audio, offsets = split.audio, split.offsets
+            if not (isinstance(audio, h5py.Dataset) and (audio.dtype, audio.ndim) == ("int16", 1)
+                    and (offsets.dtype, offsets.ndim) == ("int64", 1) and len(offsets) > 1 and offsets[0] == 0
+                    and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
+                raise BadAudio(f"has inconsistent offsets in split {name}")
+        return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std,
+                               **splits)
     except Exception as error:  # a damaged file can raise anything
+        if not Path(path).exists():
+            raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                            f"{path}', name another with --data, or try --demo") from None
         why = error if isinstance(error, BadAudio) else f"is not a readable HDF5 file ({first_line(error)})"
         raise UserError(f"data file {path} {why}; {REMAKE}") from None
-
-
-def read_corpus(path):
-    file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-    cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
-    cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
-    file.id.set_mdc_config(cache)
-    kind, version, rate, created_by = (
-        str(file.attrs.get(name)) for name in ("format", "version", "sample_rate", "created_by"))
-    mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
-    if (kind, version) != (FORMAT, str(VERSION)):
-        raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-    if rate != str(SAMPLE_RATE):
-        raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise BadAudio("has no usable mean and std")
-    splits = {}
-    for name in SPLITS:
-        audio, offsets = file[name]["audio"], file[name]["offsets"][:]
-        if not (isinstance(audio, h5py.Dataset) and audio.dtype == np.int16 and audio.ndim == 1
-                and offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0
-                and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
-            raise BadAudio(f"has inconsistent offsets in split {name}")
-        splits[name] = Split(name, audio, offsets)
-    return SimpleNamespace(path=str(path), created_by=created_by, mean=mean, std=std, **splits)
 
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
@@ -1749,10 +1630,8 @@ def guarded(reader):
     """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
     try:
         yield from reader
-    except BadAudio:
-        raise
     except Exception as error:
-        raise BadAudio(f"it cannot be read ({first_line(error)})") from None
+        raise error if isinstance(error, BadAudio) else BadAudio(f"it cannot be read ({first_line(error)})") from None
 
 
 def raise_later(error):
@@ -1762,11 +1641,9 @@ def raise_later(error):
 
 
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays.
-
-    A recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
-    the file says. What makes the whole file unusable is raised here, what makes one recording unusable by its blocks.
-    """
+    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays. A
+    recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
+    the file says. What makes the whole file unusable is raised here, what makes one recording so by its blocks."""
     load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
@@ -1793,19 +1670,14 @@ def recordings_of(load, name):
             error = BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
                              "recording with numpy.savez, or pass --allow_pickle if you trust the file")
         yield name, raise_later(error)
-        return
-    if array.dtype.hasobject:
-        yield from ((f"{name}/{index}", pcm16_blocks(np.asarray(part))) for index, part in enumerate(array.ravel()))
     else:
-        yield name, pcm16_blocks(array)
+        parts = {f"{name}/{i}": part for i, part in enumerate(array.flat)} if array.dtype.hasobject else {name: array}
+        yield from ((name, pcm16_blocks(np.asarray(part))) for name, part in parts.items())
 
 
 def pcm16_blocks(array):
-    """int16 blocks of one recording, its first channel, of any real dtype.
-
-    int16 is taken as it is. Wider integers are int16 values where all fit and 32-bit full scale where some exceed 24
-    bits. Floats have full scale 1, or are int16 values where all are whole.
-    """
+    """int16 blocks of one recording, its first channel, of any real dtype: int16 as it is; wider integers as int16
+    where all fit, as 32-bit full scale where some exceed 24 bits; floats of full scale 1, or as int16 where whole."""
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or 0 in shape:
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
@@ -1826,10 +1698,9 @@ def pcm16_blocks(array):
         scale = 1 << 15
     elif kind == "i" and 1 << 23 < peak <= 1 << 31:
         scale = 2.0 ** -16
-    elif np.isfinite(peak):
-        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16")
     else:
-        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
+                       if np.isfinite(peak) else "it holds NaN or infinity; remove or repair these samples")
     yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
 
@@ -1863,9 +1734,9 @@ def run_as_script(main):
                    "them to end said, and go on with --resume")
         else:
             raise
-    print(f"error: {why}", file=sys.stderr)
+    print(f"error: {why}", file=sys.stderr, flush=True)
     if job()[1] > 1:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(2)  # no clean-up that would wait for processes that are gone
     sys.exit(2)
 
@@ -1913,29 +1784,25 @@ def lock(path):
     return descriptor
 
 
-def partial_of(path):
-    """Where a file is written, until it is complete."""
-    return path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def durably(path):
+    """Where to write a file, by one process at a time; it becomes `path` once it is whole and on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    descriptor, folder = lock(partial), os.open(path.parent, os.O_RDONLY)
+    try:
+        yield partial
+        os.fsync(descriptor)
+        partial.replace(path)
+        os.fsync(folder)  # the new name as well
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor), os.close(folder)
 
 
 def write_durably(path, text):
-    if is_first():
-        partial_of(path).write_text(text)
-        replace_durably(path)
-
-
-def replace_durably(path):
-    """Rename a complete file into place, after its bytes have reached the disk."""
-    sync(partial_of(path))
-    partial_of(path).replace(path)
-    sync(path.parent)  # the new name as well
-
-
-def sync(path):
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with durably(path) as partial:
+        partial.write_text(text)
 
 
 def start_processes(batch_size):
@@ -1947,8 +1814,7 @@ def start_processes(batch_size):
         libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, -1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-    processes = job()[1]
-    if batch_size % processes:
+    if batch_size % (processes := job()[1]):
         raise UserError(f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do")
     return processes
 
@@ -1997,12 +1863,3 @@ def gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def average_over_processes(tensors):
-    """In place, by one exchange."""
-    if job()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / job()[1])

@@ -406,18 +406,18 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     progress, before = training.progress, copy.deepcopy(training.checkpoint())
 
     def tensors():
-        return training.in_place()
+        return training.in_place
 
-    places = [*training.model.parameters(), *training.averaged.parameters(), *tensors().values()]
+    places = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
     assert progress["updates"] == 3 and progress["best"] > -math.inf
     training.restore(before, None)
     assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
     for part, model in dict(model=training.model, averaged=training.averaged).items():
         assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
-    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in tensors().items())
+    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in training.in_place.items())
     assert torch.equal(training.generator.get_state(), before["generator"])
-    now = [*training.model.parameters(), *training.averaged.parameters(), *tensors().values()]
+    now = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     assert all(a is b for a, b in zip(places, now, strict=True))
     assert all(state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
                for state in training.optimiser.state.values())
