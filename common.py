@@ -1,5 +1,8 @@
 """The VRNN, its bounds, its evaluation and its training: everything that the three scripts share.
 
+Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays (.npz, .npy),
+processes and errors.
+
 Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
 particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
 (summed over X, averaged over T and B) unless its name says otherwise."""
