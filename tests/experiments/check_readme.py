@@ -171,6 +171,23 @@ def regime():
     return markdown(rows)
 
 
+def size():
+    """The published size beside the small one: held-out data at the same updates, and the hours that they took."""
+    rows = []
+    for group, of_group in dict(size=None, objectives="vrnn-0", likelihood="vrnn_ar_16-0").items():
+        (runs, _), = read(group)
+        for run in (run for run in runs if of_group in (None, run["folder"])):
+            _, *lines = log_of(run, group)
+            at = {line["update"]: line["valid"]["iwae_5"]["nats_per_frame"] for line in lines}
+            smc, config = run["test"]["smc_100"], run["config"]
+            rows.append({"objective": run["name"], "LSTM units": f"{config['rnn_dim']:,}",
+                         "sequences": str(config["batch_size"]),
+                         **{f"`iwae_5` at {update:,}": f"{at[update]:.2f}" for update in (500, 1000, 2000, 3500, 5000)},
+                         "test `smc_100`": f"{smc:.2f}", "bits per sample": f"{plot_recon.bits_of(run, smc):.3f}",
+                         "hours": f"{lines[-1]['seconds'] / 3600:.2f}"})
+    return markdown(rows)
+
+
 def weights():
     """Of particles.json: what becomes of the weights as windows grow."""
     particles = json.loads((RESULTS / "particles.json").read_text())
