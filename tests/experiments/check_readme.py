@@ -41,7 +41,7 @@ OTHERS = {
     "4.0": "a licence",
     "0.995": BY_HAND, "1.02": BY_HAND, "0.98": BY_HAND, "1.06": BY_HAND,
 }
-FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",))
+FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",), ("size",))
 MAIN = "VRNN", "IWAE_5", "IWAE_5 as published"
 CONTRASTS = ("IWAE_5 as published", "VRNN"), ("IWAE_5 as published", "IWAE_5"), ("IWAE_5", "VRNN")
 LIMITED = ("VRNN", "VAE_5", "VAE_5 as published", "IWAE_5", "IWAE_5 as published",
@@ -74,12 +74,13 @@ def front_table():
     rows, yardsticks = [], []
     for groups in FRONT:
         runs, reference = read(*groups)[-1]
+        of_size = ", published size" * (groups == ("size",))
         for label in dict.fromkeys(run["label"] for run in runs):
             group = [run for run in runs if run["label"] == label]
             if group[0]["name"] in SHOWN:
                 nats = [run["test"]["smc_100"] for run in group]
                 differences = plot_recon.paired(group, reference, "smc_100")
-                rows.append([label, str(len(group)), mean_and_interval(nats), mean_and_interval(differences),
+                rows.append([label + of_size, str(len(group)), mean_and_interval(nats), mean_and_interval(differences),
                              mean_and_interval([plot_recon.bits_of(run, run["test"]["smc_100"]) for run in group], 3),
                              minutes(group[0]["config"])])
         for name, nats in runs[0]["test"]["yardsticks"].items():
@@ -275,7 +276,8 @@ TABLES = dict(
     with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
     evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
     front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 0), MAIN, CONTRASTS),
-    limits=lambda: difference_by_limit((5, 40, 640, 3200, 0), LIMITED), norms=norms_and_clips, regime=regime,
+    limits=lambda: difference_by_limit((5, 40, 160, 640, 2560, 3200, 0), LIMITED), norms=norms_and_clips,
+    regime=regime, size=size,
     weights=weights, effective_sizes=effective_sizes, signal_to_noise=signal_to_noise,
     whole_recordings=whole_recordings, windows=windows, ar_settings=lambda: full_table("likelihood", "ar_settings"),
     objectives=lambda: full_table("objectives"), variants=lambda: full_table("objectives", "variants"),

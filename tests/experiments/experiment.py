@@ -118,10 +118,11 @@ def regime(updates):
     """2016's own: its initialisation, batch and constant learning rate, and each objective as published under other
     limits; fewer updates, of 16 times as many sequences."""
     half, quarter = f"--max_updates={updates // 2}", f"--max_updates={updates // 4}"
-    for clip in (640, 5, 0):
-        yield "regime", f"2016_vrnn_clip_{clip}-0", VRNN, *REGIME, half, f"--grad_clip={clip}"
+    yield "regime", "2016_vrnn_clip_640-0", VRNN, *REGIME, half, "--grad_clip=640"
+    for clip in (5, 0):
+        yield "regime", f"2016_vrnn_clip_{clip}-0", VRNN, *REGIME, quarter, f"--grad_clip={clip}"
     for clip in (640, 128):
-        yield ("regime", f"2016_vae_5_published_clip_{5 * clip}-0", VAE, "--as_published", *REGIME, half,
+        yield ("regime", f"2016_vae_5_published_clip_{5 * clip}-0", VAE, "--as_published", *REGIME, quarter,
                f"--grad_clip={clip}")
     for clip in (640, 81920):
         yield ("regime", f"2016_iwae_5_published_clip_{clip // 128}-0", IWAE, "--as_published", *REGIME, quarter,
