@@ -80,7 +80,8 @@ def front_table():
             if group[0]["name"] in SHOWN:
                 nats = [run["test"]["smc_100"] for run in group]
                 differences = [] if is_large else plot_recon.paired(group, reference, "smc_100")
-                rows.append([label + ", published size" * is_large, str(len(group)), mean_and_interval(nats), mean_and_interval(differences),
+                rows.append([label + ", published size" * is_large, str(len(group)), mean_and_interval(nats),
+                             mean_and_interval(differences),
                              mean_and_interval([plot_recon.bits_of(run, run["test"]["smc_100"]) for run in group], 3),
                              minutes(group[0]["config"])])
         for name, nats in runs[0]["test"]["yardsticks"].items():
