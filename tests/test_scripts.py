@@ -406,7 +406,7 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     progress, before = training.progress, copy.deepcopy(training.checkpoint())
 
     def tensors():
-        return training.in_place
+        return [*vars(training.counts).values(), training.pcm, *training.state, *training.next_state]
 
     places = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
