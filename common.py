@@ -193,7 +193,8 @@ def relu_layer(weight, bias, rows):
 
 
 def laid_out(network, rows, dtype):
-    """The function that a network's layers are for x of (rows, in), without a gradient; the hidden ones in a dtype."""
+    """The function that a network's layers are for x of at most (rows, in), without a gradient; the hidden ones in a
+    dtype."""
     *hidden, head = network if isinstance(network[-1], Head) else (*network, None)
     hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
                layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
@@ -202,7 +203,7 @@ def laid_out(network, rows, dtype):
 
     def through(x):
         for layer, out in hidden:
-            x = layer(x, out)
+            x = layer(x, out[:len(x)])
         return from_hidden(x.to(head.weight.dtype)).add_(head.bias) if head else x
     return through
 
@@ -490,8 +491,9 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def stepper(self, x_TBX, k):
-        """A function from a frame, the state of all particles before it, and noise (B*k, Z), to log_w_BK and the state
-        after it: `forward` frame by frame, for who has to see each frame's weights before the next."""
+        """A function from a frame, the state after the one before it, the row of that state with which each particle
+        goes on, and noise (B*k, Z), to log_w_BK and the state after it: `forward` frame by frame, for who has to see
+        each frame's weights before the next."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
@@ -500,19 +502,24 @@ class VRNN(nn.Module):
             h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
         decoder_bias = self.decoder_z.bias.to(phi_x.dtype)
 
-        def step(t, state, noise):
+        def step(t, state, ancestors, noise):
             h, c, *memory = self.zero_state(rows) if state is None else state
-            h = h.to(phi_x.dtype)
-            below = (from_h(h).unflatten(0, (-1, k)) + from_x[t].unsqueeze(1)).flatten(0, 1)
-            below_q, gates = below.tensor_split([-4 * self.rnn_dim], dim=1)
-            q_mean, q_sigma = mean_and_sigma(posterior(below_q.relu()))
-            z = torch.addcmul(q_mean, q_sigma, noise)
+            parents, of_child = ancestors, slice(None)
+            if h.device.type == "cpu":  # few rows have children, and what sees h alone is the same for all of one row's
+                parents, of_child = ancestors.unique(return_inverse=True)
+            h = h[parents].to(phi_x.dtype)
+            below_q, gates = (from_h(h) + from_x[t, parents // k]).tensor_split([-4 * self.rnn_dim], dim=1)
+            q, p = ([part[of_child] for part in mean_and_sigma(units)]
+                    for units in (posterior(below_q.relu()), prior(h)))
+            z = torch.addcmul(*q, noise)
             from_z = phi_z(z.to(phi_x.dtype))
-            decoded = self.likelihood.parameters(decoder(
-                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)).relu()).unsqueeze(0))
+            below_x = (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[of_child]).relu()
+            decoded = self.likelihood.parameters(decoder(below_x).unsqueeze(0))
+            memory = [part[ancestors] for part in memory]
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
-            log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (mean_and_sigma(prior(h)), (q_mean, q_sigma)))
-            return log_px[0] + (log_pz - log_qz).view(-1, k), (*lstm_cell(gates + gates_from_z(from_z), c), *memory)
+            log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (p, q))
+            h, c = lstm_cell(gates_from_z(from_z).add_(gates[of_child]), c[ancestors])
+            return log_px[0] + (log_pz - log_qz).view(-1, k), (h, c, *memory)
         return step
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
@@ -626,7 +633,8 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
     resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them."""
-    def step(t, state, noise):
+    def step(t, state, ancestors, noise):
+        state = state and tuple(part[ancestors] for part in state)
         rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
 
@@ -634,9 +642,9 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         step = model.stepper(x_TBX, k)
     own_K = torch.arange(k, device=x_TBX.device)
     first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    log_w_BK, gathered_B, found = 0.0, 0.0, []
+    log_w_BK, gathered_B, ancestors, found = 0.0, 0.0, (first_rows_B1 + own_K).flatten(), []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
-        frame_log_w_BK, state = step(t, state, frame_noise)
+        frame_log_w_BK, state = step(t, state, ancestors, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
         log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
         ess_B = effective_sample_size(log_w_BK.detach())
@@ -649,10 +657,10 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         chosen_BK = torch.where(resampled_B1, drawn_BK, own_K)
         ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
-        state = tuple(part[ancestors] for part in state)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
     by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
-    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
+    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name},
+                           state=tuple(part[ancestors] for part in state))
 
 
 @torch.no_grad()
