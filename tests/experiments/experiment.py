@@ -94,8 +94,9 @@ def table(runs, updates):
 def clips():
     """The limit on the gradient as a dose, for each objective, and beside it what 2016 did to the weights."""
     for seed in (3, 4):
-        for name in ("vrnn", "iwae_5", "iwae_5_published"):
+        for name in ("vrnn", "vae_5", "iwae_5", "iwae_5_published"):
             yield "objectives", f"{name}-{seed}", *OBJECTIVES[name], f"--seed={seed}"
+        yield "variants", f"iwae_5_resample-{seed}", IWAE, "--resample", f"--seed={seed}"
     for seed in range(5):
         for clip in (0, 5):
             yield "clip", f"vrnn_clip_{clip}-{seed}", VRNN, f"--grad_clip={clip}", f"--seed={seed}"
