@@ -490,37 +490,42 @@ class VRNN(nn.Module):
         return Product.apply(phi_x, x_weight, x_bias), h_weight
 
     @torch.no_grad()
-    def stepper(self, x_TBX, k):
-        """A function from a frame, the state after the one before it, the row of that state with which each particle
-        goes on, and noise (B*k, Z), to log_w_BK and the state after it: `forward` frame by frame, for who has to see
-        each frame's weights before the next."""
+    def stepper(self, x_TBX, state, k):
+        """`forward` frame by frame, for who has to see a frame's weights before the next: a state, and two functions.
+        weigh(t, state, noise): log_w_BK of frame t, by noise (B*k, Z), and the particles. go_on(particles, ancestors):
+        the state in which row i has gone on with particle ancestors[i]. What sees h alone runs once for all children
+        of a particle, since few have any (not on a GPU, which would wait to hear how many)."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
             self.posterior, self.phi_z, self.prior, self.decoder))
         from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
             h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
-        decoder_bias = self.decoder_z.bias.to(phi_x.dtype)
+        decoder_bias, own = self.decoder_z.bias.to(phi_x.dtype), torch.arange(rows, device=x_TBX.device)
 
-        def step(t, state, ancestors, noise):
-            h, c, *memory = self.zero_state(rows) if state is None else state
-            parents, of_child = ancestors, slice(None)
-            if h.device.type == "cpu":  # few rows have children, and what sees h alone is the same for all of one row's
-                parents, of_child = ancestors.unique(return_inverse=True)
-            h = h[parents].to(phi_x.dtype)
+        def weigh(t, state, noise):
+            parents, parent_of, h, c, *memory = state  # h and c of the parents; parent_of: each row's, among them
+            h = h.to(phi_x.dtype)
             below_q, gates = (from_h(h) + from_x[t, parents // k]).tensor_split([-4 * self.rnn_dim], dim=1)
-            q, p = ([part[of_child] for part in mean_and_sigma(units)]
+            q, p = ([part[parent_of] for part in mean_and_sigma(units)]
                     for units in (posterior(below_q.relu()), prior(h)))
             z = torch.addcmul(*q, noise)
             from_z = phi_z(z.to(phi_x.dtype))
-            below_x = (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[of_child]).relu()
+            below_x = (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[parent_of]).relu()
             decoded = self.likelihood.parameters(decoder(below_x).unsqueeze(0))
-            memory = [part[ancestors] for part in memory]
             log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
             log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (p, q))
-            h, c = lstm_cell(gates_from_z(from_z).add_(gates[of_child]), c[ancestors])
-            return log_px[0] + (log_pz - log_qz).view(-1, k), (h, c, *memory)
-        return step
+            return log_px[0] + (log_pz - log_qz).view(-1, k), (from_z, parent_of, gates, c, *memory)
+
+        def go_on(particles, ancestors):
+            from_z, parent_of, gates, c, *memory = particles
+            parents, next_parent_of = ancestors, own
+            if own.device.type == "cpu":
+                parents, next_parent_of = ancestors.unique(return_inverse=True)
+            theirs = parent_of[parents]
+            h, c = lstm_cell(gates_from_z(from_z[parents]).add_(gates[theirs]), c[theirs])
+            return parents, next_parent_of, h, c, *(part[ancestors] for part in memory)
+        return (own, own, *(self.zero_state(rows) if state is None else state)), weigh, go_on
 
     def at_fixed_z(self, x_TBX, phi_x, z, state, k):
         """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
@@ -632,19 +637,22 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
     whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
     Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
-    resampling), resampled_TB (after a frame), and ancestors (T, B*k) and state as VRNN.forward has them."""
-    def step(t, state, ancestors, noise):
-        state = state and tuple(part[ancestors] for part in state)
+    resampling), resampled_TB (after a frame), ancestors (T, B*k) as VRNN.forward has them, and the state to go on from,
+    which with gradients is as VRNN.forward has it too."""
+    def weigh(t, state, noise):
         rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
 
+    def go_on(state, ancestors):
+        return tuple(part[ancestors] for part in state)
+
     if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
-        step = model.stepper(x_TBX, k)
+        state, weigh, go_on = model.stepper(x_TBX, state, k)
     own_K = torch.arange(k, device=x_TBX.device)
     first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
-    log_w_BK, gathered_B, ancestors, found = 0.0, 0.0, (first_rows_B1 + own_K).flatten(), []
+    log_w_BK, gathered_B, found = 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
-        frame_log_w_BK, state = step(t, state, ancestors, frame_noise)
+        frame_log_w_BK, particles = weigh(t, state, frame_noise)
         log_w_BK = log_w_BK + frame_log_w_BK
         log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
         ess_B = effective_sample_size(log_w_BK.detach())
@@ -657,10 +665,10 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         chosen_BK = torch.where(resampled_B1, drawn_BK, own_K)
         ancestors = (first_rows_B1 + chosen_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
+        state = go_on(particles, ancestors)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
     by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
-    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name},
-                           state=tuple(part[ancestors] for part in state))
+    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
 
 
 @torch.no_grad()
