@@ -89,13 +89,14 @@ def table(runs, updates):
     yield from regime(updates)
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
+    yield from judges(runs)
 
 
 def clips():
     """The limit on the gradient as a dose, for each objective, and beside it what 2016 did to the weights."""
     for seed in (3, 4):
-        for name in ("vrnn", "vae_5", "iwae_5", "iwae_5_published"):
-            yield "objectives", f"{name}-{seed}", *OBJECTIVES[name], f"--seed={seed}"
+        for name, flags in OBJECTIVES.items():
+            yield "objectives", f"{name}-{seed}", *flags, f"--seed={seed}"
         yield "variants", f"iwae_5_resample-{seed}", IWAE, "--resample", f"--seed={seed}"
     for seed in range(5):
         for clip in (0, 5):
@@ -131,14 +132,23 @@ def regime(updates):
     yield "regime", "2016_iwae_5_clip_640-0", IWAE, *REGIME, quarter, "--grad_clip=640"
 
 
+def judges(runs):
+    """Ten times as many particles as any run was chosen or reported with, for the main rows."""
+    for name, (script, *_) in {**OBJECTIVES, "iwae_5_resample": [IWAE]}.items():
+        yield ("judges", f"{name}_1000-3", script, f"--evaluate={runs / f'{name}-3' / 'best.pt'}", "--eval_k=5,1000",
+               "--eval_recordings=0")
+
+
 def train(runs, updates, to, group, name, script, *flags):
-    """Train one run, or go on with it, and copy its logs to the folder `to`."""
+    """Train one run, or go on with it, or evaluate another's checkpoint, and copy its logs to the folder `to`."""
     folder = runs / name
     if (to / group / name / "eval.json").exists():
         return
     if not (folder / "eval.json").exists():
-        command = [sys.executable, ROOT / f"{script}.py", *SETTINGS, "--data=data/speech.h5",
-                   "--x_noise_updates=1500", *lengths(updates), f"--out_dir={folder}", *flags]
+        settings = [*SETTINGS, "--data=data/speech.h5", "--x_noise_updates=1500", *lengths(updates)]
+        if flags[0].startswith("--evaluate"):
+            settings = []  # the checkpoint has its own
+        command = [sys.executable, ROOT / f"{script}.py", *settings, f"--out_dir={folder}", *flags]
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         with (runs / f"{name}.txt").open("a") as output:
             status = subprocess.run([*command, *resume], stdout=output, stderr=output,
@@ -147,7 +157,7 @@ def train(runs, updates, to, group, name, script, *flags):
             print(f"{name}: status {status}, see {runs / name}.txt", flush=True)
             return
     (to / group / name).mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
+    for file in (file for file in KEPT if (folder / file).exists()):  # an evaluation has no log
         text = (folder / file).read_text().replace(str(runs), "runs/experiment")  # wherever it was on this machine
         (to / group / name / file).write_text(text)
     print(f"{name}: done", flush=True)
