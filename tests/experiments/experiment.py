@@ -60,7 +60,8 @@ def table(runs, updates):
     yield "variants", "iwae_5_warm-0", IWAE, *warm
     yield "variants", "vrnn_warm-0", VRNN, *warm
     yield "adam", "growing-0", VRNN_SCALED, "--norm=growing"
-    yield "adam", "median-0", VRNN_SCALED, "--norm=median", "--grad_clip=0"
+    for seed in range(3):
+        yield "adam", f"median-{seed}", VRNN_SCALED, "--norm=median", "--grad_clip=0", f"--seed={seed}"
     yield "adam", "beta2-0", VRNN_SCALED, "--beta2=0.99"
     yield "adam", "clip_5-0", VRNN_SCALED, "--grad_clip=5"
     yield "adam", "clip_5_beta2-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99"
@@ -99,15 +100,16 @@ def clips():
             yield "objectives", f"{name}-{seed}", *flags, f"--seed={seed}"
         yield "variants", f"iwae_5_resample-{seed}", IWAE, "--resample", f"--seed={seed}"
     for seed in range(5):
-        for clip in (0, 5):
+        for clip in (0, 5, 2560):
             yield "clip", f"vrnn_clip_{clip}-{seed}", VRNN, f"--grad_clip={clip}", f"--seed={seed}"
         yield "clip", f"iwae_5_clip_5-{seed}", IWAE, "--grad_clip=5", f"--seed={seed}"
         yield "clip", f"iwae_5_published_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8, f"--seed={seed}"
-    for clip in (40, 160, 2560):
+    for clip in (40, 160):
         yield "clip", f"vrnn_clip_{clip}-0", VRNN, f"--grad_clip={clip}"
     for seed in range(3):
-        yield "clip", f"iwae_5_clip_0-{seed}", IWAE, "--grad_clip=0", f"--seed={seed}"
-        for clip in (0, 5):
+        for clip in (0, 2560):
+            yield "clip", f"iwae_5_clip_{clip}-{seed}", IWAE, f"--grad_clip={clip}", f"--seed={seed}"
+        for clip in (0, 5, 2560):
             yield "clip", f"vae_5_clip_{clip}-{seed}", VAE, f"--grad_clip={clip}", f"--seed={seed}"
         for correction in ("sign", "time", "gradient"):
             yield ("clip", f"iwae_5_{correction}_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8,
