@@ -276,13 +276,15 @@ def benchmark_evaluation(data, device, repeats, product_size, **sizes):
     estimates = dict(estimate_bounds=lambda: common.estimate_bounds(model, x_TBX, h.eval_k, generator),
                      estimate_smc=lambda: common.estimate_smc(model, x_TBX, particles, generator))
     taken = alternate(device, dict(products=products) | estimates, repeats, warm_up=1)
-    at_once = common.EVAL_ROWS // windows  # particles of estimate_bounds, which makes several rollouts of each window
-    for name, rollouts in dict(estimate_bounds=math.ceil(particles / at_once), estimate_smc=1).items():
+    rollouts = math.ceil(particles / (common.EVAL_ROWS // windows))  # of each window in estimate_bounds
+    operations = 2 * h.seq_frames * windows * multiplications(model, particles, rollouts)
+    for name in estimates:
         time_s = statistics.median(taken[name])
-        operations = 2 * h.seq_frames * windows * multiplications(model, particles, rollouts)
+        rate = rates(operations, time_s, product_operations, taken["products"])
+        if name == "estimate_smc":  # how many products it makes depends on who has children
+            rate = dict.fromkeys(rate, "")
         yield dict(estimate=name, particles=particles, windows=windows, seconds=time_s,
-                   windows_per_second=windows / time_s,
-                   **rates(operations, time_s, product_operations, taken["products"]))
+                   windows_per_second=windows / time_s, **rate)
 
 
 def benchmark_growth(data, device, repeats, updates=1, **sizes):
