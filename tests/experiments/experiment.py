@@ -80,7 +80,8 @@ def table(runs, updates):
     for seed in range(3):
         for name, flags in AR_16.items():
             yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
-    for name, flag in dict(no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0").items():
+    for name, flag in dict(no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0",
+                           clip_2560="--grad_clip=2560").items():
         yield "ar_settings", f"vrnn_ar_16_{name}-0", VRNN, "--ar_order=16", flag
     for name, flags in AR_16.items():
         yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
