@@ -35,7 +35,7 @@ class Hyperparameters:
     monitor_windows: int = 512                # windows of the valid split in each, spread evenly
     eval_k: tuple[int, ...] = (5, 100)        # particles of the iwae_k bounds on test; the first is monitored too
     eval_recordings: int = 100                # recordings of the test split that are also evaluated whole; 0 = none
-    grad_clip: float = 640.0                  # largest norm of the gradient (published: 5 batch_size); 0 = no limit
+    grad_clip: float = 2560.0                 # largest norm of the gradient (published: 5 batch_size); 0 = no limit
     weight_norm: float = 1.9365               # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
     ema: float = 0.999                        # decay of the averaged weights, which are evaluated; 0 = no averaging
     bf16: bool = False                        # matrix products of training in bfloat16; evaluation keeps float32

@@ -108,25 +108,34 @@ def minutes(config):
     return f"{config['max_updates'] * seconds / 60:.1f}"
 
 
+def in_limit(limit):
+    return plot_recon.in_words("grad_clip", dict(grad_clip=limit))
+
+
+def limited(name, limit):
+    """The runs of 5,000 updates of an objective under a limit on the gradient of the mean over sequences."""
+    runs = [run for group, _ in read("objectives", "clip", "variants") for run in group]
+    return [run for run in runs if run["test"] and run["config"]["max_updates"] == 5000 and run["name"] == name
+            and plot_recon.in_words("grad_clip", run["config"]) == in_limit(limit)]
+
+
 def difference_by_limit(limits, names, contrasts=()):
-    """Rows: objectives, and contrasts of two. Columns: limits on the gradient of the mean over sequences. Cells:
-    smc_100 above that of VRNN limited to 640, or of the other objective under the same limit, in runs of the same seed,
-    with the 95 % interval over the seeds, and in brackets their number."""
-    groups = read("objectives", "clip", "variants")
-    runs = [run for group, _ in groups for run in group if run["test"] and run["config"]["max_updates"] == 5000]
-
-    def limited(name, limit):
-        words = plot_recon.in_words("grad_clip", dict(grad_clip=limit))
-        return [run for run in runs if run["name"] == name and plot_recon.in_words("grad_clip", run["config"]) == words]
-
+    """Rows: objectives, and contrasts of two. Columns: limits. Cells: smc_100 above that of VRNN limited to 640, or of
+    the other objective under the same limit, in runs of the same seed, with the 95 % interval over the seeds, and in
+    brackets their number."""
     def row_of(heading, name, other, other_limit=None):
-        cells = {}
-        for limit in limits:
-            differences = plot_recon.paired(limited(name, limit), limited(other, other_limit or limit), "smc_100")
-            cells[plot_recon.in_words("grad_clip", dict(grad_clip=limit))] = with_runs(differences)
-        return {"nats/frame": heading, **cells}
+        return {"nats/frame": heading, **{in_limit(limit): with_runs(plot_recon.paired(
+            limited(name, limit), limited(other, other_limit or limit), "smc_100")) for limit in limits}}
     rows = [row_of(name, name, "VRNN", 640) for name in names]
     return markdown(rows + [row_of(f"{name} above {other}, limited alike", name, other) for name, other in contrasts])
+
+
+def on_valid(limits):
+    """The same of VRNN by what it would be chosen with: iwae_5 on valid after the last update."""
+    ends = {limit: {run["seed"]: run["curve"][-1, 1] for run in limited("VRNN", limit)} for limit in limits}
+    return markdown([{"nats/frame": "VRNN, by `iwae_5` on valid", **{
+        in_limit(limit): with_runs([end - ends[640][seed] for seed, end in of_seeds.items()] * (limit != 640))
+        for limit, of_seeds in ends.items()}}])
 
 
 def with_runs(differences):
@@ -242,6 +251,18 @@ def whole_recordings():
                              "bits per sample": f"{flac['bits_per_sample']:.3f}"}])
 
 
+def judges():
+    """The same checkpoints by 100 particles, as they were tested after training, and by 1,000."""
+    trained = {run["label"].split(",")[0]: run for runs, _ in read("objectives", "variants") for run in runs
+               if run["seed"] == 3}
+    (judged, _), = read("judges")
+    rows = [(run["name"].split(",")[0], trained[run["name"].split(",")[0]]["test"] | run["test"]) for run in judged]
+    of_vrnn = dict(rows)["VRNN"]
+    return markdown([{"objective": name, **{
+        f"`{bound}`": f"{test[bound]:.2f}" + f" ({test[bound] - of_vrnn[bound]:+.2f})" * (name != "VRNN")
+        for bound in ("elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000")}} for name, test in rows])
+
+
 def windows():
     """How unequal the windows of the test split are."""
     columns = dict(worst=np.min, median=np.median, best=np.max)
@@ -277,11 +298,13 @@ TABLES = dict(
     with_flag=lambda: benchmarks("variants", **WITH_FLAG),
     with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
     evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
-    front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 0), MAIN, CONTRASTS),
+    front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 2560, 0), MAIN, CONTRASTS),
     limits=lambda: difference_by_limit((5, 40, 160, 640, 2560, 3200, 0), LIMITED), norms=norms_and_clips,
+    on_valid=lambda: on_valid((5, 40, 160, 640, 2560, 0)),
     regime=regime, size=size,
     weights=weights, effective_sizes=effective_sizes, signal_to_noise=signal_to_noise,
-    whole_recordings=whole_recordings, windows=windows, ar_settings=lambda: full_table("likelihood", "ar_settings"),
+    judges=judges, whole_recordings=whole_recordings, windows=windows,
+    ar_settings=lambda: full_table("likelihood", "ar_settings"),
     objectives=lambda: full_table("objectives"), variants=lambda: full_table("objectives", "variants"),
     likelihood=lambda: full_table("likelihood"), reader=lambda: full_table("reader"),
     latents=lambda: full_table("objectives", "latents"), adam=lambda: full_table("objectives", "adam"),

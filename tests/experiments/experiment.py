@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 128 --rnn_dim 128 --z_dim 32 "
-            "--batch_size 8 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
+            "--batch_size 8 --grad_clip 640 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
             "--device cpu").split()
 VRNN, VAE, IWAE = "vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae"
 VRNN_SCALED = "tests/experiments/clipping"
