@@ -162,6 +162,16 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_children_of_a_particle_share_what_sees_its_h_alone():
+    model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7)
+    state, weigh, go_on = model.stepper(torch.randn(2, 4, 5), None, 3)
+    _, particles = weigh(0, state, torch.randn(12, 3))
+    ancestors = torch.tensor([0, 0, 0, 3, 4, 5, 8, 8, 8, 10, 9, 9])
+    parents, parent_of, h, c = go_on(particles, ancestors)
+    assert parents.tolist() == [0, 3, 4, 5, 8, 9, 10] and len(h) == len(c) == 7
+    assert torch.equal(parents[parent_of], ancestors)
+
+
 @pytest.mark.parametrize("order", (0, 4))
 def test_the_filter_steps_in_bfloat16_as_the_rollout_does(order):
     torch.manual_seed(0)
