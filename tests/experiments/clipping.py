@@ -47,7 +47,8 @@ def main():
     h = common.parse(Hyperparameters)
     if h.norm not in ("clipped", "growing", "median"):
         raise common.UserError(f"--norm={h.norm} is none of clipped, growing, median; give one of them")
-    training = common.Training(h, particles=h.k, name="VRNN")
+    name = "VRNN limited by the median norm" if h.norm == "median" else "VRNN"
+    training = common.Training(h, particles=h.k, name=name)
     if not h.evaluate:
         training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
     norms, recent = median_norms(training.device), torch.full((100,), torch.nan, device=training.device)
