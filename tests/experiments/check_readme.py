@@ -299,6 +299,7 @@ TABLES = dict(
     with_flag=lambda: benchmarks("variants", **WITH_FLAG),
     with_flag_small=lambda: benchmarks("variants_small", **WITH_FLAG),
     evaluation=lambda: benchmarks("evaluation_small", **EVALUATION),
+    growth=lambda: benchmarks("growth_small", size="what grows", value="to", seconds="seconds an update"),
     front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 2560, 0), MAIN, CONTRASTS),
     limits=lambda: difference_by_limit((5, 40, 160, 640, 2560, 3200, 0), LIMITED, CORRECT), norms=norms_and_clips,
     on_valid=lambda: on_valid((5, 40, 160, 640, 2560, 0)),
