@@ -177,7 +177,7 @@ def product(x, weight, bias=None):
 # For what every frame multiplies by: a weight that lies in memory as it is read saves up to half of the time.
 
 def times(weight, rows):
-    """The function from x (rows, in) to x weight^T."""
+    """The function from x, of at most (rows, in), to x weight^T."""
     if by_onednn(rows, weight):
         return lambda x: onednn(x, weight)
     transposed = weight.t().contiguous()

@@ -3,10 +3,10 @@
     python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99] [flags of vrnn_gauss.py]
 
 --norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
-sizes of experiment.py, until it reaches 640, at which the others are clipped. No batch then counts more than
-another, and yet the scale grows as it does without clipping. --norm=median clips at twice the median norm of the last
-100 updates, which last.pt does not hold: a resumed run begins with none. The log holds the norms before they were
-scaled. experiment.py has the runs.
+sizes of experiment.py, until it reaches 640, at which the others are clipped. No batch then counts more than another,
+and yet the scale grows as it does without clipping. --norm=median clips at twice the median norm of the last 100
+updates, which last.pt does not hold: a resumed run begins with none. The log holds the norms before they were scaled.
+experiment.py has the runs.
 """
 
 import sys
