@@ -553,31 +553,21 @@ class VRNN(nn.Module):
         return phi_z, torch.stack(h_before).to(phi_x.dtype), h, c
 
     @torch.no_grad()
-    def resynthesise(self, x_TBX, generator=None):
-        """Draw x (T, B, X) anew: h and the posterior go along x_TBX, the filter along what the decoder's draws give."""
-        frames, batch, _ = x_TBX.shape
-        _, _, *memory = state = self.zero_state(batch)
-        noise = torch.randn(frames, batch, self.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
-        rollout = self(x_TBX, state, noise)
-        phi_z, h_before, *_ = self.along(rollout.phi_x, rollout.q_mean + rollout.q_sigma * noise, state)
-        x = []
-        for phi_z_t, h in zip([None] * frames if phi_z is None else phi_z, h_before):
-            x_t, memory = self.likelihood.sample(self.decode(phi_z_t, h), memory, generator)
-            x.append(x_t)
-        return torch.stack(x)
-
-    @torch.no_grad()
-    def generate(self, frames, batch, generator=None, state=None):
+    def generate(self, frames, batch, generator=None, state=None, heard=None):
         """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder;
-        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None."""
+        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None. Or resynthesise `heard`,
+        of that shape: z_t from its posterior, h along it, and the filter along what is drawn."""
         h, c, *memory = self.zero_state(batch) if state is None else state
         x, phi_z, from_z = [], None, 0.0
-        for _ in range(frames):
+        for t in range(frames):
             if self.z_dim:
-                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(self.prior(h)), generator))
+                of_z = self.prior(h) if heard is None else self.posterior(
+                    self.posterior_x(self.phi_x(heard[t])) + self.posterior_h(h))
+                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(of_z), generator))
                 from_z = self.lstm_z(phi_z)
             x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
-            h, c = lstm_cell(self.lstm_x(self.phi_x(x_t)) + from_z + self.lstm_h(h), c)
+            phi_x = self.phi_x(x_t if heard is None else heard[t])
+            h, c = lstm_cell(self.lstm_x(phi_x) + from_z + self.lstm_h(h), c)
             x.append(x_t)
         return torch.stack(x)
 
@@ -669,20 +659,6 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
     by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
     return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
-
-
-@torch.no_grad()
-def filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k):
-    """Where a particle filter resamples, (T, B), at the last frame in any case, and its ancestors (T, B*K)."""
-    filtering = particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
-    return filtering.resampled_TB, filtering.ancestors
-
-
-def filtered_bound(log_w_TBK, resampled_TB):
-    """The bound of a particle filter, (B,), from weights along its ancestors."""
-    pieces_TB1 = (resampled_TB.cumsum(0) - resampled_TB.long()).unsqueeze(2)  # in which piece a frame lies
-    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, pieces_TB1.expand_as(log_w_TBK), log_w_TBK)
-    return sum(map(importance_weighted, log_w_PBK))  # a piece without frames adds log 1
 
 
 @torch.no_grad()
@@ -885,8 +861,8 @@ def evaluation_table(result):
 @torch.no_grad()
 def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     """Speech as .wav files in a folder, as loud as it comes, at most `frames` long (10 s of 200 samples a frame).
-    real_N: the beginnings of the longest recordings. sample_N: generated. Of a model that can resynthesise also
-    continued_N, the first `given` frames of real_N and what is generated after them, and resynthesised_N."""
+    real_N: the beginnings of the longest recordings. sample_N: generated. Of a VRNN also continued_N, the first `given`
+    frames of real_N and what is generated after them, and resynthesised_N."""
     import soundfile
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
@@ -895,9 +871,10 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     shown = min(frames, lengths[longest].min())
     real = frames_at(split, split.offsets[longest], shown, model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
-    if hasattr(model, "resynthesise"):
+    if isinstance(model, VRNN):
         goes_on = model.generate(frames - len(real[:given]), len(longest), generator, model(real[:given]).state)
-        speech |= dict(continued=torch.cat((real[:given], goes_on)), resynthesised=model.resynthesise(real, generator))
+        speech |= dict(continued=torch.cat((real[:given], goes_on)),
+                       resynthesised=model.generate(shown, len(longest), generator, heard=real))
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
@@ -1002,12 +979,15 @@ class Training:
         self.folder.start(self.config)
 
     def window(self):
-        """The present window on the device, (T, B, X): dequantised, normalised, with noise while there is any."""
+        """The present window on the device, (T, B, X): dequantised, normalised, and with noise, whose deviation falls
+        from h.x_noise to a hundredth of it, and then is none."""
         h = self.h
         uniform = self.draw(torch.rand, h.batch_size, h.x_dim) if h.dequantize else None
         x_TBX = normalise(self.pcm, self.corpus, uniform)
         if h.x_noise:
-            x_TBX = x_TBX + self.x_noise() * self.draw(torch.randn, h.batch_size, h.x_dim)
+            done = self.counts.updates / h.x_noise_updates
+            sigma = torch.where(done < 1, h.x_noise * 0.01 ** done, 0.0)
+            x_TBX = x_TBX + sigma * self.draw(torch.randn, h.batch_size, h.x_dim)
         return x_TBX
 
     def noise(self, k, z_dim):
@@ -1067,11 +1047,6 @@ class Training:
         counts.loss_sum += torch.where(is_finite, loss, 0.0)
         counts.losses += is_finite
         counts.grad_norm.copy_(norm)
-
-    def x_noise(self):
-        """Standard deviation of the noise on x: from h.x_noise down to a hundredth of it, then none."""
-        done = self.counts.updates / self.h.x_noise_updates
-        return torch.where(done < 1, self.h.x_noise * 0.01 ** done, 0.0)
 
     def captured(self, update):
         """Decorator of a script's update: on a GPU one CUDA graph, since to launch its thousands of kernels takes

@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 import common
 
 
@@ -74,9 +76,16 @@ def objective_dreg(rollout, log_p_TBK, log_q_TBK):
 
 
 def objective_resampled(rollout, resampled_TB):
-    """Minus the mean over sequences of the bound of a particle filter (FIVO, Maddison et al. 2017, arXiv 1705.09279),
-    nats per frame: the particles are resampled when their effective sample size falls under k / 2."""
-    return -common.filtered_bound(rollout.log_w_TBK, resampled_TB).mean() / len(rollout.log_w_TBK)
+    """Minus the mean over sequences of the bound of a particle filter (FIVO, Maddison et al. 2017, arXiv 1705.09279,
+    algorithm 1), nats per frame: the log-mean-weights of the pieces between its resamplings, added up.
+
+    rollout: along the filter's ancestors. resampled_TB: whether it resampled after a frame.
+    """
+    log_w_TBK = rollout.log_w_TBK
+    piece_TB1 = (resampled_TB.cumsum(0) - resampled_TB.long()).unsqueeze(2)  # in which a frame lies
+    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, piece_TB1.expand_as(log_w_TBK), log_w_TBK)
+    bound_B = sum(map(common.importance_weighted, log_w_PBK))  # a piece without frames adds log 1
+    return -bound_B.mean() / len(log_w_TBK)
 
 
 def objective_as_published(rollout, corrections=()):
@@ -119,10 +128,11 @@ def main():
     def update():
         x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
         if h.resample:
-            resampled_TB, ancestors = common.filtered_ancestors(training.model, x_TBX, state, noise, training.uniform(),
-                                                                h.k)
-            rollout = training.model(x_TBX, state, noise, h.k, ancestors)
-            loss = objective_resampled(rollout, resampled_TB)
+            with torch.no_grad():  # no gradient flows through the choice of ancestors
+                filtering = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k,
+                                                   resample_last=True)
+            rollout = training.model(x_TBX, state, noise, h.k, filtering.ancestors)
+            loss = objective_resampled(rollout, filtering.resampled_TB)
         else:
             rollout = training.model(x_TBX, state, noise, h.k)
             if h.as_published:

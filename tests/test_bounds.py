@@ -137,14 +137,13 @@ def test_the_particle_filter_equals_a_plain_one_and_so_does_the_gradient_along_i
             filtering = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k)
         torch.testing.assert_close(filtering.log_likelihood_TB[-1], plain_B)
         assert filtering.log_likelihood_TB.requires_grad == with_gradient
-    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, noise, uniform_TB, k)
-    assert resampled_TB[:-1].double().mean() > 1 / 3 and resampled_TB[-1].all()
-    assert torch.equal(resampled_TB[:-1], filtering.ess_TB[:-1] < k / 2)
-    rollout = model(x_TBX, state, noise, k, ancestors)
-    torch.testing.assert_close(common.filtered_bound(rollout.log_w_TBK, resampled_TB), plain_B)
-    torch.testing.assert_close(gradients(vrnn_gauss_iwae.objective_resampled(rollout, resampled_TB), model),
-                               gradients(-plain_B.mean() / 12, model))
     carried = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
+    assert carried.resampled_TB[:-1].double().mean() > 1 / 3 and carried.resampled_TB[-1].all()
+    assert torch.equal(carried.resampled_TB[:-1], filtering.ess_TB[:-1] < k / 2)
+    rollout = model(x_TBX, state, noise, k, carried.ancestors)
+    loss = vrnn_gauss_iwae.objective_resampled(rollout, carried.resampled_TB)
+    torch.testing.assert_close(loss, -plain_B.mean() / 12)
+    torch.testing.assert_close(gradients(loss, model), gradients(-plain_B.mean() / 12, model))
     torch.testing.assert_close(rollout.state, carried.state)
 
 
@@ -153,9 +152,10 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7).double()
     x_TBX, noise = torch.randn(9, 4, 5, dtype=torch.float64), torch.randn(9, 4 * 2, 3, dtype=torch.float64)
     uniform_TB = torch.rand(9, 4, dtype=torch.float64)
-    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, None, noise, uniform_TB, 2)
-    assert not resampled_TB[:-1].any()
-    resampled = vrnn_gauss_iwae.objective_resampled(model(x_TBX, None, noise, 2, ancestors), resampled_TB)
+    filtering = common.particle_filter(model, x_TBX, None, noise, uniform_TB, 2, resample_last=True)
+    assert not filtering.resampled_TB[:-1].any()
+    rollout = model(x_TBX, None, noise, 2, filtering.ancestors)
+    resampled = vrnn_gauss_iwae.objective_resampled(rollout, filtering.resampled_TB)
     weighted = vrnn_gauss_iwae.objective(model(x_TBX, None, noise, 2))  # of two particles the size is never under 1
     torch.testing.assert_close(resampled, weighted)
     for ours, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (resampled, weighted))):

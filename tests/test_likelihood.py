@@ -247,11 +247,12 @@ def test_what_is_generated_goes_on_from_a_state(case):
 
 def test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter(case):
     model, x_TBX, *_ = case
-    found = model.resynthesise(x_TBX, torch.Generator().manual_seed(0))
+    found = model.generate(FRAMES, BATCH, torch.Generator().manual_seed(0), heard=x_TBX)
     generator, state, memory, x = torch.Generator().manual_seed(0), model.zero_state(BATCH), (), []
     if model.likelihood.ar_order:
         memory = (state[2],)
-    for x_t, e in zip(x_TBX, torch.randn(FRAMES, BATCH, model.z_dim, generator=generator, dtype=torch.float64)):
+    for x_t in x_TBX:
+        e = torch.randn(BATCH, model.z_dim, generator=generator, dtype=torch.float64)
         rollout, h = plain_rollout(model, x_t[None], state, e[None], 1), state[0]
         phi_z = model.phi_z(rollout.q_mean[0] + rollout.q_sigma[0] * e) if model.z_dim else None
         drawn, memory = model.likelihood.sample(model.decode(phi_z, h), memory, generator)

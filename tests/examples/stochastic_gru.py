@@ -4,8 +4,8 @@
 
 Its call gets a window x_TBX (T, B, X), the state before it (None for zeros), standard normal noise (T, B*k, Z) and k;
 particle j of sequence b is row b*k + j. What it returns has nll_TBK, kl_TBK, log_w_TBK and the state after the window:
-a tuple of tensors of B*k rows, like that of zero_state(rows). With methods generate and resynthesise, as VRNN has them,
-it would also write samples.
+a tuple of tensors of B*k rows, like that of zero_state(rows). With a method generate(frames, batch, generator) it would
+also write samples.
 """
 
 from dataclasses import dataclass

@@ -81,9 +81,11 @@ def losses(model, x_TBX, k):
         return vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
 
     def resampled():
-        eps = noise()
-        resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, eps, torch.rand(frames, batch), k)
-        return vrnn_gauss_iwae.objective_resampled(model(x_TBX, state, eps, k, ancestors), resampled_TB)
+        eps, uniform_TB = noise(), torch.rand(frames, batch)
+        with torch.no_grad():
+            filtering = common.particle_filter(model, x_TBX, state, eps, uniform_TB, k, resample_last=True)
+        rollout = model(x_TBX, state, eps, k, filtering.ancestors)
+        return vrnn_gauss_iwae.objective_resampled(rollout, filtering.resampled_TB)
 
     if k == 1:
         return {"VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),

@@ -121,9 +121,10 @@ def scored_by(objective, rollout_of):
 def resampled(training, x_TBX, noise):
     """What --resample of the IWAE_K script does."""
     model, state, k = training.model, training.state, training.particles
-    resampled_TB, ancestors = common.filtered_ancestors(model, x_TBX, state, noise, training.uniform(), k)
-    rollout = model(x_TBX, state, noise, k, ancestors)
-    return rollout, vrnn_gauss_iwae.objective_resampled(rollout, resampled_TB)
+    with torch.no_grad():
+        filtering = common.particle_filter(model, x_TBX, state, noise, training.uniform(), k, resample_last=True)
+    rollout = model(x_TBX, state, noise, k, filtering.ancestors)
+    return rollout, vrnn_gauss_iwae.objective_resampled(rollout, filtering.resampled_TB)
 
 
 def dreg(training, x_TBX, noise):
