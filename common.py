@@ -747,7 +747,7 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     fitted = fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
     for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
-        predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
+        predicted.append(sum(log_p for log_p, _ in linear_prediction(x_TBX[0].double(), *fitted)))
         for window in split.read(starts, samples):
             coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
@@ -785,22 +785,18 @@ def fit_linear_prediction(corpus, samples, order=16):
         moments = sum((lags * w.unsqueeze(1)).T @ lags
                       for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights))
         a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        best = linear_prediction(x[::8], a, memory, first).mean(2).argmax()  # of fewer: it is tried often
+        tried = sum(log_p for log_p, _ in linear_prediction(x[::8], a, memory, first))  # of fewer: it is tried often
+        best = tried.mean(2).argmax()
         fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
-        weights = 1 / torch.stack([v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1)
+        weights = 1 / torch.stack([v.expand(len(x)) for _, v in linear_prediction(x, *fitted)], dim=1)
     return fitted
 
 
-def linear_prediction(x, a, memory, first):
-    """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
-    return sum(-0.5 * (squared / v + (2 * math.pi * v).log()) for squared, v in squares_and_levels(x, a, memory, first))
-
-
-def squares_and_levels(x, a, memory, v):
-    """Yield e_n^2 (W,) and v_n (..., W) for each sample in turn."""
+def linear_prediction(x, a, memory, v):
+    """Yield log p(x_n | x_<n) and v_n, (..., W), for each sample of x (W, samples) in turn; l and first v: (..., 1)."""
     errors = F.pad(x, (len(a), 0)).unfold(1, len(a) + 1, 1) @ torch.cat((-a.flip(0), a.new_ones(1)))
     for squared in errors.square().T:
-        yield squared, v
+        yield -0.5 * (squared / v + (2 * math.pi * v).log()), v
         v = memory * v + (1 - memory) * squared
 
 

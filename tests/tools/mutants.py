@@ -224,8 +224,10 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("the header of FLAC counted", FLAC_SIZE, COMMON,
      "return 8 * (len(coded) - header), header", "return 8 * len(coded), header"),
     ("a level that has seen the sample", LPC, COMMON,
-     "        yield squared, v\n        v = memory * v + (1 - memory) * squared\n",
-     "        v = memory * v + (1 - memory) * squared\n        yield squared, v\n"),
+     "        yield -0.5 * (squared / v + (2 * math.pi * v).log()), v\n"
+     "        v = memory * v + (1 - memory) * squared\n",
+     "        v = memory * v + (1 - memory) * squared\n"
+     "        yield -0.5 * (squared / v + (2 * math.pi * v).log()), v\n"),
     ("a prediction fitted without its level", LPC_FIT, COMMON,
      "        weights = 1 / torch.stack(", "        torch.stack("),
     ("the entropy of train", HISTOGRAM, COMMON,
