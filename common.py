@@ -689,11 +689,6 @@ def bits_per_sample(nats_per_frame, x_dim, std):
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
-def nats_of_code(bits, samples, std):
-    """The log-likelihood, in nats, of a model whose code would take as many bits for so many samples."""
-    return samples * math.log(std) - bits * math.log(2)
-
-
 def frames_at(split, starts, frames, x_dim, corpus, generator):
     """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
     pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
@@ -754,7 +749,8 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     p = counts[counts > 0] / counts.sum()
     bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    flac, histogram = (nats_of_code(code, samples, corpus.std) for code in (bits, entropy))
+    # in nats, the likelihood of a model whose code would take as many bits
+    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))
     found = summarise(dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
                       seq_frames, x_dim, corpus)
     found["flac"]["header_bytes"] = headers.mean().item()
@@ -806,19 +802,16 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
     chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
-    nats, ess, flac = [], [], []
+    frames, nats, ess, bits, found = lengths[chosen], [], [], [], {}
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
-        ends = torch.from_numpy(lengths[batch])
-        x_TBX = torch.zeros(int(ends.max()), len(batch), model.x_dim, device=generator.device)
-        for i, (recording, end) in enumerate(zip(batch, ends.tolist())):
-            start, samples = split.offsets[[recording]], end * model.x_dim
-            x_TBX[:end, i:i + 1] = frames_at(split, start, end, model.x_dim, corpus, generator)
-            flac.append(nats_of_code(flac_size(*split.read(start, samples))[0], samples, corpus.std))
-        estimate_TB, ess_TB = (part.cpu() for part in estimate_smc(model, x_TBX, k, generator))
-        nats += estimate_TB[ends - 1, range(len(batch))].tolist()
-        ess += [ess_TB[:end, i].sum().item() for i, end in enumerate(ends)]
-    frames, found = lengths[chosen], {}
-    for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": np.array(flac)}.items():
+        audio = [frames_at(split, split.offsets[[i]], lengths[i], model.x_dim, corpus, generator)[:, 0] for i in batch]
+        estimate_TB, ess_TB = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
+        for b, (i, x_TX) in enumerate(zip(batch, audio)):
+            nats.append(estimate_TB[len(x_TX) - 1, b].item())
+            ess.append(ess_TB[:len(x_TX), b].sum().item())
+            bits.append(flac_size(*split.read(split.offsets[[i]], x_TX.numel()))[0])
+    flac = frames * model.x_dim * math.log(corpus.std) - np.array(bits) * math.log(2)
+    for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": flac}.items():
         mean = of_recordings.sum() / frames.sum()
         deviations = (of_recordings - mean * frames) / frames.mean()
         found[name] = dict(recordings=len(chosen), frames=int(frames.sum()), nats_per_frame=mean,
