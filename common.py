@@ -638,8 +638,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
 
     if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
         state, weigh, go_on = model.stepper(x_TBX, state, k)
-    own_K = torch.arange(k, device=x_TBX.device)
-    first_rows_B1 = k * torch.arange(x_TBX.shape[1], device=x_TBX.device).unsqueeze(1)
+    own_BK = torch.arange(k * x_TBX.shape[1], device=x_TBX.device).view(-1, k)
     log_w_BK, gathered_B, found = 0.0, 0.0, []
     for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
         frame_log_w_BK, particles = weigh(t, state, frame_noise)
@@ -650,10 +649,9 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         resampled_B1 = resampled_B.unsqueeze(1)
-        points_BK = (own_K + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them
+        points_BK = (own_BK[0] + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them
         drawn_BK = torch.searchsorted(log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK).clamp(max=k - 1)
-        chosen_BK = torch.where(resampled_B1, drawn_BK, own_K)
-        ancestors = (first_rows_B1 + chosen_BK).flatten()
+        ancestors = torch.where(resampled_B1, own_BK[:, :1] + drawn_BK, own_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = go_on(particles, ancestors)
         found.append((log_likelihood_B, ess_B, resampled_B, ancestors))

@@ -113,7 +113,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("the frame of a resampling counted after it", FILTER, IWAE_SCRIPT,
      "resampled_TB.cumsum(0) - resampled_TB.long()", "resampled_TB.cumsum(0)"),
     ("ancestors of the first sequence for all", FILTER, COMMON,
-     "ancestors = (first_rows_B1 + chosen_BK).flatten()", "ancestors = chosen_BK.flatten()"),
+     "torch.where(resampled_B1, own_BK[:, :1] + drawn_BK, own_BK)", "torch.where(resampled_B1, drawn_BK, own_BK[0])"),
     ("steps without the posterior's density", FILTER, COMMON,
      "log_px[0] + (log_pz - log_qz).view(-1, k)", "log_px[0] + log_pz.view(-1, k)"),
     ("the first window of an excerpt, again and again", VRNN, COMMON,
