@@ -597,10 +597,8 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
     divisors of K, and `ess_iwae_k`, the effective sample size in these groups."""
     (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
-    drawn = particles if model.z_dim else 1  # without z all particles are the same
-    at_once = max(1, max_rows // batch)
-    for start in range(0, drawn, at_once):
-        k = min(at_once, drawn - start)
+    drawn = torch.arange(particles if model.z_dim else 1)  # without z all particles are the same
+    for k in map(len, drawn.split(max(1, max_rows // batch))):
         noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
         rollout = model(x_TBX, None, noise, k)
         rollouts.append([part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)])
