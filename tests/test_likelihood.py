@@ -11,6 +11,7 @@ from tiny import SIZES, main_of, write_tiny_data
 from torch.distributions import MultivariateNormal
 
 import common
+import plot_recon
 import vrnn_gauss
 import vrnn_gauss_alt_nll
 import vrnn_gauss_iwae
@@ -305,7 +306,7 @@ def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkey
     capsys.readouterr()
     main_of("plot_recon", str(runs))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 4 + len(common.YARDSTICKS) and (tmp_path / "recon.png").exists()
+    assert len(rows) == 4 + len(plot_recon.YARDSTICKS) and (tmp_path / "recon.png").exists()
 
 
 def test_a_checkpoint_from_before_there_was_a_filter_is_evaluated_whatever_the_script_says(runs, tmp_path):

@@ -12,6 +12,7 @@ from tiny import smooth_noise
 from torch.distributions import Normal
 
 import common
+import plot_recon
 
 A = np.array([1.6, -0.8])  # a resonance
 
@@ -116,4 +117,4 @@ def test_speech_like_noise_is_predicted_better_than_it_is_counted():
     bits = {name: found["bits_per_sample"]
             for name, found in common.evaluate_yardsticks(corpus, corpus.test, 10, 20).items()}
     assert bits["linear_prediction_16"] < bits["flac"]
-    assert set(bits) == set(common.YARDSTICKS)
+    assert set(bits) == set(plot_recon.YARDSTICKS)
