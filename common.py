@@ -676,7 +676,6 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
 EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
 BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
-FIT_WINDOWS = 256   # of train, from which the linear prediction is made
 
 
 def bits_per_sample(nats_per_frame, x_dim, std):
@@ -764,10 +763,10 @@ def flac_size(samples):
 
 
 def fit_linear_prediction(corpus, samples, order=16):
-    """a (order,), l and the first v of (nearly) the highest likelihood on windows of train: by turns a, given v, by
+    """a (order,), l and the first v of (nearly) the highest likelihood on 256 windows of train: by turns a, given v, by
     weighted least squares, and l and the first v, given a, of a grid."""
     x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
-        corpus.train, 1, samples, corpus, at_most=FIT_WINDOWS)])
+        corpus.train, 1, samples, corpus, at_most=256)])
     memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
     weights = torch.ones_like(x)
     for _ in range(6):
