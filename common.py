@@ -828,15 +828,13 @@ def windows_table(by_window, seq_frames):
 
 
 def evaluation_table(result):
-    """What is printed of eval.json, a line for each bound."""
+    """Yield what is printed of eval.json, a line for each bound."""
     whole = {f"{name} of {found['recordings']} whole recordings": found
              for name, found in result.get("whole_recordings", {}).items()}
-    lines = []
     for name, bound in (result["bounds"] | result["yardsticks"] | whole).items():
         stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
         bits = f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
-        lines.append(f"test {name:20} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}")
-    return "\n".join(lines)
+        yield f"test {name:20} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}"
 
 
 @torch.no_grad()
@@ -1178,7 +1176,7 @@ class Training:
                 result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
-            print(f"{h.evaluate or folder.best}, update {update:,}\n{evaluation_table(result)}")
+            print(f"{h.evaluate or folder.best}, update {update:,}", *evaluation_table(result), sep="\n")
             if hasattr(model, "generate"):
                 write_samples(model, corpus, corpus.test, folder.samples)
             print(folder.eval, flush=True)
