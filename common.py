@@ -690,7 +690,7 @@ def frames_at(split, starts, frames, x_dim, corpus, generator):
     return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
 
 
-def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=None, rank=0, processes=1):
+def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=math.inf, rank=0, processes=1):
     """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised with its generator."""
     starts = window_starts(split, frames * x_dim, at_most)
     for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
@@ -699,7 +699,7 @@ def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=None,
         yield chosen, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
 
 
-def window_bounds(model, corpus, split, ks, seq_frames, at_most=None, smc=0):
+def window_bounds(model, corpus, split, ks, seq_frames, at_most=math.inf, smc=0):
     """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)};
     with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
     model of one size, and for any number of processes, which share the work."""
@@ -1441,7 +1441,7 @@ class Excerpts:
         return windows.pin_memory() if is_pinned else windows
 
 
-def window_starts(split, samples, at_most=None):
+def window_starts(split, samples, at_most=math.inf):
     """First samples of the non-overlapping windows of every recording: all, or at_most of them evenly spread."""
     counts = np.diff(split.offsets) // samples
     nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -1449,8 +1449,7 @@ def window_starts(split, samples, at_most=None):
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")
-    at_most = min(at_most or len(starts), len(starts))
-    return starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
+    return starts[np.linspace(0, len(starts) - 1, min(at_most, len(starts))).round().astype(int)]
 
 
 def normalise(pcm, corpus, uniform=None):

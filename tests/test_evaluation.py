@@ -163,7 +163,7 @@ def model_of(parameters):
     return model
 
 
-def evaluated(parameters, corpus, split, ks, at_most=None, smc=0):
+def evaluated(parameters, corpus, split, ks, at_most=math.inf, smc=0):
     by_window = common.window_bounds(model_of(parameters), corpus, split, ks, 5, at_most, smc)
     return common.summarise(by_window, 5, 20, corpus)
 
