@@ -773,8 +773,7 @@ def fit_linear_prediction(corpus, samples, order=16):
         moments = sum((lags * w.unsqueeze(1)).T @ lags
                       for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights))
         a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        tried = sum(log_p for log_p, _ in linear_prediction(x[::8], a, memory, first))  # of fewer: it is tried often
-        best = tried.mean(2).argmax()
+        best = sum(log_p for log_p, _ in linear_prediction(x[::8], a, memory, first)).mean(2).argmax()  # of fewer
         fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
         weights = 1 / torch.stack([v.expand(len(x)) for _, v in linear_prediction(x, *fitted)], dim=1)
     return fitted
@@ -847,13 +846,12 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     lengths = np.diff(split.offsets) // model.x_dim
     longest = lengths.argsort(kind="stable")[::-1][:count]
-    shown = min(frames, lengths[longest].min())
-    real = frames_at(split, split.offsets[longest], shown, model.x_dim, corpus, generator)
+    real = frames_at(split, split.offsets[longest], min(frames, lengths[longest[-1]]), model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if isinstance(model, VRNN):
         goes_on = model.generate(frames - len(real[:given]), len(longest), generator, model(real[:given]).state)
         speech |= dict(continued=torch.cat((real[:given], goes_on)),
-                       resynthesised=model.generate(shown, len(longest), generator, heard=real))
+                       resynthesised=model.generate(len(real), len(longest), generator, heard=real))
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
