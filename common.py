@@ -592,10 +592,9 @@ def importance_weighted(log_w_BK):
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
     model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
-    tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K` (the same
-    bound by sampled log-weights) and `log_w_std` (their standard deviation over the particles); and for k in ks
-    `iwae_k`, averaged over the K // k disjoint groups of k particles, so that it never falls as k grows through
-    divisors of K, and `ess_iwae_k`, the effective sample size in these groups."""
+    tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K`, by sampled
+    log-weights, and their deviation `log_w_std`; and for k in ks `iwae_k`, averaged over the K // k disjoint groups of
+    k particles, so that it never falls as k grows through divisors of K, and `ess_iwae_k`, their effective number."""
     (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = torch.arange(particles if model.z_dim else 1)  # without z all particles are the same
     for k in map(len, drawn.split(max(1, max_rows // batch))):
@@ -620,13 +619,12 @@ def effective_sample_size(log_w_BK):
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
     """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
     The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
-    arXiv 1705.09279, algorithm 1); without a resampling it is the importance-weighted bound. Gradients flow through
-    weights and states, not through the choice of ancestors. model: as in estimate_bounds; x_TBX and state: as in
-    VRNN.forward; noise: T standard normal tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last:
-    whether to resample at the last frame in any case: who carries the states on must, since their weights stay behind.
-    Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), nats), ess_TB (of the weights since the last
-    resampling), resampled_TB (after a frame), ancestors (T, B*k) as VRNN.forward has them, and the state to go on from,
-    which with gradients is as VRNN.forward has it too."""
+    arXiv 1705.09279, algorithm 1). Gradients flow through weights and states, not through the choice of ancestors.
+    model: as in estimate_bounds; x_TBX and state: as in VRNN.forward; noise: T standard normal tensors (B*k, Z);
+    uniform_TB: on [0, 1), for the resampling. resample_last: whether to resample at the last frame in any case: who
+    carries the states on must, since their weights stay behind. Returns log_likelihood_TB (log of an unbiased estimate
+    of p(x_1..x_t), nats), ess_TB (of the weights since the last resampling), resampled_TB (after a frame), and as in
+    VRNN.forward ancestors (T, B*k) and, with gradients, the state to go on from."""
     def weigh(t, state, noise):
         rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
@@ -700,9 +698,8 @@ def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=math.
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=math.inf, smc=0):
-    """The bounds of estimate_bounds on each non-overlapping window of a split, from a zero state: {name: (windows,)};
-    with smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). Windows and noise are the same for every
-    model of one size, and for any number of processes, which share the work."""
+    """The bounds of estimate_bounds on each window of a split, {name: (windows,)}; with smc > 0 particles also `smc_k`
+    and `ess_smc_k` (mean over frames). All models of a size, in any number of processes, get the same noise."""
     device, mine = next(model.parameters()).device, {}
     for starts, x_TBX, generator in batches_of_windows(split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
@@ -838,9 +835,8 @@ def evaluation_table(result):
 
 @torch.no_grad()
 def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
-    """Speech as .wav files in a folder, as loud as it comes, at most `frames` long (10 s of 200 samples a frame).
-    real_N: the beginnings of the longest recordings. sample_N: generated. Of a VRNN also continued_N, the first `given`
-    frames of real_N and what is generated after them, and resynthesised_N."""
+    """Speech as .wav files, as loud as it comes, at most `frames` long: real_N, beginnings of the longest recordings;
+    sample_N, generated; of a VRNN also resynthesised_N, and continued_N after the first `given` frames of real_N."""
     import soundfile
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
