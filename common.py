@@ -641,8 +641,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         log_w_BK = log_w_BK + frame_log_w_BK
         log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
         ess_B = effective_sample_size(log_w_BK.detach())
-        is_carried_on = resample_last and t == len(x_TBX) - 1
-        resampled_B = ess_B < (math.inf if is_carried_on else k / 2)
+        resampled_B = ess_B < (math.inf if resample_last and t == len(x_TBX) - 1 else k / 2)
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         resampled_B1 = resampled_B.unsqueeze(1)
         points_BK = (own_BK[0] + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them

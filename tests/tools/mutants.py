@@ -195,7 +195,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "-common.importance_weighted(log_w_BK).mean()", "-common.importance_weighted(log_w_BK[:, :1]).mean()"),
     ("last-frame resampling dropped", RESAMPLED, IWAE_SCRIPT, "resample_last=True)", "resample_last=False)"),
     ("last-frame resampling dropped by the filter", LAST_FRAME, COMMON,
-     "is_carried_on = resample_last and t == len(x_TBX) - 1", "is_carried_on = False"),
+     "math.inf if resample_last and t == len(x_TBX) - 1 else", "math.inf if False else"),
     ("as published with the right sign", PUBLISHED_IWAE, IWAE_SCRIPT,
      '-s_BK if "sign" in corrections else s_BK', "-s_BK"),
     ("as published without its gradient through the weights", PUBLISHED_IWAE, IWAE_SCRIPT,
@@ -280,7 +280,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "(log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1) / 2).exp()"),
     ("resampling without its random offset", FILTER, COMMON, "+ uniform_B.unsqueeze(1)) / k", "+ 0.5) / k"),
     ("resampling under a quarter of the particles", FILTER, COMMON,
-     "math.inf if is_carried_on else k / 2", "math.inf if is_carried_on else k / 4"),
+     "t == len(x_TBX) - 1 else k / 2", "t == len(x_TBX) - 1 else k / 4"),
     ("weights that outlive their resampling", FILTER, COMMON,
      "log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)", "log_w_BK = log_w_BK + 0.0"),
     # ---- evaluation ----
