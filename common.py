@@ -738,8 +738,7 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     p = counts[counts > 0] / counts.sum()
     bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    # in nats, the likelihood of a model whose code would take as many bits
-    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))
+    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))  # in nats
     found = summarise(dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
                       seq_frames, x_dim, corpus)
     found["flac"]["header_bytes"] = headers.mean().item()
@@ -1408,16 +1407,14 @@ class Excerpts:
     of it is seen. What an epoch holds beyond whole batches is left out of it."""
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.split, self.batch_size, self.seed, self.epoch = split, batch_size, seed, None
         self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
-        self.epoch = None
         if self.batches_per_epoch == 0:
-            raise UserError(
-                f"the training recordings hold {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, fewer "
-                f"than --batch_size={batch_size}; give a smaller --batch_size or --reset_freq, or more recordings")
+            raise UserError(f"train holds {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, fewer than "
+                            f"--batch_size={batch_size}; lower it or --reset_freq, or give more recordings")
 
     def batch(self, index, is_pinned=False):
         """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
