@@ -789,15 +789,14 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
     chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
-    frames, nats, ess, bits, found = lengths[chosen], [], [], [], {}
+    frames, nats, ess, found = lengths[chosen], [], [], {}
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         audio = [frames_at(split, split.offsets[[i]], lengths[i], model.x_dim, corpus, generator)[:, 0] for i in batch]
         estimate_TB, ess_TB = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
-        for b, (i, x_TX) in enumerate(zip(batch, audio)):
-            nats.append(estimate_TB[len(x_TX) - 1, b].item())
-            ess.append(ess_TB[:len(x_TX), b].sum().item())
-            bits.append(flac_size(*split.read(split.offsets[[i]], x_TX.numel()))[0])
-    flac = frames * model.x_dim * math.log(corpus.std) - np.array(bits) * math.log(2)
+        nats += [estimate_TB[len(x_TX) - 1, b].item() for b, x_TX in enumerate(audio)]
+        ess += [ess_TB[:len(x_TX), b].sum().item() for b, x_TX in enumerate(audio)]
+    bits = np.array([flac_size(*split.read(split.offsets[[i]], lengths[i] * model.x_dim))[0] for i in chosen])
+    flac = frames * model.x_dim * math.log(corpus.std) - bits * math.log(2)
     for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": flac}.items():
         mean = of_recordings.sum() / frames.sum()
         deviations = (of_recordings - mean * frames) / frames.mean()
