@@ -1450,7 +1450,6 @@ def normalise(pcm, corpus, uniform=None):
 
 FORMAT, VERSION = "vrnn-audio", 1
 SPLITS = ("train", "valid", "test")
-EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
 SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
 REMAKE = "make it again with prepare_blizzard.py"
 MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
@@ -1494,8 +1493,7 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
     each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz. Each goes, whole, to
     the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
-    raise is skipped, or with `strict` an error. Returns splits {name: (recordings, samples)}, mean and std (of train,
-    in 16-bit steps), short (recordings, seconds) and skipped ["source: why"]."""
+    raise is skipped, or with `strict` an error. Returns the skipped, ["source: why"]. Raises UserError."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
@@ -1515,18 +1513,15 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
                 skipped.append(f"{source}: {why}")
                 if strict:
                     raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
-        splits = {split: (len(writer.names), writer.offsets[-1]) for split, writer in zip(SPLITS, writers)}
-        if empty := [split for split, (count, _) in splits.items() if count == 0]:
+        counts = [len(writer.names) for writer in writers]
+        if 0 in counts:
             why = f" (skipped: {skipped[0]})" if skipped else ""
-            raise UserError(f"{sum(count for count, _ in splits.values())} usable recordings leave none for the split "
-                            f"{empty[0]}{why}; give more recordings or a larger --valid and --test")
+            raise UserError(f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
+                            "give more recordings or a larger --valid and --test")
         (mean, std), *_ = [writer.close() for writer in writers]
         file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
                           created_by=created_by)
-    lengths = np.concatenate([np.diff(writer.offsets) for writer in writers])
-    short = lengths[lengths < EXCERPT_SECONDS * SAMPLE_RATE]
-    return SimpleNamespace(splits=splits, mean=mean, std=std, short=(len(short), short.sum() / SAMPLE_RATE),
-                           skipped=skipped)
+    return skipped
 
 
 def require_space(folder):

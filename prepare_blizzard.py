@@ -30,21 +30,20 @@ from common import SAMPLE_RATE, BadAudio, UserError
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
 
 
 def convert_files(paths, out, valid=0.05, test=0.05, force=False, strict=False, allow_pickle=False,
                   created_by="prepare_blizzard.py"):
     """Convert the recordings in files and folders to one HDF5 file.
 
-    Returns the summary of common.convert, with ignored {suffix: count}, the files in folders that are of no known type.
+    Returns what was skipped, ["source: why"], and {suffix: count} of the files in folders that are of no known type.
     Raises UserError.
     """
     files, unusable, ignored = find_audio(paths)
     folder = Path(f"{Path(out)}.decoded")
     with contextlib.closing(recordings_in(files, unusable, folder, allow_pickle)) as recordings:
-        summary = common.convert(recordings, out, valid, test, force, strict, created_by)
-    summary.ignored = ignored
-    return summary
+        return common.convert(recordings, out, valid, test, force, strict, created_by), ignored
 
 
 @contextlib.contextmanager
@@ -351,23 +350,26 @@ def parse_options():
 def main():
     options = parse_options()
     if options.demo:
-        summary = make_demo_data(options.out, seed=options.seed, force=options.force)
+        skipped, ignored = make_demo_data(options.out, seed=options.seed, force=options.force)
         print("synthetic demo data, not speech")
     else:
-        summary = convert_files(options.paths, options.out, options.valid, options.test, options.force, options.strict,
-                                options.allow_pickle)
+        skipped, ignored = convert_files(options.paths, options.out, options.valid, options.test, options.force,
+                                         options.strict, options.allow_pickle)
 
+    corpus = common.open_corpus(options.out)
+    lengths = {split: np.diff(getattr(corpus, split).offsets) for split in common.SPLITS}
+    total = lengths["total"] = np.concatenate(list(lengths.values()))
     print(f"{options.out}\n{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
-    total = tuple(map(sum, zip(*summary.splits.values(), strict=True)))
-    for split, (recordings, samples) in [*summary.splits.items(), ("total", total)]:
-        print(f"{split:6}{recordings:12,}{samples / SAMPLE_RATE / 60:10.2f}{samples:16,}")
-    print(f"mean {summary.mean:.4f}, standard deviation {summary.std:.4f} (of train, in 16-bit steps)")
-    print(f"too short for one training excerpt of {common.EXCERPT_SECONDS:g} s: {summary.short[0]} recordings, "
-          f"{summary.short[1]:.2f} s")
-    ignored = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in summary.ignored.items())
-    print(f"ignored, of other types: {ignored or 'none'}")
-    print(f"skipped: {len(summary.skipped)}")
-    for reason in summary.skipped:
+    for split, samples in lengths.items():
+        print(f"{split:6}{len(samples):12,}{samples.sum() / SAMPLE_RATE / 60:10.2f}{samples.sum():16,}")
+    print(f"mean {corpus.mean:.4f}, standard deviation {corpus.std:.4f} (of train, in 16-bit steps)")
+    short = total[total < EXCERPT_SECONDS * SAMPLE_RATE]
+    print(f"too short for one training excerpt of {EXCERPT_SECONDS:g} s: {len(short)} recordings, "
+          f"{short.sum() / SAMPLE_RATE:.2f} s")
+    others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())
+    print(f"ignored, of other types: {others or 'none'}")
+    print(f"skipped: {len(skipped)}")
+    for reason in skipped:
         print(f"  {reason}".encode("utf-8", "backslashreplace").decode())
 
 

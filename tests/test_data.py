@@ -38,8 +38,21 @@ def recordings(count=12, samples=5_000):
 
 
 def convert(folder, tmp_path, **options):
+    """The file that a folder becomes, and why recordings were skipped."""
     out = tmp_path / "out.h5"
-    return out, prepare_blizzard.convert_files([folder], out, **dict(dict(valid=0.2, test=0.2), **options))
+    skipped, _ = prepare_blizzard.convert_files([folder], out, **dict(dict(valid=0.2, test=0.2), **options))
+    return out, skipped
+
+
+def sizes(path):
+    """{split: (recordings, samples)} of a converted file."""
+    corpus = common.open_corpus(path)
+    return {split: (len(getattr(corpus, split).offsets) - 1, len(getattr(corpus, split).audio))
+            for split in common.SPLITS}
+
+
+def count(path):
+    return sum(recordings for recordings, _ in sizes(path).values())
 
 
 def read_back(path):
@@ -60,8 +73,8 @@ def converted_array(tmp_path, array):
     folder.mkdir(exist_ok=True)
     np.savez(folder / "good.npz", **recordings())
     np.save(folder / "it.npy", array)
-    out, summary = convert(folder, tmp_path, force=True)
-    return summary.skipped[0] if summary.skipped else read_back(out)[0]["it"]
+    out, skipped = convert(folder, tmp_path, force=True)
+    return skipped[0] if skipped else read_back(out)[0]["it"]
 
 
 def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
@@ -72,7 +85,7 @@ def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
         arrays = {f"{file}_{i}": noise(4_000 + 11 * i, seed=i) for i in range(11)}
         np.savez(folder / f"{file}.npz", **arrays)
         stored |= {f"{file}/{key}": array for key, array in arrays.items()}
-    out, summary = convert(folder, tmp_path)
+    out, _ = convert(folder, tmp_path)
     audio, splits = read_back(out)
     assert audio.keys() == stored.keys()
     for name, array in stored.items():
@@ -87,23 +100,22 @@ def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of
     lengths = dict(a=40_000, b=10_000, c=10_000, d=30_000, e=10_000, f=32_000)
     items = [(f"file of {name}", name, [noise(length)]) for name, length in lengths.items()]
     damaged = ("file of g", "g", (noise(9_000) if i == 0 else [][0] for i in range(2)))  # fails after its first block
-    summary = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
-    assert summary.skipped == ["file of g: it cannot be read (list index out of range)"]
+    skipped = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
+    assert skipped == ["file of g: it cannot be read (list index out of range)"]
     assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
     assert read_back(tmp_path / "out.h5")[1] == dict(train=["a", "f"], valid=["b", "d"], test=["c", "e"])
-    assert summary.splits == dict(train=(2, 72_000), valid=(2, 40_000), test=(2, 20_000))
-    assert summary.short == (4, 60_000 / RATE)  # a training excerpt has 32,000 samples
+    assert sizes(tmp_path / "out.h5") == dict(train=(2, 72_000), valid=(2, 40_000), test=(2, 20_000))
 
 
 def test_splits_follow_their_shares_and_repeat(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings(60))
-    out, summary = convert(folder, tmp_path, valid=0.1, test=0.2)
+    out, _ = convert(folder, tmp_path, valid=0.1, test=0.2)
     first = read_back(out)[1]
-    total = sum(samples for _, samples in summary.splits.values())
+    total = sum(samples for _, samples in sizes(out).values())
     for split, share in dict(train=0.7, valid=0.1, test=0.2).items():
-        assert abs(summary.splits[split][1] / total - share) < 0.02
+        assert abs(sizes(out)[split][1] / total - share) < 0.02
     convert(folder, tmp_path, valid=0.1, test=0.2, force=True)
     assert read_back(out)[1] == first
 
@@ -112,11 +124,11 @@ def test_statistics_are_those_of_train_alone(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings())
-    out, summary = convert(folder, tmp_path)
+    out, _ = convert(folder, tmp_path)
     with h5py.File(out) as file:
         train = file["train/audio"][:].astype(float)
-        assert file.attrs["mean"] == summary.mean == pytest.approx(train.mean(), rel=1e-12)
-        assert file.attrs["std"] == summary.std == pytest.approx(train.std(), rel=1e-12)
+        assert file.attrs["mean"] == pytest.approx(train.mean(), rel=1e-12)
+        assert file.attrs["std"] == pytest.approx(train.std(), rel=1e-12)
         assert (file.attrs["format"], file.attrs["version"], file.attrs["sample_rate"]) == ("vrnn-audio", 1, 16000)
 
 
@@ -178,15 +190,14 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
     np.savez(folder / "good.npz", **recordings())
     arrays = [noise(2_900), noise(3_000, 1), noise(3_100, 2).astype(np.float32) / 32768, np.array(["not audio"])]
     save_pickled(folder / f"it.{suffix}", ragged(arrays), pickler)
-    out, summary = convert(folder, tmp_path)
-    assert len(summary.skipped) == 1 and f"it.{suffix}" in summary.skipped[0] and "--allow_pickle" in summary.skipped[0]
+    out, skipped = convert(folder, tmp_path)
+    assert len(skipped) == 1 and f"it.{suffix}" in skipped[0] and "--allow_pickle" in skipped[0]
     assert all(name.startswith("good/") for name in read_back(out)[0])
 
-    out, summary = convert(folder, tmp_path, force=True, allow_pickle=True)
+    out, skipped = convert(folder, tmp_path, force=True, allow_pickle=True)
     audio, name = read_back(out)[0], "it" if suffix == "npy" else "it/a"
     assert len(audio) == 15
-    assert summary.skipped == [f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; "
-                               "save int16, int32 or floats"]
+    assert skipped == [f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; save int16, int32 or floats"]
     for index, samples in enumerate([*arrays[:2], noise(3_100, 2)]):
         np.testing.assert_array_equal(audio[f"{name}/{index}"], samples)
 
@@ -209,8 +220,8 @@ def test_nothing_that_a_file_says_is_executed_without_allow_pickle(tmp_path, suf
     save_pickled(evil, ragged([Exploit(str(harm)), noise(100)]))
     if header == "damaged":
         evil.write_bytes(pickle.dumps(Exploit(str(harm))))  # numpy.load takes a file without a header for a pickle
-    _, summary = convert(folder, tmp_path)
-    assert len(summary.skipped) == 1 and str(evil) in summary.skipped[0]
+    _, skipped = convert(folder, tmp_path)
+    assert len(skipped) == 1 and str(evil) in skipped[0]
     assert not harm.exists()
     if header == "object":
         convert(folder, tmp_path, force=True, allow_pickle=True)
@@ -260,10 +271,10 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
     (folder / "d.npz").write_bytes(b"PK\3\4nothing")
     (folder / "notes.txt").write_text("no audio")
     (folder / ".hidden.wav").write_text("no audio")
-    out, summary = convert(folder, tmp_path)
+    out, skipped = convert(folder, tmp_path)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}
-    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in summary.skipped] == ["b.npy", "c.wav", "d.npz"]
-    assert summary.ignored == {".txt": 1}
+    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in skipped] == ["b.npy", "c.wav", "d.npz"]
+    assert prepare_blizzard.find_audio([folder])[2] == {".txt": 1}
     with pytest.raises(common.UserError, match="b.npy: it cannot be read .mmap length.*--strict"):
         convert(folder, tmp_path, force=True, strict=True)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}  # the old file stays
@@ -278,9 +289,9 @@ def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tm
     (elsewhere / "loop").symlink_to(folder)
     (folder / "dangling.wav").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "fifo.wav")
-    _, summary = convert(folder, tmp_path)
-    assert sum(count for count, _ in summary.splits.values()) == 12
-    assert [why.split(": ")[0] for why in summary.skipped] == [str(folder / "dangling.wav"), str(folder / "fifo.wav")]
+    out, skipped = convert(folder, tmp_path)
+    assert count(out) == 12
+    assert [why.split(": ")[0] for why in skipped] == [str(folder / "dangling.wav"), str(folder / "fifo.wav")]
     with pytest.raises(common.UserError, match="dangling.wav.*without --strict"):
         convert(folder, tmp_path, force=True, strict=True)
 
@@ -290,16 +301,16 @@ def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
     folder.mkdir()
     np.savez(folder / "good.npz", **recordings())
     np.savez_compressed(folder / "bomb.npz", a=np.zeros(20_000_000, np.int16), b=noise(1_000))
-    _, summary = convert(folder, tmp_path)
-    assert len(summary.skipped) == 1 and re.search("bomb.npz: it expands [0-9,]+-fold", summary.skipped[0])
+    _, skipped = convert(folder, tmp_path)
+    assert len(skipped) == 1 and re.search("bomb.npz: it expands [0-9,]+-fold", skipped[0])
 
 
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", silence=np.zeros(5_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings())
-    _, summary = convert(folder, tmp_path)
-    assert [why.split(": ")[1] for why in summary.skipped] == ["every sample of it is 7", "every sample of it is 0"]
+    _, skipped = convert(folder, tmp_path)
+    assert [why.split(": ")[1] for why in skipped] == ["every sample of it is 7", "every sample of it is 0"]
 
 
 def crash(path, target):
@@ -328,8 +339,8 @@ def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_its_own_fi
         soundfile.write(folder / f"{name}.wav", noise(length, int(name)), RATE)
     np.savez(folder / "5b.npz", **recordings(1))  # arrays in between lose nothing either
     monkeypatch.setattr(prepare_blizzard, "decode", decode)
-    out, summary = convert(folder, tmp_path)
-    assert summary.skipped == [f"{folder}/{name}.wav: it crashes its decoder" for name in lost]
+    out, skipped = convert(folder, tmp_path)
+    assert skipped == [f"{folder}/{name}.wav: it crashes its decoder" for name in lost]
     audio, splits = read_back(out)
     np.testing.assert_array_equal(audio.pop("5b/rec_0"), recordings(1)["rec_0"])
     assert all(names == sorted(names, key=lambda name: int(name.split("b")[0])) for names in splits.values())
@@ -436,8 +447,8 @@ def test_a_recording_named_twice_is_taken_once(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings())
-    summary = prepare_blizzard.convert_files([folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2)
-    assert sum(count for count, _ in summary.splits.values()) == 12
+    prepare_blizzard.convert_files([folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2)
+    assert count(tmp_path / "out.h5") == 12
 
 
 @pytest.mark.parametrize("header", (
@@ -449,8 +460,8 @@ def test_a_hostile_header_costs_its_own_file_only(tmp_path, header):
     np.savez(folder / "good.npz", **recordings())
     text = header.encode().ljust(117) + b"\n"
     (folder / "it\u00b2.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    _, summary = convert(folder, tmp_path)
-    assert len(summary.skipped) == 1 and "it\u00b2.npy" in summary.skipped[0]
+    _, skipped = convert(folder, tmp_path)
+    assert len(skipped) == 1 and "it\u00b2.npy" in skipped[0]
 
 
 def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):
@@ -567,15 +578,17 @@ def test_demo_speech_is_the_same_every_time_and_sounds_and_pauses(tmp_path):
 
 def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1))
-    summary = prepare_blizzard.make_demo_data(tmp_path / "demo.h5", tmp_path / "demo", seed=3)
-    assert sum(count for count, _ in summary.splits.values()) == 12
+    prepare_blizzard.make_demo_data(tmp_path / "demo.h5", tmp_path / "demo", seed=3)
+    assert count(tmp_path / "demo.h5") == 12
     created_by = common.open_corpus(tmp_path / "demo.h5").created_by
     assert created_by == f"{common.SYNTHETIC}, seed 3" and "not speech" in created_by
 
 
 def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_pickled(tmp_path / "it.npy", ragged(list(recordings().values())))
+    arrays = [*recordings().values(), noise(31_999), noise(32_000)]  # a training excerpt has 32,000 samples
+    save_pickled(tmp_path / "it.npy", ragged(arrays))
+    (tmp_path / "notes.txt").touch()
 
     def outcome(*flags):
         monkeypatch.setattr(sys, "argv", ["prepare_blizzard.py", *flags])
@@ -590,9 +603,10 @@ def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_senten
     assert not status and "executes what the file says" in " ".join(output.split())
     status, output, errors = outcome("it.npy", *split)
     assert status == 2 and output == "" and re.fullmatch("error: 0 usable .*it.npy: .*--allow_pickle .*\n", errors)
-    status, output, errors = outcome("it.npy", *split, "--allow_pickle")
-    assert not status and "skipped: 0" in output and re.search("total +12 ", output)
-    assert len(read_back(tmp_path / "data/blizzard.h5")[0]) == 12
+    status, output, errors = outcome(".", *split, "--allow_pickle")
+    assert not status and "skipped: 0" in output and re.search("total +14 .* 126,441\n", output)
+    assert "of 2 s: 13 recordings, 5.90 s\n" in output and "ignored, of other types: 1 .txt\n" in output
+    assert len(read_back(tmp_path / "data/blizzard.h5")[0]) == 14
     for flags in (["nowhere"], ["it.npy", "--demo"], [], ["it.npy", "--allow_pickles"], ["it.npy", "--valid=half"],
                   ["it.npy", "--allow_pickle", *split]):
         status, output, errors = outcome(*flags)

@@ -155,10 +155,10 @@ def damaged_leaf(data, random):
 def convert_beside_good_recordings(path):
     random = np.random.default_rng(1)
     np.savez(path.parent / "good.npz", **{f"rec_{i}": smooth_noise(random, 2_000) for i in range(12)})
-    summary = prepare_blizzard.convert_files([path.parent], path.parent / "out.h5", 0.2, 0.2)
+    skipped, _ = prepare_blizzard.convert_files([path.parent], path.parent / "out.h5", 0.2, 0.2)
     (path.parent / "good.npz").unlink()
     (path.parent / "out.h5").unlink()
-    return "refused" if summary.skipped else "accepted"
+    return "refused" if skipped else "accepted"
 
 
 def read_corpus_whole(path):
