@@ -1500,11 +1500,14 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with durably(out) as partial, h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+    with (stop_requests() as received, durably(out) as partial,
+          h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file):
         writers = [SplitWriter(file.create_group(split), share)
                    for split, share in zip(SPLITS, (1 - valid - test, valid, test))]
         skipped = []
         for source, name, blocks in recordings:
+            if received:
+                sys.exit(128 + received[0])
             so_far = sum(writer.offsets[-1] for writer in writers)
             neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
             try:
@@ -1723,19 +1726,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def stop_requests():
-    """A list that gets Ctrl-C or SIGTERM, so that training can finish its update; the same once more kills."""
+    """A list that gets Ctrl-C or SIGTERM, so that what is in hand can be finished; the same once more kills."""
     received = []
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as last:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            last.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def lock(path):

@@ -46,24 +46,6 @@ def convert_files(paths, out, valid=0.05, test=0.05, force=False, strict=False, 
         return common.convert(recordings, out, valid, test, force, strict, created_by), ignored
 
 
-@contextlib.contextmanager
-def interrupts():
-    """A list that gets every Ctrl-C, which interrupts as ever, but is lost where it meets a callback of Python."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()  # others can set no handler
-    before = signal.signal(signal.SIGINT, receive) if is_main else None
-    try:
-        yield received
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
-
-
 def recordings_in(files, unusable, folder, allow_pickle=False):
     """Yield (source, name, blocks) for each recording, as common.convert takes them; folder is for decoded samples.
 
@@ -72,10 +54,8 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
     for path, why in unusable:
         yield path, "", common.raise_later(why)
     sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    with interrupts() as received, contextlib.closing(decoded(sound_files, folder)) as decoded_blocks:
+    with contextlib.closing(decoded(sound_files, folder)) as decoded_blocks:
         for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
-            if received:
-                raise KeyboardInterrupt
             suffix = path.suffix.lower()
             if suffix in AUDIO_SUFFIXES:
                 yield path, name, next(decoded_blocks)
