@@ -1491,9 +1491,10 @@ class SplitWriter:
 
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
     """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
-    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz. Each goes, whole, to
-    the split that is furthest below its share of the samples so far, so a rerun gives the same splits; one whose blocks
-    raise is skipped, or with `strict` an error. Returns the skipped, ["source: why"]. Raises UserError."""
+    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or in place of it the
+    exception that stands in their way. Each goes, whole, to the split that is furthest below its share of the samples
+    so far, so a rerun gives the same splits; one whose blocks raise is skipped, or with `strict` an error. Returns the
+    skipped, ["source: why"]. Raises UserError."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
@@ -1595,24 +1596,20 @@ def natural_order(text):
     return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))]
 
 
-def guarded(reader):
-    """reader, with whatever a damaged file makes NumPy, zipfile or soundfile raise turned into BadAudio."""
+def guarded(blocks):
+    """blocks, with whatever a damaged file makes NumPy, zipfile or soundfile raise, here or before, as BadAudio."""
     try:
-        yield from reader
+        if isinstance(blocks, Exception):
+            raise blocks
+        yield from blocks
     except Exception as error:
         raise error if isinstance(error, BadAudio) else BadAudio(f"it cannot be read ({first_line(error)})") from None
 
 
-def raise_later(error):
-    """Blocks that fail when they are first asked for, so that only this recording is lost."""
-    raise error
-    yield
-
-
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks) for each recording in a .npz or .npy file; blocks iterates over 1-D int16 arrays. A
-    recording is an array, or with allow_pickle an element of an array of arrays, which NumPy reads by executing what
-    the file says. What makes the whole file unusable is raised here, what makes one recording so by its blocks."""
+    """Yield (name, blocks) for each recording in a .npz or .npy file, as for `convert`. A recording is an array, or
+    with allow_pickle an element of an array of arrays, which NumPy reads by executing what the file says. Raises what
+    makes the whole file unusable."""
     load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
@@ -1638,7 +1635,7 @@ def recordings_of(load, name):
         if re.search("allow_pickle|Python objects", str(error)):
             error = BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
                              "recording with numpy.savez, or pass --allow_pickle if you trust the file")
-        yield name, raise_later(error)
+        yield name, error
     else:
         parts = {f"{name}/{i}": part for i, part in enumerate(array.flat)} if array.dtype.hasobject else {name: array}
         yield from ((name, pcm16_blocks(np.asarray(part))) for name, part in parts.items())

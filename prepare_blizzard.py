@@ -49,10 +49,10 @@ def convert_files(paths, out, valid=0.05, test=0.05, force=False, strict=False, 
 def recordings_in(files, unusable, folder, allow_pickle=False):
     """Yield (source, name, blocks) for each recording, as common.convert takes them; folder is for decoded samples.
 
-    What is unusable as a whole counts as one recording, whose blocks raise why.
+    What is unusable as a whole counts as one recording.
     """
     for path, why in unusable:
-        yield path, "", common.raise_later(why)
+        yield path, "", why
     sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
     with contextlib.closing(decoded(sound_files, folder)) as decoded_blocks:
         for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
@@ -61,13 +61,13 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
                 yield path, name, next(decoded_blocks)
             elif suffix in ARRAY_SUFFIXES:
                 try:
-                    for recording, blocks in common.guarded(common.array_recordings(path, name, allow_pickle)):
+                    for recording, blocks in common.array_recordings(path, name, allow_pickle):
                         yield path if recording == name else f"{path} ({recording})", recording, blocks
-                except BadAudio as why:
-                    yield path, name, common.raise_later(why)
+                except Exception as error:  # a damaged file can raise anything
+                    yield path, name, error
             else:
-                yield path, name, common.raise_later(BadAudio(
-                    f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav"))
+                yield path, name, BadAudio(
+                    f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
 
 
 # ---- finding files --------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def sound_file_blocks(path):
 # through a file, so that memory depends neither on the length of a recording nor on how many are decoded ahead.
 
 def decoded(paths, folder):
-    """Yield the int16 blocks of each sound file, decoded ahead by as many processes as there are cores.
+    """Yield the int16 blocks of each sound file, or why it has none, decoded ahead by a process for each core.
 
     The blocks of a file hold until the next one is asked for. Its samples lie in `folder`, which is made and removed.
     """
@@ -165,11 +165,7 @@ def decoded(paths, folder):
                 target = folder / str(n)
                 ahead.append((target, threads.submit(decode_elsewhere, processes, path, target)))
             target, decoding = ahead.popleft()
-            try:
-                decoding.result()
-                yield blocks_in(target)
-            except BadAudio as why:
-                yield common.raise_later(why)
+            yield decoding.result()
             target.unlink(missing_ok=True)
     finally:
         threads.shutdown(cancel_futures=True)
@@ -179,16 +175,22 @@ def decoded(paths, folder):
 
 
 def decode_elsewhere(processes, path, target):
-    """decode() in an idle process. One that crashes is replaced, and the file tried again: it may not be the cause."""
+    """The blocks of a sound file, by decode() in an idle process, or why there are none.
+
+    A process that crashes is replaced, and the file tried again: it may not be the cause.
+    """
     process = processes.get()
     try:
         for _ in range(2):
             try:
-                return process.submit(decode, path, target).result()
+                process.submit(decode, path, target).result()
+                return blocks_in(target)
+            except BadAudio as why:
+                return why
             except BrokenProcessPool:
                 process.shutdown()
                 process = new_process()
-        raise BadAudio("it crashes its decoder")
+        return BadAudio("it crashes its decoder")
     finally:
         processes.put(process)
 
