@@ -1448,7 +1448,7 @@ def normalise(pcm, corpus, uniform=None):
 
 # ---- HDF5 -----------------------------------------------------------------------------------------------------------
 
-FORMAT, VERSION = "vrnn-audio", 1
+FORMAT = dict(format="vrnn-audio", version=1, sample_rate=SAMPLE_RATE)  # attributes of every file
 SPLITS = ("train", "valid", "test")
 SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
 REMAKE = "make it again with prepare_blizzard.py"
@@ -1523,8 +1523,7 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
             raise UserError(f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
                             "give more recordings or a larger --valid and --test")
         (mean, std), *_ = [writer.close() for writer in writers]
-        file.attrs.update(format=FORMAT, version=VERSION, sample_rate=SAMPLE_RATE, mean=mean, std=std,
-                          created_by=created_by)
+        file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
     return skipped
 
 
@@ -1557,10 +1556,8 @@ def open_corpus(path):
         cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
         cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
         file.id.set_mdc_config(cache)
-        if (str(file.attrs.get("format")), str(file.attrs.get("version"))) != (FORMAT, str(VERSION)):
-            raise BadAudio(f"is HDF5 but not of format {FORMAT} version {VERSION}")
-        if str(file.attrs.get("sample_rate")) != str(SAMPLE_RATE):
-            raise BadAudio(f"is not sampled at {SAMPLE_RATE:,} Hz")
+        if {name: file.attrs.get(name) for name in FORMAT} != FORMAT:
+            raise BadAudio(f"is HDF5 but not of {', '.join(f'{name} {value}' for name, value in FORMAT.items())}")
         mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
         if not (math.isfinite(mean) and 0 < std < math.inf):
             raise BadAudio("has no usable mean and std")

@@ -490,9 +490,11 @@ def write_corpus(path, change=lambda file: None):
 
 
 @pytest.mark.parametrize("change, reason", (
-    (lambda file: file.attrs.update(format="other"), "not of format"),
+    (lambda file: file.attrs.update(format="other"), "not of format vrnn-audio"),
+    (lambda file: file.attrs.update(version=2), "not of .* version 1"),
     (lambda file: file.attrs.update(std=0.0), "mean and std"),
-    (lambda file: file.attrs.update(sample_rate=44_100), "not sampled at"),
+    (lambda file: file.attrs.update(sample_rate=44_100), "not of .* sample_rate 16000"),
+    (lambda file: file.attrs.__delitem__("sample_rate"), "not of .* sample_rate 16000"),
     (lambda file: file.__delitem__("test"), "not a readable HDF5 file .*test"),
     (lambda file: file["valid/offsets"].write_direct(np.array([0, 400, 900])), "inconsistent offsets"),
     (lambda file: file["valid/offsets"].write_direct(np.array([0, 1_400, 1_000])), "inconsistent offsets"),

@@ -109,8 +109,7 @@ def test_a_job_that_is_asked_to_stop_saves_its_state(data, tmp_path):
 def write_corpus(path, samples):
     """An HDF5 file whose chunks are all allocated and never written: it takes no room on the disk."""
     with h5py.File(path, "w") as file:
-        file.attrs.update(format=common.FORMAT, version=common.VERSION, sample_rate=common.SAMPLE_RATE, mean=0.0,
-                          std=1000.0, created_by="test")
+        file.attrs.update(**common.FORMAT, mean=0.0, std=1000.0, created_by="test")
         for split, length in dict(train=samples, valid=160_000, test=160_000).items():
             settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             settings.set_chunk((common.BLOCK,))

@@ -64,8 +64,7 @@ PARTS = dict(  # and the titles of their tables
 def write_corpus(path, minutes=30):
     random = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
-        file.attrs.update(format=common.FORMAT, version=common.VERSION, sample_rate=common.SAMPLE_RATE, mean=0.0,
-                          std=1000.0, created_by="benchmark")
+        file.attrs.update(**common.FORMAT, mean=0.0, std=1000.0, created_by="benchmark")
         for split in common.SPLITS:
             samples = minutes * 60 * common.SAMPLE_RATE
             audio = file.create_dataset(f"{split}/audio", (samples,), "int16", chunks=(common.BLOCK,))
