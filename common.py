@@ -1472,10 +1472,8 @@ class SplitWriter:
             end += len(block)
             wide = block.astype(np.int64)
             total, squares = total + int(wide.sum()), squares + int(wide @ wide)
-        if end == start:
-            raise BadAudio("it holds no samples")
         if squares * (end - start) == total ** 2:
-            raise BadAudio(f"every sample of it is {total // (end - start)}")
+            raise BadAudio(f"all of its {end - start:,} samples are the same")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
         self.total, self.squares = self.total + total, self.squares + squares
@@ -1642,10 +1640,8 @@ def pcm16_blocks(array):
     """int16 blocks of one recording, its first channel, of any real dtype: int16 as it is; wider integers as int16
     where all fit, as 32-bit full scale where some exceed 24 bits; floats of full scale 1, or as int16 where whole."""
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
-    if len(shape) not in (1, 2) or 0 in shape:
-        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels)")
-    if len(shape) == 2 and shape[1] > min(shape[0], 1024):
-        raise BadAudio(f"its shape {shape} has too many channels; transpose it to (samples, channels)")
+    if len(shape) not in (1, 2) or 0 in shape or len(shape) == 2 and shape[1] > min(shape[0], 1024):
+        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels); transpose or split it")
     if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array

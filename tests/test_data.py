@@ -308,9 +308,12 @@ def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(folder / "a.npz", silence=np.zeros(5_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings())
+    np.savez(folder / "a.npz", silence=np.zeros(4_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings())
+    soundfile.write(folder / "b.wav", noise(0), RATE)
     _, skipped = convert(folder, tmp_path)
-    assert [why.split(": ")[1] for why in skipped] == ["every sample of it is 7", "every sample of it is 0"]
+    assert skipped == [f"{folder}/a.npz (a/offset): all of its 5,000 samples are the same",
+                       f"{folder}/a.npz (a/silence): all of its 4,000 samples are the same",
+                       f"{folder}/b.wav: all of its 0 samples are the same"]
 
 
 def crash(path, target):
@@ -474,7 +477,7 @@ def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):
     with pytest.raises(common.UserError, match="must be above 0"):
         convert(folder, tmp_path, valid=0.6, test=0.5)
     np.savez(folder / "a.npz", **{f"silence_{i}": np.zeros(5_000, np.int16) for i in range(9)})
-    with pytest.raises(common.UserError, match="every sample of it is 0"):
+    with pytest.raises(common.UserError, match="all of its 5,000 samples are the same"):
         convert(folder, tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
