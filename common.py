@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import errno
 import fcntl
 import functools
 import inspect
@@ -1526,9 +1525,9 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
 
 
 def require_space(folder):
-    """Raise OSError before the disk is full, because HDF5 crashes when it meets the end of it."""
+    """Raise UserError before the disk is full, because HDF5 crashes when it meets the end of it."""
     if shutil.disk_usage(folder).free < MIN_FREE:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise UserError(f"the disk of {folder} is nearly full; make room, or give another --out")
 
 
 @dataclasses.dataclass

@@ -1,4 +1,3 @@
-import errno
 import functools
 import io
 import math
@@ -329,8 +328,8 @@ def crash_once(path, target):
     prepare_blizzard.decode(path, target)
 
 
-def meet_a_full_disk(path, target):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+def meet_a_full_disk(error, path, target):
+    raise error("No space left")
 
 
 @pytest.mark.parametrize("decode, lost", ((prepare_blizzard.decode, []), (crash, ["13", "14"]), (crash_once, [])))
@@ -373,12 +372,13 @@ def test_conversion_ends_before_the_disk_is_full_and_leaves_no_file(tmp_path, mo
     np.savez(folder / "a.npz", **recordings())
     with monkeypatch.context() as patch:
         patch.setattr(common, "MIN_FREE", 1 << 60)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(common.UserError, match=f"the disk of {out} is nearly full; make room"):
             prepare_blizzard.convert_files([folder], out / "out.h5")
     soundfile.write(folder / "b.wav", noise(5_000), RATE)
-    monkeypatch.setattr(prepare_blizzard, "decode", meet_a_full_disk)
-    with pytest.raises(OSError, match="No space left"):  # and does not skip what it had no space for
-        prepare_blizzard.convert_files([folder], out / "out.h5")
+    for error in (OSError, common.UserError):  # and does not skip what it had no space for
+        monkeypatch.setattr(prepare_blizzard, "decode", functools.partial(meet_a_full_disk, error))
+        with pytest.raises(error, match="No space left"):
+            prepare_blizzard.convert_files([folder], out / "out.h5")
     assert not list(out.iterdir())
 
 
