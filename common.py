@@ -1782,11 +1782,9 @@ def choose_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(1, device=name).device  # with its index
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        elif device.type != "cpu":
-            raise RuntimeError("only cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
+        if device.type != "cpu":
+            torch.cuda.set_device(device)  # refuses what is no GPU
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
 
