@@ -65,7 +65,7 @@ class Rollout:
     x_mean: torch.Tensor        # (T, B*K, X), without what a filter adds to it
     x_sigma: torch.Tensor
     state: tuple                # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
-    phi_x: torch.Tensor         # of x, (T, B, .), for at_fixed_z
+    phi_x: torch.Tensor         # of x, (T, B, .), for DReG
 
 
 def gaussian_log_density(x, mean, sigma):
@@ -459,7 +459,7 @@ class VRNN(nn.Module):
         zero_state(B*k) if None; what it remembers of x must be the same in the k rows of a sequence. noise: standard
         normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose state each row goes on with after a frame,
         of the same sequence; its own if None. The k particles of a sequence share phi_x(x_t)."""
-        h, c, *memory = state = self.zero_state(x_TBX.shape[1] * k) if state is None else state
+        h, c, *memory = self.zero_state(x_TBX.shape[1] * k) if state is None else state
         phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
         if noise is None:
             noise = torch.randn(len(x_TBX), len(h), self.z_dim, dtype=h.dtype, device=h.device)
@@ -471,7 +471,8 @@ class VRNN(nn.Module):
                 k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, head, bias, h_weight, *layers)
             prior = mean_and_sigma(self.prior(h_before))
         else:
-            phi_z, h_before, next_h, next_c = self.along(phi_x, None, state, k)
+            phi_z, gates = None, self.lstm_x(phi_x).repeat_interleave(k, 1)
+            h_before, next_h, next_c = self.along(gates, h, c)
             q_mean, q_sigma, *prior = [noise] * 4
         decoded = self.decode(phi_z, h_before)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
@@ -526,30 +527,13 @@ class VRNN(nn.Module):
             return parents, next_parent_of, h, c, *(part[ancestors] for part in memory)
         return (own, own, *(self.zero_state(rows) if state is None else state)), weigh, go_on
 
-    def at_fixed_z(self, x_TBX, phi_x, z, state, k):
-        """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
-        alone, where z is detached. phi_x: that of the Rollout. state: before the window."""
-        phi_z, h_before, *_ = self.along(phi_x, z, state, k)
-        q = prior = z, z  # of no width, without z
-        if self.z_dim:
-            from_x = self.posterior_x(phi_x).repeat_interleave(k, 1)
-            q = mean_and_sigma(self.posterior(from_x + self.posterior_h(h_before)))
-            prior = mean_and_sigma(self.prior(h_before))
-        log_px, _ = self.likelihood.log_density(x_TBX, self.decode(phi_z, h_before), state[2:], k)
-        log_pz, log_qz = (gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
-        return log_px + log_pz, log_qz
-
-    def along(self, phi_x, z, state, k=1):
-        """phi_z(z_t), None without z, and h_{t-1}, (T, B*k, .), and h, c after the last frame, of given phi_x and z."""
-        gates, phi_z = self.lstm_x(phi_x).repeat_interleave(k, 1), None
-        if self.z_dim:
-            phi_z = self.phi_z(z.to(phi_x.dtype))
-            gates = gates + self.lstm_z(phi_z)
-        h_before, (h, c, *_) = [], state
+    def along(self, gates, h, c):
+        """h_{t-1} of each frame, (T, rows, R), and h, c after the last, from what x and z add to the gates."""
+        h_before = []
         for gates_t in gates:
             h_before.append(h)
             h, c = lstm_cell(gates_t + self.lstm_h(h), c)
-        return phi_z, torch.stack(h_before).to(phi_x.dtype), h, c
+        return torch.stack(h_before).to(gates.dtype), h, c
 
     @torch.no_grad()
     def generate(self, frames, batch, generator=None, state=None, heard=None):

@@ -75,6 +75,25 @@ def objective_dreg(rollout, log_p_TBK, log_q_TBK):
     return objective(rollout).detach() - gradient_only
 
 
+def at_fixed_z(model, x_TBX, phi_x, z, state, k):
+    """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
+    alone, where z is detached. phi_x: that of the Rollout. state: before the window."""
+    h, c, *memory = state
+    phi_z, gates = None, model.lstm_x(phi_x).repeat_interleave(k, 1)
+    q = prior = z, z  # of no width, without z
+    if model.z_dim:
+        phi_z = model.phi_z(z.to(phi_x.dtype))
+        gates = gates + model.lstm_z(phi_z)
+    h_before, *_ = model.along(gates, h, c)
+    if model.z_dim:
+        from_x = model.posterior_x(phi_x).repeat_interleave(k, 1)
+        q = common.mean_and_sigma(model.posterior(from_x + model.posterior_h(h_before)))
+        prior = common.mean_and_sigma(model.prior(h_before))
+    log_px, _ = model.likelihood.log_density(x_TBX, model.decode(phi_z, h_before), memory, k)
+    log_pz, log_qz = (common.gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
+    return log_px + log_pz, log_qz
+
+
 def objective_resampled(rollout, resampled_TB):
     """Minus the mean over sequences of the bound of a particle filter (FIVO, Maddison et al. 2017, arXiv 1705.09279,
     algorithm 1), nats per frame: the log-mean-weights of the pieces between its resamplings, added up.
@@ -139,7 +158,7 @@ def main():
                 loss = objective_as_published(rollout, corrections)
             elif h.dreg:
                 z = (rollout.q_mean + rollout.q_sigma * noise).detach()
-                loss = objective_dreg(rollout, *training.model.at_fixed_z(x_TBX, rollout.phi_x, z, state, h.k))
+                loss = objective_dreg(rollout, *at_fixed_z(training.model, x_TBX, rollout.phi_x, z, state, h.k))
             else:
                 loss = objective(rollout)
         loss.backward()

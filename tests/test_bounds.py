@@ -215,7 +215,7 @@ def z_of(rollout, noise):
 def doubly_reparameterised_loss(model, x_TBX, noise, rollout, k):
     """From a zero state, as vrnn_gauss_iwae.main computes it."""
     state = model.zero_state(x_TBX.shape[1] * k)
-    at_fixed_z = model.at_fixed_z(x_TBX, rollout.phi_x, z_of(rollout, noise), state, k)
+    at_fixed_z = vrnn_gauss_iwae.at_fixed_z(model, x_TBX, rollout.phi_x, z_of(rollout, noise), state, k)
     return vrnn_gauss_iwae.objective_dreg(rollout, *at_fixed_z)
 
 
@@ -226,7 +226,7 @@ def test_densities_at_fixed_z_are_those_of_the_rollout():
     x_TBX, noise = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(6, 4 * 3, 3, dtype=torch.float64)
     rollout = model(x_TBX, state, noise, 3)
     z = z_of(rollout, noise)
-    log_p_TBK, log_q_TBK = model.at_fixed_z(x_TBX, rollout.phi_x, z, state, 3)
+    log_p_TBK, log_q_TBK = vrnn_gauss_iwae.at_fixed_z(model, x_TBX, rollout.phi_x, z, state, 3)
     torch.testing.assert_close(log_p_TBK - log_q_TBK, rollout.log_w_TBK)
     log_q = common.gaussian_log_density(z, rollout.q_mean, rollout.q_sigma)
     torch.testing.assert_close(log_q_TBK, log_q.view(6, 4, 3))
@@ -247,7 +247,7 @@ def test_the_doubly_reparameterised_gradient_equals_its_definition():
     frozen = copy.deepcopy(model).requires_grad_(False)
 
     def log_p_and_q(network):
-        return network.at_fixed_z(x_TBX, network.phi_x(x_TBX), given, network.zero_state(12), 3)
+        return vrnn_gauss_iwae.at_fixed_z(network, x_TBX, network.phi_x(x_TBX), given, network.zero_state(12), 3)
 
     log_p, log_q = log_p_and_q(frozen)
     (d_z,) = torch.autograd.grad((log_p - log_q).sum(), given)

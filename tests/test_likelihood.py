@@ -67,7 +67,7 @@ def test_densities_at_fixed_z_are_those_of_the_rollout(case):
 def assert_same_at_fixed_z(model, x_TBX, state, noise, k):
     rollout = model(x_TBX, state, noise, k)
     z = rollout.q_mean + rollout.q_sigma * noise
-    log_p_TBK, log_q_TBK = model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k)
+    log_p_TBK, log_q_TBK = vrnn_gauss_iwae.at_fixed_z(model, x_TBX, rollout.phi_x, z, state, k)
     torch.testing.assert_close(log_p_TBK - log_q_TBK, rollout.log_w_TBK)
 
 

@@ -78,7 +78,8 @@ def losses(model, x_TBX, k):
         eps = noise()
         rollout = model(x_TBX, state, eps, k)
         z = (rollout.q_mean + rollout.q_sigma * eps).detach()
-        return vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
+        at_fixed_z = vrnn_gauss_iwae.at_fixed_z(model, x_TBX, rollout.phi_x, z, state, k)
+        return vrnn_gauss_iwae.objective_dreg(rollout, *at_fixed_z)
 
     def resampled():
         eps, uniform_TB = noise(), torch.rand(frames, batch)

@@ -131,7 +131,8 @@ def dreg(training, x_TBX, noise):
     model, state, k = training.model, training.state, training.particles
     rollout = model(x_TBX, state, noise, k)
     z = (rollout.q_mean + rollout.q_sigma * noise).detach()
-    return rollout, vrnn_gauss_iwae.objective_dreg(rollout, *model.at_fixed_z(x_TBX, rollout.phi_x, z, state, k))
+    at_fixed_z = vrnn_gauss_iwae.at_fixed_z(model, x_TBX, rollout.phi_x, z, state, k)
+    return rollout, vrnn_gauss_iwae.objective_dreg(rollout, *at_fixed_z)
 
 
 def on_the_next_window(training, update, updates=1):
