@@ -424,22 +424,18 @@ class VRNN(nn.Module):
         relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591); independent
         weights in the sixteen layers from x to its reconstruction map all inputs to nearly the same output. The
         posterior starts narrow, so that z tells more of x than of noise."""
-        def mirrored(layer, from_relu=True, to_relu=True, gain=1.0):
-            rows, columns = layer.weight.shape
-            signs = torch.outer(*(torch.tensor([1.0, -1.0][:1 + is_paired]) for is_paired in (to_relu, from_relu)))
-            half = [math.ceil(size / copies) for size, copies in zip((rows, columns), signs.shape)]
-            weight = math.sqrt(max(1, half[0] / half[1])) * nn.init.orthogonal_(torch.empty(half))
-            layer.weight.copy_(gain * torch.kron(signs, weight)[:rows, :columns])
-
-        see_no_relu = {*self.parts("posterior_h", "decoder_h"), *(s[0] for s in self.parts("phi_x", "phi_z", "prior"))}
-        hidden = [layer for stack in self.parts("phi_x", "phi_z", "posterior", "prior", "decoder") for layer in stack
-                  if type(layer) is Linear] + self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h")
-        for layer in hidden:
-            mirrored(layer, from_relu=layer not in see_no_relu)
-        for layer in self.parts("lstm_x", "lstm_z"):
-            mirrored(layer, to_relu=False)
-        for network in self.parts("posterior", "prior", "decoder"):
-            mirrored(network[-1], to_relu=False, gain=0.3)
+        stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
+        heads = [stack[-1] for stack in stacks if isinstance(stack[-1], Head)]
+        to_no_relu = self.parts("lstm_x", "lstm_z") + heads
+        from_no_relu = self.parts("posterior_h", "decoder_h") + [stack[0] for stack in stacks]
+        for layer in [*(layer for stack in stacks for layer in stack if type(layer) is Linear),
+                      *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h"), *to_no_relu]:
+            signs = torch.outer(*(torch.tensor([1.0] if layer in unpaired else [1.0, -1.0])
+                                  for unpaired in (to_no_relu, from_no_relu)))
+            rows, columns = (math.ceil(size / copies) for size, copies in zip(layer.weight.shape, signs.shape))
+            weight = math.sqrt(max(1, rows / columns)) * nn.init.orthogonal_(torch.empty(rows, columns))
+            weight = torch.kron(signs, weight)[:layer.out_features, :layer.in_features]
+            layer.weight.copy_((0.3 if layer in heads else 1.0) * weight)
         for network, bias in zip(self.parts("posterior", "prior"), (-1.5, 0.6)):  # sigmas of 0.2 and 1.0
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
