@@ -164,8 +164,9 @@ def by_onednn(rows, weight):
             and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
 
 
-def onednn(x, weight, bias=None, then="none"):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+def onednn(x, weight, bias=None, then="none", out=None):
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    return y if out is None else out.copy_(y)
 
 
 def product(x, weight, bias=None):
@@ -184,27 +185,22 @@ def times(weight, rows):
 
 
 def relu_layer(weight, bias, rows):
-    """The function that writes relu(x weight^T + bias), of x (rows, in), to its second argument."""
+    """The function from x, of at most (rows, in), to relu(x weight^T + bias), written to `out` where it is given."""
     if by_onednn(rows, weight):
-        return lambda x, out: out.copy_(onednn(x, weight, bias, "relu"))
+        return lambda x, out=None: onednn(x, weight, bias, "relu", out)
     transposed = weight.t().contiguous()
-    return lambda x, out: torch.ops.aten._addmm_activation.out(bias, x, transposed, out=out)
+    return lambda x, out=None: torch._addmm_activation(bias, x, transposed, out=out)
 
 
 def laid_out(network, rows, dtype):
-    """The function that a network's layers are for x of at most (rows, in), without a gradient; the hidden ones in a
-    dtype."""
-    *hidden, head = network if isinstance(network[-1], Head) else (*network, None)
-    hidden = [(relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows),
-               layer.weight.new_empty(rows, layer.out_features, dtype=dtype))
+    """The function that a network is for x of at most (rows, in), without a gradient; its hidden layers in a dtype."""
+    *hidden, head = network
+    layers = [relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows)
               for layer in hidden if isinstance(layer, Linear)]
-    from_hidden = head and times(head.weight, rows)
-
-    def through(x):
-        for layer, out in hidden:
-            x = layer(x, out[:len(x)])
-        return from_hidden(x.to(head.weight.dtype)).add_(head.bias) if head else x
-    return through
+    if isinstance(head, Head):
+        from_hidden = times(head.weight, rows)
+        layers.append(lambda x: from_hidden(x.to(head.weight.dtype)).add_(head.bias))
+    return lambda x: functools.reduce(lambda below, layer: layer(below), layers, x)
 
 
 class Product(torch.autograd.Function):
