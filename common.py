@@ -164,41 +164,36 @@ def by_onednn(rows, weight):
             and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
 
 
-def onednn(x, weight, bias=None, then="none", out=None):
+def onednn(weight, bias, then, x, out=None):
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
     return y if out is None else out.copy_(y)
 
 
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    return (onednn if by_onednn(x.shape[:-1].numel(), weight) else F.linear)(x, weight, bias)
+    is_large = by_onednn(x.shape[:-1].numel(), weight)
+    return onednn(weight, bias, "none", x) if is_large else F.linear(x, weight, bias)
 
 
-# For what every frame multiplies by: a weight that lies in memory as it is read saves up to half of the time.
-
-def times(weight, rows):
-    """The function from x, of at most (rows, in), to x weight^T."""
+def framewise(weight, rows, bias=None):
+    """For what every frame multiplies by: the function from x, of at most (rows, in), to x weight^T or, with a bias, to
+    relu(x weight^T + bias), written to its second argument where there is one. A weight that lies in memory as it is
+    read saves up to half of the time."""
     if by_onednn(rows, weight):
-        return lambda x: onednn(x, weight)
+        return functools.partial(onednn, weight, bias, "none" if bias is None else "relu")
     transposed = weight.t().contiguous()
-    return lambda x: torch.mm(x, transposed)
-
-
-def relu_layer(weight, bias, rows):
-    """The function from x, of at most (rows, in), to relu(x weight^T + bias), written to `out` where it is given."""
-    if by_onednn(rows, weight):
-        return lambda x, out=None: onednn(x, weight, bias, "relu", out)
-    transposed = weight.t().contiguous()
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
     return lambda x, out=None: torch._addmm_activation(bias, x, transposed, out=out)
 
 
 def laid_out(network, rows, dtype):
     """The function that a network is for x of at most (rows, in), without a gradient; its hidden layers in a dtype."""
     *hidden, head = network
-    layers = [relu_layer(layer.weight.to(dtype), layer.bias.to(dtype), rows)
+    layers = [framewise(layer.weight.to(dtype), rows, layer.bias.to(dtype))
               for layer in hidden if isinstance(layer, Linear)]
     if isinstance(head, Head):
-        from_hidden = times(head.weight, rows)
+        from_hidden = framewise(head.weight, rows)
         layers.append(lambda x: from_hidden(x.to(head.weight.dtype)).add_(head.bias))
     return lambda x: functools.reduce(lambda below, layer: layer(below), layers, x)
 
@@ -270,8 +265,8 @@ class Recurrence(torch.autograd.Function):
         pre, tanh_c, z = room(len(h_weight)), room(rnn_dim, c), room(z_dim, c)
         q, f = ([room(len(weight)) for weight, _ in stack] for stack in (posterior, phi_z[:-1]))
         f.append(last_phi_z)
-        from_h, from_z, from_q = times(h_weight, rows), times(z_weight, rows), times(head, rows)
-        q_layers, f_layers = ([relu_layer(*layer, rows) for layer in stack] for stack in (posterior, phi_z))
+        from_h, from_z, from_q = framewise(h_weight, rows), framewise(z_weight, rows), framewise(head, rows)
+        q_layers, f_layers = ([framewise(weight, rows, bias) for weight, bias in stack] for stack in (posterior, phi_z))
         # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
         pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
         (x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at,
@@ -319,9 +314,9 @@ class Recurrence(torch.autograd.Function):
             noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
         d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = frame_by_frame(
             d_pre, d_pre_q, d_gates, d_head, gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2))
-        to_h, to_phi_z, to_q = (times(weight.t(), rows) for weight in (h_weight, z_weight, head))
+        to_h, to_phi_z, to_q = (framewise(weight.t(), rows) for weight in (h_weight, z_weight, head))
         q_at, d_q_at, f_at, d_f_at = frame_by_frame(*(outputs[::-1] for outputs in (q, d_q, f, d_f)))  # last first
-        below_q, below_f = ([times(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z))
+        below_q, below_f = ([framewise(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z))
         for t in reversed(range(frames)):
             if ctx.ancestors is not None:
                 d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
@@ -491,7 +486,7 @@ class VRNN(nn.Module):
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
             self.posterior, self.phi_z, self.prior, self.decoder))
-        from_h, gates_from_z, decoder_from_h, decoder_from_z = (times(weight.to(phi_x.dtype), rows) for weight in (
+        from_h, gates_from_z, decoder_from_h, decoder_from_z = (framewise(weight.to(phi_x.dtype), rows) for weight in (
             h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
         decoder_bias, own = self.decoder_z.bias.to(phi_x.dtype), torch.arange(rows, device=x_TBX.device)
 
