@@ -293,10 +293,9 @@ class Recurrence(torch.autograd.Function):
             if ancestors is not None:
                 for part in (h_at[t + 1], c_at[t + 1]):
                     part.copy_(part[ancestors[t]])
-        if keep:
-            ctx.k, ctx.ancestors = k, ancestors
-            ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
-                                  *(weight for weight, _ in layers))
+        ctx.k, ctx.ancestors = k, ancestors
+        ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
+                              *(weight for weight, _ in layers))
         return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].to(h.dtype, copy=True), c_all[-1].clone()
 
     @staticmethod
