@@ -505,9 +505,8 @@ class VRNN(nn.Module):
 
         def go_on(particles, ancestors):
             from_z, parent_of, gates, c, *memory = particles
-            parents, next_parent_of = ancestors, own
-            if own.device.type == "cpu":
-                parents, next_parent_of = ancestors.unique(return_inverse=True)
+            on_cpu = own.device.type == "cpu"
+            parents, next_parent_of = ancestors.unique(return_inverse=True) if on_cpu else (ancestors, own)
             theirs = parent_of[parents]
             h, c = lstm_cell(gates_from_z(from_z[parents]).add_(gates[theirs]), c[theirs])
             return parents, next_parent_of, h, c, *(part[ancestors] for part in memory)
