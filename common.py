@@ -113,9 +113,8 @@ class FrameLikelihood:
 
     def initialise(self, head, sigma_gain=1.0):
         """Start with the published sigma, and without a filter."""
-        _, of_sigma, of_filter = head.weight.split([self.x_dim, self.x_dim, self.ar_order])
-        of_sigma.mul_(sigma_gain)
-        of_filter.zero_()
+        head.weight[self.x_dim:].mul_(sigma_gain)
+        head.weight[2 * self.x_dim:].zero_()
         head.bias[self.x_dim:2 * self.x_dim].fill_(0.6)
 
     def zero_memory(self, like, rows):

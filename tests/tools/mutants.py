@@ -262,7 +262,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "        if self.ar_order:  # drawn", "        if False:  # drawn"),
     ("generation that forgets the frame before", GENERATED, COMMON,
      "(torch.cat((recent, x), dim=1)[:, self.x_dim:],)", "(torch.zeros_like(recent),)"),
-    ("a filter at the start", UNFILTERED, COMMON, "        of_filter.zero_()\n", ""),
+    ("a filter at the start", UNFILTERED, COMMON, "        head.weight[2 * self.x_dim:].zero_()\n", ""),
     ("fixed z without the samples before the window", FIXED_Z, IWAE_SCRIPT,
      "model.decode(phi_z, h_before), memory, k)",
      "model.decode(phi_z, h_before), [0 * part for part in memory], k)"),
