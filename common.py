@@ -394,12 +394,9 @@ class VRNN(nn.Module):
     def initialise(self):
         """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks. Here 600 inputs
         give 0.08, and fewer more: at a fixed 0.08 narrow four-layer stacks pass no signal and z stays unused."""
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                bound = 0.08 * math.sqrt(600 / layer.in_features)
-                layer.weight.uniform_(-bound, bound)
-                if layer.bias is not None:
-                    layer.bias.zero_()
+        for p in self.parameters():
+            bound = 0.08 * math.sqrt(600 / p.shape[-1])
+            p.uniform_(-bound, bound) if p.dim() == 2 else p.zero_()
         for network in self.parts("posterior", "prior"):
             network[-1].bias.chunk(2)[1].fill_(0.6)
         self.likelihood.initialise(self.decoder[-1])
