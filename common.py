@@ -244,8 +244,7 @@ class Recurrence(torch.autograd.Function):
 
     The backward sweep carries gradients of activations from frame to frame, and leaves those of pre-activations in
     `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows. Products are in the
-    precision of from_x, but for the head; noise, z, c, and mean and sigma keep their own. With ancestors, row i goes on
-    after frame t with the h and c of row ancestors[t, i]; no gradient flows through their choice."""
+    precision of from_x, but for the head; noise, z, c, mean and sigma keep their own. Ancestors get no gradient."""
 
     @staticmethod
     def forward(ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers):
@@ -360,9 +359,8 @@ def over_all_rows(d, below):
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
-    products, so that the one with phi_x(x_t) can run before the recurrence. With ar_order > 0 each sample is predicted
-    from those before it (FrameLikelihood). With z_dim = 0 what is left is an LSTM, whose log p(x) is exact.
-    tests/plain.py is the same model in 50 lines, slowly."""
+    products, so that the one with phi_x(x_t) can run before the recurrence. With z_dim = 0 what is left is an LSTM,
+    whose log p(x) is exact. ar_order: see Likelihood. tests/plain.py is the same model in 50 lines, slowly."""
     Likelihood = FrameLikelihood
 
     def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0):
