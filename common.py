@@ -882,18 +882,14 @@ class Training:
         header = dict(
             config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
             commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+            versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__))
         excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
+        self.log = [header]
         if h.resume:
-            before, lines = folder.read_log(header)
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
-            begins = [re.match(r'{"update": (\d+),', line) for line in lines]  # one may be torn, or not in last.pt
-            seen = [begin.string for begin in begins if begin and int(begin[1]) <= self.progress["updates"]]
-            folder.start(self.config, json.dumps({**before, "config": self.config}), *seen)
-        else:
-            folder.start(self.config, json.dumps(header))
+        folder.start(self.config, self.log)
         if is_first():
             print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {excerpts.batches_per_epoch} batches of {h.batch_size} "
@@ -1066,6 +1062,7 @@ class Training:
             valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
         counts.loss_sum.zero_()
         counts.losses.zero_()
+        self.log.append(line)
         if is_first():
             with folder.log.open("a") as log:
                 print(json.dumps(line), file=log, flush=True)
@@ -1084,11 +1081,15 @@ class Training:
                    for name, tensor in self.in_place.items()}
         return dict(config=self.config, mean=self.corpus.mean, std=self.corpus.std, update=self.progress["updates"],
                     model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
-                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(), progress=self.progress)
+                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(), progress=self.progress,
+                    log=self.log)
 
     def restore(self, checkpoint, path):
         """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
         try:
+            before, *lines = checkpoint["log"]
+            refuse_changes(before, self.log[0])
+            self.log = [{**before, "config": self.config}, *lines]
             load_parameters(self.model, checkpoint["model"], path, "--resume")
             load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
             self.generator.set_state(checkpoint["generator"])
@@ -1162,7 +1163,7 @@ def progress_line(h, line):
 
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
-FREE_ON_RESUME = {"max_updates", "monitor_every", "device", "out_dir"}  # nothing in the state of a run depends on them
+FREE_ON_RESUME = {"max_updates", "monitor_every", "out_dir"}  # nothing in the state of a run depends on them
 ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what was learnt"
 
 
@@ -1180,31 +1181,14 @@ class RunFolder:
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
 
-    def start(self, config, *lines):
+    def start(self, config, log=()):
         """Keep other processes out, and begin the log; without lines there is none, since nothing is trained."""
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
             write_durably(self.config, json.dumps(config, indent=1) + "\n")
-            if lines:
-                write_durably(self.log, "\n".join(lines) + "\n")
-
-    def read_log(self, header):
-        """Its header and lines. UserError where the saved state does not fit the new header: settings, data, device."""
-        try:
-            before, *lines = self.log.read_text().splitlines()
-            before = json.loads(before)
-            changes = [(f"--{name}", before["config"].get(name), value) for name, value in header["config"].items()
-                       if name not in FREE_ON_RESUME]
-            changes += [("what --data holds", before["data"], header["data"]),
-                        ("the kind of --device", before["device"][:4], header["device"][:4])]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"--resume: {self.log} does not begin with the header of a run; {ANOTHER_RUN}") from None
-        for what, was, now in changes:
-            if was != now:
-                raise UserError(f"--resume: {what} was {was} and is now {now}, which does not fit the saved state; "
-                                "give the old value, or start another --out_dir")
-        return before, lines
+            if log:
+                write_durably(self.log, "".join(json.dumps(line) + "\n" for line in log))
 
     def save(self, path, checkpoint):
         """Write a checkpoint such that path holds the old or the new one, whole."""
@@ -1215,6 +1199,16 @@ class RunFolder:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
                                 "and go on with --resume") from None
+
+
+def refuse_changes(before, now):
+    """UserError where the state that is saved does not fit what the header of the log would be now."""
+    was, is_now = ({**header["config"], "data": header["data"], "device": header["device"][:4]}
+                   for header in (before, now))
+    for name in is_now:
+        if name not in FREE_ON_RESUME and was.get(name) != is_now[name]:
+            raise UserError(f"--resume: --{name} was {was.get(name)} and is now {is_now[name]}, which does not fit the "
+                            "saved state; give the old value, or start another --out_dir")
 
 
 PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint

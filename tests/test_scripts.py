@@ -204,12 +204,16 @@ def copy_of_a_run(runs, tmp_path):
     return tmp_path / "copy", flags.split()
 
 
-def test_a_torn_log_line_is_dropped_on_resume(folder, runs, tmp_path):
+@pytest.mark.parametrize("damage", (
+    lambda log: log + '{"update": 31, "sequ', lambda log: log + '{"update": 31}\n', lambda log: "", lambda log: "{}\n",
+))
+def test_a_damaged_log_is_made_whole_on_resume(folder, runs, tmp_path, damage):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
-    with (folder_copy / "log.jsonl").open("a") as log:
-        log.write('{"update": 31, "sequ')
+    before = log_of(folder_copy)
+    (folder_copy / "log.jsonl").write_text(damage((folder_copy / "log.jsonl").read_text()))
     trained("vrnn_gauss", *flags, cwd=folder)
-    assert [line["update"] for line in log_of(folder_copy)[1:]] == [10, 20, 30, 40]
+    *seen, last = log_of(folder_copy)
+    assert seen == before and [line["update"] for line in seen[1:]] == [10, 20, 30] and last["update"] == 40
 
 
 def flip_a_bit(state):
@@ -219,7 +223,7 @@ def flip_a_bit(state):
 
 
 @pytest.mark.parametrize("file, damage", (
-    ("log.jsonl", lambda out: b""), ("log.jsonl", lambda out: b"{}\n"), ("last.pt", lambda out: b"no checkpoint"),
+    ("last.pt", lambda out: b"no checkpoint"),
     ("last.pt", lambda out: (out / "best.pt").read_bytes()),
     ("last.pt", lambda out: flip_a_bit((out / "last.pt").read_bytes())),
 ))
@@ -234,7 +238,7 @@ def test_damaged_run_files_are_refused_on_resume_with_a_remedy(folder, runs, tmp
 def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     state = torch.load(folder_copy / "last.pt", weights_only=True)
-    for part, value in (("tensors", {}), ("generator", torch.zeros(3)),
+    for part, value in (("tensors", {}), ("generator", torch.zeros(3)), ("log", []), ("log", [{}]),
                         ("progress", dict(updates="x", seconds=0.0, best=0.0))):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
@@ -278,12 +282,10 @@ def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
 def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     shutil.copy(folder / "data/tiny.h5", tmp_path / "tiny.h5")
-    lines = (folder_copy / "log.jsonl").read_text().replace("data/tiny.h5", str(tmp_path / "tiny.h5"))
-    (folder_copy / "log.jsonl").write_text(lines)
     with h5py.File(tmp_path / "tiny.h5", "a") as file:
         file.attrs["mean"] = 1.0
     result = run("vrnn_gauss", *SIZES, *flags, f"--data={tmp_path / 'tiny.h5'}", cwd=folder)
-    assert result.returncode == 2 and "what --data holds was" in result.stderr
+    assert result.returncode == 2 and "--data was {'file': 'tiny.h5', " in result.stderr
 
 
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))

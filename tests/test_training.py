@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from plain import plain_rollout
-from tiny import SIZES, flat, log_of, write_quiet_data
+from tiny import SIZES, log_of, state_in, write_quiet_data
 from torch.distributions import Normal
 
 import common
@@ -277,7 +277,7 @@ def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was
         log.write('{"update": 6}\n{"update": 7, "sequ')  # what was logged before the machine stopped
     train(parts, 7, "--resume")
     assert log_of(whole) == log_of(parts)
-    ours, theirs = (flat(torch.load(out / "last.pt", weights_only=True)) for out in (parts, whole))
+    ours, theirs = (state_in(out / "last.pt") for out in (parts, whole))
     for name, value in theirs.items():
         if not name.endswith(("seconds", "out_dir")):
             assert torch.equal(value, ours[name]) if torch.is_tensor(value) else value == ours[name], name

@@ -67,7 +67,7 @@ def assert_same_run(one, other):
         assert line == other_line, f"{line} is not {other_line}"
     assert (one / "eval.json").read_text() == (other / "eval.json").read_text(), "eval.json differs"
     for file in ("last.pt", "best.pt"):
-        ours, theirs = (flat(torch.load(folder / file, weights_only=True)) for folder in (one, other))
+        ours, theirs = (state_in(folder / file) for folder in (one, other))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
@@ -97,6 +97,14 @@ def make_updates(training, update, count):
     training.h.max_updates = training.progress["updates"] + count
     for _ in training.updates():
         update()
+
+
+def state_in(path):
+    """{path: leaf} of a checkpoint, without its log, which must be the one beside it."""
+    state = torch.load(path, weights_only=True)
+    if log := state.pop("log", None):
+        assert log == [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    return flat(state)
 
 
 def flat(tree, path=""):
