@@ -848,8 +848,7 @@ class Training:
             model.mirror()
         self.model = model.to(self.device)
         if h.init_from and not (h.resume or h.evaluate):
-            parameters = load_checkpoint(h.init_from, "--init_from", "model")["model"]
-            load_parameters(self.model, parameters, h.init_from, "--init_from")
+            load_checkpoint(h.init_from, "--init_from", self.model)
         self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
         self.create_state()
@@ -897,12 +896,10 @@ class Training:
 
     def take_trained(self):
         """Parameters and name of the checkpoint that is to be evaluated, and mean and std of what it was trained on."""
-        checkpoint = load_checkpoint(self.h.evaluate, "--evaluate", *PARTS)
-        load_parameters(self.averaged, checkpoint["model"], self.h.evaluate, "--evaluate")
+        checkpoint = load_checkpoint(self.h.evaluate, "--evaluate", self.averaged)
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
         self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
-        script = trained.get("script", self.config["script"])
-        self.config = {**trained, **self.config, "script": script, "name": trained.get("name", script)}
+        self.config = {**trained, **self.config, **{key: trained[key] for key in ("script", "name") if key in trained}}
         self.folder.start(self.config)
 
     def window(self):
@@ -1090,8 +1087,8 @@ class Training:
             before, *lines = checkpoint["log"]
             refuse_changes(before, self.log[0])
             self.log = [{**before, "config": self.config}, *lines]
-            load_parameters(self.model, checkpoint["model"], path, "--resume")
-            load_parameters(self.averaged, checkpoint["averaged"], path, "--resume")
+            self.model.load_state_dict(checkpoint["model"])
+            self.averaged.load_state_dict(checkpoint["averaged"])
             self.generator.set_state(checkpoint["generator"])
             for name, tensor in self.in_place.items():
                 saved = checkpoint["tensors"][name]
@@ -1114,9 +1111,7 @@ class Training:
             if not folder.best.exists():
                 raise UserError(f"{folder.folder} has no best.pt, because no held-out bound was finite; start again "
                                 "with a lower --lr")
-            best = load_checkpoint(folder.best, "--resume", "model", "update")
-            load_parameters(model, best["model"], folder.best, "--resume")
-            update = best["update"]
+            update = load_checkpoint(folder.best, "--resume", model)["update"]
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
@@ -1214,35 +1209,33 @@ def refuse_changes(before, now):
 PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint
 
 
-def load_checkpoint(path, option, *parts):
-    """Read a checkpoint with these of PARTS, executing nothing in it; option: that which asked for it."""
+def load_checkpoint(path, option, model=None):
+    """Read a checkpoint, executing nothing in it, and its parameters into a model; option: that which asked for it."""
     remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for part in parts:
-            if not isinstance(checkpoint.get(part), PARTS[part]):
+        for part, kind in PARTS.items():
+            if not isinstance(checkpoint.get(part), kind):
                 raise ValueError(f"it has no usable {part}")
-        if "std" in parts and not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf):
+        if not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf):
             raise ValueError("its mean or std is out of range")
-        return checkpoint
+        if not all(p.isfinite().all() for p in checkpoint["model"].values()):
+            raise ValueError("its parameters are not finite")
     except Exception as error:  # a damaged checkpoint can raise anything
         is_missing = isinstance(error, FileNotFoundError)
         why = "does not exist" if is_missing else f"is not a readable checkpoint ({first_line(error)})"
         raise UserError(f"{option}: {path} {why}; {remedy}") from None
-
-
-def load_parameters(model, parameters, path, option):
-    sizes = "" if option == "--evaluate" else " and the sizes"  # those are the checkpoint's own
     try:
-        model.load_state_dict(parameters)
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"{option}: {path} holds parameters that are not finite; name another")
-    except (TypeError, RuntimeError, AttributeError):
+        if model:
+            model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError):
+        sizes = "" if option == "--evaluate" else " and the sizes"  # those are the checkpoint's own
         raise UserError(f"{option}: {path} holds another model than this {type(model).__name__}, or one of other "
                         f"sizes; give the script{sizes} that it was trained with") from None
+    return checkpoint
 
 
 def commit():
@@ -1293,7 +1286,7 @@ def parse(script, argv=None):
         for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
             raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
                             "sizes from the checkpoint; leave it out")
-        config = {"ar_order": 0, **load_checkpoint(path, "--evaluate", *PARTS)["config"]}  # older ones have none
+        config = {"ar_order": 0, **load_checkpoint(path, "--evaluate")["config"]}  # older ones have none
         changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
                     if name not in ("out_dir", "device", "evaluate")}
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
