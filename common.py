@@ -815,7 +815,6 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 10  # updates in a row
-SHARED_AXIS = dict(pcm=1)  # along which processes share what a checkpoint holds of the device; 0 but for these
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim", "ar_order")  # of a VRNN
 
 
@@ -871,9 +870,6 @@ class Training:
         self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
         self.counts = SimpleNamespace(**{name: torch.tensor(zero, device=self.device) for name, zero in dict(
             updates=0, clipped=0, skipped=0, skipped_in_a_row=0, loss_sum=0.0, losses=0.0, grad_norm=0.0).items()})
-        self.in_place = {**vars(self.counts), "pcm": self.pcm,  # what is there besides parameters and moments
-                         **{f"state.{i}": part for i, part in enumerate(self.state)},
-                         **{f"next_state.{i}": part for i, part in enumerate(self.next_state)}}
 
     def begin(self):
         """Start the run folder, or go on from the state in it."""
@@ -1039,11 +1035,11 @@ class Training:
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
         windows, replay = divmod(self.progress["updates"], self.replays)
+        batch, window = divmod(windows, self.h.reset_freq)
+        self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(
+            self.excerpts.batch, i, self.device.type == "cuda") for i in (batch, batch + 1)}  # by a thread
+        self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
         if replay == 0:
-            batch, window = divmod(windows, self.h.reset_freq)
-            self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(
-                self.excerpts.batch, i, self.device.type == "cuda") for i in (batch, batch + 1)}  # by a thread
-            self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
             for before, after in zip(self.state, self.next_state):
                 before.zero_() if window == 0 else before.copy_(after)
 
@@ -1074,12 +1070,11 @@ class Training:
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
-        tensors = {name: torch.cat(gather(tensor.cpu()), SHARED_AXIS.get(name, 0)) if tensor.dim() else tensor
-                   for name, tensor in self.in_place.items()}
+        states = {i: torch.cat(gather(part.cpu())) for i, part in enumerate(self.state + self.next_state)}
         return dict(config=self.config, mean=self.corpus.mean, std=self.corpus.std, update=self.progress["updates"],
-                    model=self.model.state_dict(), averaged=self.averaged.state_dict(), tensors=tensors,
-                    optimiser=self.optimiser.state_dict(), generator=self.generator.get_state(), progress=self.progress,
-                    log=self.log)
+                    model=self.model.state_dict(), averaged=self.averaged.state_dict(), states=states,
+                    counts=vars(self.counts), optimiser=self.optimiser.state_dict(), log=self.log,
+                    generator=self.generator.get_state(), progress=self.progress)
 
     def restore(self, checkpoint, path):
         """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
@@ -1090,11 +1085,11 @@ class Training:
             self.model.load_state_dict(checkpoint["model"])
             self.averaged.load_state_dict(checkpoint["averaged"])
             self.generator.set_state(checkpoint["generator"])
-            for name, tensor in self.in_place.items():
-                saved = checkpoint["tensors"][name]
-                if tensor.dim():  # this process's part of it
-                    saved = saved.chunk(self.processes, SHARED_AXIS.get(name, 0))[job()[0]]
-                tensor.copy_(saved.view_as(tensor))
+            for name, count in vars(self.counts).items():
+                count.copy_(checkpoint["counts"][name])
+            for i, part in enumerate(self.state + self.next_state):
+                saved = checkpoint["states"][i]
+                part.copy_(saved[my_part(len(saved))].view_as(part))
             for i, moments in enumerate(self.optimiser.state.values()):
                 for name, tensor in moments.items():
                     tensor.copy_(checkpoint["optimiser"]["state"][i][name])

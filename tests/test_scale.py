@@ -67,7 +67,7 @@ def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
     finished(command(*flags(data, whole, "--max_updates=6", "--monitor_every=3")))
     finished(torchrun(2, *flags(data, mixed, "--max_updates=3", "--monitor_every=3")))
     finished(command(*flags(data, mixed, "--max_updates=6", "--monitor_every=3", "--resume")))
-    for part in ("model", "averaged", "tensors"):
+    for part in ("model", "averaged", "counts", "states"):
         for name, tensor in state(whole)[part].items():
             torch.testing.assert_close(tensor, state(mixed)[part][name], rtol=1e-3, atol=1e-4)
     assert [line.get("update") for line in log_of(mixed)] == [None, 3, 6]

@@ -238,7 +238,7 @@ def test_damaged_run_files_are_refused_on_resume_with_a_remedy(folder, runs, tmp
 def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     state = torch.load(folder_copy / "last.pt", weights_only=True)
-    for part, value in (("tensors", {}), ("generator", torch.zeros(3)), ("log", []), ("log", [{}]),
+    for part, value in (("states", {}), ("counts", {}), ("generator", torch.zeros(3)), ("log", []), ("log", [{}]),
                         ("progress", dict(updates="x", seconds=0.0, best=0.0))):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
@@ -417,7 +417,8 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
     for part, model in dict(model=training.model, averaged=training.averaged).items():
         assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
-    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in training.in_place.items())
+    assert all(torch.equal(before["counts"][name], count) for name, count in vars(training.counts).items())
+    assert all(map(torch.equal, before["states"].values(), [*training.state, *training.next_state]))
     assert torch.equal(training.generator.get_state(), before["generator"])
     now = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     assert all(a is b for a, b in zip(places, now, strict=True))

@@ -338,7 +338,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "for name, value in self.progress.items():\n",
      'for name, value in [item for item in self.progress.items() if item[0] != "best"]:\n'),
     ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
-     "                tensor.copy_(saved.view_as(tensor))\n", ""),
+     "                part.copy_(saved[my_part(len(saved))].view_as(part))\n", ""),
     ("a torn log line kept on resume", RESUME, COMMON,
      '"".join(json.dumps(line) + "\\n" for line in log)',
      '"".join(json.dumps(line) + "\\n" for line in log) + (self.log.read_text() if self.log.exists() else "")[-22:]'),
@@ -354,7 +354,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
      "(index + 1) * self.batch_size][my_part(self.batch_size)]",
      "(index + 1) * self.batch_size][:self.batch_size // job()[1]]"),
     ("the state of the first process alone is saved", OTHER_NUMBER, COMMON,
-     "torch.cat(gather(tensor.cpu()), ", "torch.cat([gather(tensor.cpu())[0]] * self.processes, "),
+     "torch.cat(gather(part.cpu()))", "torch.cat([gather(part.cpu())[0]] * self.processes)"),
     # ---- hyperparameters ----
     ("the demo overrules what is given", DEMO, COMMON, "{**changed, **given}", "{**given, **changed}"),
     ("whole numbers cut off", REFUSED, COMMON, "    if not number.is_integer():\n", "    if False:\n"),
