@@ -914,10 +914,6 @@ class Training:
         """Standard normal (T, B*k, z_dim), for the posterior's samples."""
         return self.draw(torch.randn, self.h.batch_size * k, z_dim)
 
-    def uniform(self):
-        """Uniform on [0, 1), (T, B), for the resampling of particles."""
-        return self.draw(torch.rand, self.h.batch_size, 1).squeeze(2)
-
     def draw(self, distribution, rows, width):
         """(T, rows of this process, width); drawn for all rows, so that it is the same for any number of processes."""
         drawn = distribution(self.h.seq_frames, rows, width, generator=self.generator, device=self.device)

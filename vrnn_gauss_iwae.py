@@ -147,8 +147,9 @@ def main():
     def update():
         x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
         if h.resample:
+            uniform_TB = training.draw(torch.rand, h.batch_size, 1).squeeze(2)
             with torch.no_grad():  # no gradient flows through the choice of ancestors
-                filtering = common.particle_filter(training.model, x_TBX, state, noise, training.uniform(), h.k,
+                filtering = common.particle_filter(training.model, x_TBX, state, noise, uniform_TB, h.k,
                                                    resample_last=True)
             rollout = training.model(x_TBX, state, noise, h.k, filtering.ancestors)
             loss = objective_resampled(rollout, filtering.resampled_TB)

@@ -120,8 +120,9 @@ def scored_by(objective, rollout_of):
 def resampled(training, x_TBX, noise):
     """What --resample of the IWAE_K script does."""
     model, state, k = training.model, training.state, training.particles
+    uniform_TB = training.draw(torch.rand, training.h.batch_size, 1).squeeze(2)
     with torch.no_grad():
-        filtering = common.particle_filter(model, x_TBX, state, noise, training.uniform(), k, resample_last=True)
+        filtering = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
     rollout = model(x_TBX, state, noise, k, filtering.ancestors)
     return rollout, vrnn_gauss_iwae.objective_resampled(rollout, filtering.resampled_TB)
 
