@@ -1040,7 +1040,7 @@ class Training:
                 before.zero_() if window == 0 else before.copy_(after)
 
     def monitor(self):
-        """A log line with the held-out bounds, best.pt where the tracked one is higher than ever, and last.pt."""
+        """A log line with held-out bounds, best.pt where iwae_k, of every objective, is highest yet, and last.pt."""
         h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
         by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
                                   h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
@@ -1058,7 +1058,7 @@ class Training:
                 os.fsync(log.fileno())
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
-        tracked, checkpoint = line["valid"][tracked_bound(h.eval_k)]["nats_per_frame"], self.checkpoint()
+        tracked, checkpoint = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"], self.checkpoint()
         if tracked > progress["best"]:
             progress["best"] = tracked
             folder.save(folder.best, {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]})
@@ -1133,13 +1133,8 @@ def ensure_demo_data(path):
     gather("the data is there")
 
 
-def tracked_bound(eval_k):
-    """The bound that is drawn, and that chooses best.pt, for every objective alike."""
-    return f"iwae_{eval_k[0]}"
-
-
 def progress_line(h, line):
-    bound, rate = tracked_bound(h.eval_k), line["update"] / line["seconds"]
+    bound, rate = f"iwae_{h.eval_k[0]}", line["update"] / line["seconds"]
     left = datetime.timedelta(seconds=int((h.max_updates - line["update"]) / rate))
     nats = " ".join(f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl"))
     skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""

@@ -132,7 +132,7 @@ def described(folder, config, data):
     return dict(folder=folder.name, config=config, name=name, objective=name.split(" AR-")[0], seed=int(config["seed"]),
                 order=SCRIPTS.index(config["script"]) if is_ours else len(SCRIPTS), ar_order=config["ar_order"],
                 window=(config["x_dim"], config["seq_frames"]), title=title(data), data=data, curve=None,
-                bound=common.tracked_bound(config["eval_k"]))
+                bound=f"iwae_{config['eval_k'][0]}")
 
 
 def read_tests(folder, remedy):

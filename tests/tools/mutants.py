@@ -296,7 +296,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("best is better than the last", BEST, COMMON, '        if tracked > progress["best"]:\n',
      '        is_better, progress["best"] = tracked > progress["best"], tracked\n        if is_better:\n'),
     ("best.pt chosen by the elbo", BEST, COMMON,
-     'line["valid"][tracked_bound(h.eval_k)]', 'line["valid"]["elbo"]'),
+     'line["valid"][f"iwae_{h.eval_k[0]}"]', 'line["valid"]["elbo"]'),
     ("evaluation not dequantised", WINDOWS, COMMON,
      "normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))",
      "normalise(pcm, corpus, 0 * torch.rand(pcm.shape, generator=generator, device=generator.device) + 0.5)"),
