@@ -874,13 +874,12 @@ class Training:
     def begin(self):
         """Start the run folder, or go on from the state in it."""
         h, folder = self.h, self.folder
-        header = dict(
+        self.log = [dict(
             config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
             commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
-            versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__))
+            versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__))]
         excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
-        self.log = [header]
         if h.resume:
             self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
             gather("restored")
