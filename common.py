@@ -1088,8 +1088,7 @@ class Training:
             for i, moments in enumerate(self.optimiser.state.values()):
                 for name, tensor in moments.items():
                     tensor.copy_(checkpoint["optimiser"]["state"][i][name])
-            for name, value in self.progress.items():
-                self.progress[name] = type(value)(checkpoint["progress"][name])
+            self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
                             f"{ANOTHER_RUN}") from None
