@@ -847,11 +847,13 @@ class Training:
             model.mirror()
         self.model = model.to(self.device)
         if h.init_from and not (h.resume or h.evaluate):
-            load_checkpoint(h.init_from, "--init_from", self.model)
+            load_checkpoint(h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"]))
         self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
         self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
+        self.log = []
         self.create_state()
-        self.take_trained() if h.evaluate else self.begin()
+        load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
+        self.folder.start(self.config, self.log)
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
@@ -872,7 +874,7 @@ class Training:
             updates=0, clipped=0, skipped=0, skipped_in_a_row=0, loss_sum=0.0, losses=0.0, grad_norm=0.0).items()})
 
     def begin(self):
-        """Start the run folder, or go on from the state in it."""
+        """Start the log and the excerpts, or go on from the state in the run folder."""
         h, folder = self.h, self.folder
         self.log = [dict(
             config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
@@ -881,21 +883,19 @@ class Training:
         excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
         self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
-            self.restore(load_checkpoint(folder.last, "--resume"), folder.last)
+            load_checkpoint(folder.last, "--resume", self.restore)
             gather("restored")
-        folder.start(self.config, self.log)
         if is_first():
             print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
                   f"{self.processes} x {describe(self.device)}; {excerpts.batches_per_epoch} batches of {h.batch_size} "
                   f"excerpts of {excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}", flush=True)
 
-    def take_trained(self):
-        """Parameters and name of the checkpoint that is to be evaluated, and mean and std of what it was trained on."""
-        checkpoint = load_checkpoint(self.h.evaluate, "--evaluate", self.averaged)
+    def take_trained(self, checkpoint):
+        """Parameters and name of what is to be evaluated, and mean and std of what it was trained on."""
+        self.averaged.load_state_dict(checkpoint["model"])
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
         self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
         self.config = {**trained, **self.config, **{key: trained[key] for key in ("script", "name") if key in trained}}
-        self.folder.start(self.config)
 
     def window(self):
         """The present window on the device, (T, B, X): dequantised, normalised, and with noise, whose deviation falls
@@ -986,7 +986,7 @@ class Training:
             print(f"no CUDA graph ({first_line(error)}); updates are launched kernel by kernel", flush=True)
             self.optimiser.zero_grad()
         self.allow_tf32(False)
-        self.restore(before, None)
+        self.restore(before)
         return update
 
     def allow_tf32(self, is_allowed):
@@ -1071,49 +1071,45 @@ class Training:
                     counts=vars(self.counts), optimiser=self.optimiser.state_dict(), log=self.log,
                     generator=self.generator.get_state(), progress=self.progress)
 
-    def restore(self, checkpoint, path):
-        """Go on from a state, in place. Raises UserError, naming path, where it does not fit or is damaged."""
-        try:
-            before, *lines = checkpoint["log"]
-            refuse_changes(before, self.log[0])
-            self.log = [{**before, "config": self.config}, *lines]
-            self.model.load_state_dict(checkpoint["model"])
-            self.averaged.load_state_dict(checkpoint["averaged"])
-            self.generator.set_state(checkpoint["generator"])
-            for name, count in vars(self.counts).items():
-                count.copy_(checkpoint["counts"][name])
-            for i, part in enumerate(self.state + self.next_state):
-                saved = checkpoint["states"][i]
-                part.copy_(saved[my_part(len(saved))].view_as(part))
-            for i, moments in enumerate(self.optimiser.state.values()):
-                for name, tensor in moments.items():
-                    tensor.copy_(checkpoint["optimiser"]["state"][i][name])
-            self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"--resume: {path} does not hold the state of this run ({first_line(error)}); "
-                            f"{ANOTHER_RUN}") from None
+    def restore(self, checkpoint):
+        """Go on from a state, in place. UserError where it is of another run; a damaged one may raise anything."""
+        before, *lines = checkpoint["log"]
+        refuse_changes(before, self.log[0])
+        self.log = [{**before, "config": self.config}, *lines]
+        self.model.load_state_dict(checkpoint["model"])
+        self.averaged.load_state_dict(checkpoint["averaged"])
+        self.generator.set_state(checkpoint["generator"])
+        for name, count in vars(self.counts).items():
+            count.copy_(checkpoint["counts"][name])
+        for i, part in enumerate(self.state + self.next_state):
+            saved = checkpoint["states"][i]
+            part.copy_(saved[my_part(len(saved))].view_as(part))
+        for i, moments in enumerate(self.optimiser.state.values()):
+            for name, tensor in moments.items():
+                tensor.copy_(checkpoint["optimiser"]["state"][i][name])
+        self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
 
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
-        h, folder, update, model, corpus = self.h, self.folder, self.progress["updates"], self.averaged, self.corpus
+        h, folder, model, corpus = self.h, self.folder, self.averaged, self.corpus
         if not h.evaluate:
             if not folder.best.exists():
                 raise UserError(f"{folder.folder} has no best.pt, because no held-out bound was finite; start again "
                                 "with a lower --lr")
-            update = load_checkpoint(folder.best, "--resume", model)["update"]
+            load_checkpoint(folder.best, "--resume", self.take_trained)
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
             result = dict(script=self.config["script"], name=self.config["name"],
                           checkpoint=h.evaluate or folder.best.name, data=describe_corpus(corpus), split="test",
-                          update=update, windows=len(by_window["elbo"]), frames=h.seq_frames,
+                          update=self.progress["updates"], windows=len(by_window["elbo"]), frames=h.seq_frames,
                           bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
                           yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim))
             if h.eval_recordings:
                 result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
-            print(f"{h.evaluate or folder.best}, update {update:,}", *evaluation_table(result), sep="\n")
+            print(f"{h.evaluate or folder.best}, update {result['update']:,}", *evaluation_table(result), sep="\n")
             if hasattr(model, "generate"):
                 write_samples(model, corpus, corpus.test, folder.samples)
             print(folder.eval, flush=True)
@@ -1160,8 +1156,8 @@ class RunFolder:
             remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
             raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
 
-    def start(self, config, log=()):
-        """Keep other processes out, and begin the log; without lines there is none, since nothing is trained."""
+    def start(self, config, log):
+        """Keep other processes out, and begin the log; an evaluation has none."""
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
@@ -1193,9 +1189,9 @@ def refuse_changes(before, now):
 PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint
 
 
-def load_checkpoint(path, option, model=None):
-    """Read a checkpoint, executing nothing in it, and its parameters into a model; option: that which asked for it."""
-    remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
+def load_checkpoint(path, option, use=lambda checkpoint: None):
+    """Read a checkpoint, executing nothing in it, and use it. option: that which asked for it. Raises UserError where
+    it is damaged, or of no use."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
@@ -1208,18 +1204,18 @@ def load_checkpoint(path, option, model=None):
             raise ValueError("its mean or std is out of range")
         if not all(p.isfinite().all() for p in checkpoint["model"].values()):
             raise ValueError("its parameters are not finite")
+        use(checkpoint)
+        return checkpoint
+    except UserError:
+        raise
     except Exception as error:  # a damaged checkpoint can raise anything
-        is_missing = isinstance(error, FileNotFoundError)
-        why = "does not exist" if is_missing else f"is not a readable checkpoint ({first_line(error)})"
+        why = f"is not a usable checkpoint ({first_line(error)})"
+        if isinstance(error, FileNotFoundError):
+            why = "does not exist"
+        elif "loading state_dict for" in str(error):  # so PyTorch says it
+            why = "holds another model than that of this script, or one of other sizes"
+        remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
         raise UserError(f"{option}: {path} {why}; {remedy}") from None
-    try:
-        if model:
-            model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, AttributeError):
-        sizes = "" if option == "--evaluate" else " and the sizes"  # those are the checkpoint's own
-        raise UserError(f"{option}: {path} holds another model than this {type(model).__name__}, or one of other "
-                        f"sizes; give the script{sizes} that it was trained with") from None
-    return checkpoint
 
 
 def commit():

@@ -230,10 +230,10 @@ def test_nothing_that_a_file_says_is_executed_without_allow_pickle(tmp_path, suf
 def test_a_checkpoint_that_would_execute_is_refused(tmp_path):
     harm = str(tmp_path / "harm")
     torch.save(dict(model=Exploit(harm)), tmp_path / "evil.pt")
-    with pytest.raises(common.UserError, match="not a readable checkpoint"):
+    with pytest.raises(common.UserError, match="not a usable checkpoint"):
         common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Exploit(harm)))
-    with pytest.raises(common.UserError, match="not a readable checkpoint"):
+    with pytest.raises(common.UserError, match="not a usable checkpoint"):
         common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
     assert not os.path.exists(harm)
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_evaluated_is_refused_by_name(folder, tmp_path):
     assert "missing.pt does not exist" in refusal("--evaluate=missing.pt", out)
     assert "missing.h5 does not exist" in refusal(f"--evaluate={best}", out, "--data=missing.h5")
     (tmp_path / "text.pt").write_text("text")
-    assert "text.pt is not a readable checkpoint" in refusal(f"--evaluate={tmp_path / 'text.pt'}", out)
+    assert "text.pt is not a usable checkpoint" in refusal(f"--evaluate={tmp_path / 'text.pt'}", out)
     assert not (tmp_path / "out").exists()
 
 
@@ -179,8 +179,8 @@ def test_a_checkpoint_of_a_foreign_model_gets_one_sentence_and_status_2(folder, 
     torch.save(checkpoint, tmp_path / "foreign.pt")
     result = run("vrnn_gauss", "--evaluate=foreign.pt", "--out_dir=out", *DEVICE, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "foreign.pt holds another model than this VRNN" in result.stderr
-    assert result.stderr.endswith("give the script that it was trained with\n")  # the sizes are in the checkpoint
+    assert "foreign.pt holds another model than that of this script, or one of other sizes" in result.stderr
+    assert result.stderr.endswith("name another, or start without --evaluate\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -413,7 +413,7 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     places = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
     assert progress["updates"] == 3 and progress["best"] > -math.inf
-    training.restore(before, None)
+    training.restore(before)
     assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
     for part, model in dict(model=training.model, averaged=training.averaged).items():
         assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
