@@ -1053,8 +1053,7 @@ class Training:
         self.log.append(line)
         if is_first():
             with folder.log.open("a") as log:
-                print(json.dumps(line), file=log, flush=True)
-                os.fsync(log.fileno())
+                log.write(json.dumps(line) + "\n")
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
         tracked, checkpoint = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"], self.checkpoint()
