@@ -824,8 +824,7 @@ class Training:
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
     by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: to log the
-    particle filter's bound too. On a GPU an update is one CUDA graph: its tensors stay in place, and the host is not
-    waited for."""
+    particle filter's bound too."""
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
