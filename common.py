@@ -1170,8 +1170,7 @@ class RunFolder:
                 with durably(path) as partial:
                     torch.save(checkpoint, partial)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{path} cannot be written ({first_line(error)}); the one before it is kept: make room "
-                                "and go on with --resume") from None
+                raise UserError(f"{path} cannot be written ({first_line(error)}); make room and --resume") from None
 
 
 def refuse_changes(before, now):
