@@ -1079,8 +1079,7 @@ class Training:
         self.generator.set_state(checkpoint["generator"])
         for name, count in vars(self.counts).items():
             count.copy_(checkpoint["counts"][name])
-        for i, part in enumerate(self.state + self.next_state):
-            saved = checkpoint["states"][i]
+        for part, saved in zip(self.state + self.next_state, checkpoint["states"].values(), strict=True):
             part.copy_(saved[my_part(len(saved))].view_as(part))
         for i, moments in enumerate(self.optimiser.state.values()):
             for name, tensor in moments.items():
