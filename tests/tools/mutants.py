@@ -337,7 +337,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("the best bound so far forgotten on resume", RESTORED, COMMON,
      "for name, zero in self.progress.items()}", 'for name, zero in self.progress.items() if name != "best"}'),
     ("states in the middle of an excerpt forgotten on resume", RESUME, COMMON,
-     "            part.copy_(saved[my_part(len(saved))].view_as(part))\n", ""),
+     "            part.copy_(saved[my_part(len(saved))].view_as(part))\n", "            pass\n"),
     ("a torn log line kept on resume", RESUME, COMMON,
      '"".join(json.dumps(line) + "\\n" for line in log)',
      '"".join(json.dumps(line) + "\\n" for line in log) + (self.log.read_text() if self.log.exists() else "")[-22:]'),
