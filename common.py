@@ -1208,8 +1208,8 @@ def load_checkpoint(path, option, use=lambda checkpoint: None):
         why = f"is not a usable checkpoint ({first_line(error)})"
         if isinstance(error, FileNotFoundError):
             why = "does not exist"
-        elif "loading state_dict for" in str(error):  # so PyTorch says it
-            why = "holds another model than that of this script, or one of other sizes"
+        elif of_model := re.search(r"loading state_dict for (\w+)", str(error)):  # so PyTorch says it
+            why = f"holds another model than this {of_model[1]}, or one of other sizes"
         remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
         raise UserError(f"{option}: {path} {why}; {remedy}") from None
 
@@ -1337,8 +1337,8 @@ class Excerpts:
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         if self.batches_per_epoch == 0:
-            raise UserError(f"train holds {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, fewer than "
-                            f"--batch_size={batch_size}; lower it or --reset_freq, or give more recordings")
+            raise UserError(f"train holds {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
+                            f"--batch_size={batch_size}; give a smaller one or --reset_freq, or more recordings")
 
     def batch(self, index, is_pinned=False):
         """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""

@@ -179,7 +179,7 @@ def test_a_checkpoint_of_a_foreign_model_gets_one_sentence_and_status_2(folder, 
     torch.save(checkpoint, tmp_path / "foreign.pt")
     result = run("vrnn_gauss", "--evaluate=foreign.pt", "--out_dir=out", *DEVICE, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "foreign.pt holds another model than that of this script, or one of other sizes" in result.stderr
+    assert "foreign.pt holds another model than this VRNN, or one of other sizes" in result.stderr
     assert result.stderr.endswith("name another, or start without --evaluate\n")
     assert not (tmp_path / "out").exists()
 
