@@ -520,16 +520,16 @@ class VRNN(nn.Module):
         state: that after what is to be continued, of `batch` rows; zero_state(batch) if None. Or resynthesise `heard`,
         of that shape: z_t from its posterior, h along it, and the filter along what is drawn."""
         h, c, *memory = self.zero_state(batch) if state is None else state
-        x, phi_z, from_z = [], None, 0.0
+        x, phi_x, phi_z, from_z = [], None if heard is None else self.phi_x(heard), None, 0.0
         for t in range(frames):
             if self.z_dim:
                 of_z = self.prior(h) if heard is None else self.posterior(
-                    self.posterior_x(self.phi_x(heard[t])) + self.posterior_h(h))
+                    self.posterior_x(phi_x[t]) + self.posterior_h(h))
                 phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(of_z), generator))
                 from_z = self.lstm_z(phi_z)
             x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
-            phi_x = self.phi_x(x_t if heard is None else heard[t])
-            h, c = lstm_cell(self.lstm_x(phi_x) + from_z + self.lstm_h(h), c)
+            from_x = self.lstm_x(self.phi_x(x_t) if heard is None else phi_x[t])
+            h, c = lstm_cell(from_x + from_z + self.lstm_h(h), c)
             x.append(x_t)
         return torch.stack(x)
 
@@ -693,7 +693,7 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     fitted = fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
     for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
-        predicted.append(sum(log_p for log_p, _ in linear_prediction(x_TBX[0].double(), *fitted)))
+        predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
         for window in split.read(starts, samples):
             coded.append(flac_size(window))
             counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
@@ -729,18 +729,23 @@ def fit_linear_prediction(corpus, samples, order=16):
         moments = sum((lags * w.unsqueeze(1)).T @ lags
                       for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights))
         a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        best = sum(log_p for log_p, _ in linear_prediction(x[::8], a, memory, first)).mean(2).argmax()  # of fewer
+        best = linear_prediction(x[::8], a, memory, first).mean(2).argmax()  # of fewer: it is tried often
         fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
-        weights = 1 / torch.stack([v.expand(len(x)) for _, v in linear_prediction(x, *fitted)], dim=1)
+        weights = 1 / torch.stack([v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1)
     return fitted
 
 
-def linear_prediction(x, a, memory, v):
-    """Yield log p(x_n | x_<n) and v_n, (..., W), for each sample of x (W, samples) in turn; l and first v: (..., 1)."""
+def linear_prediction(x, a, memory, first):
+    """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
+    return sum(-0.5 * (squared / v + (2 * math.pi * v).log()) for squared, v in squares_and_levels(x, a, memory, first))
+
+
+def squares_and_levels(x, a, memory, v):
+    """Yield e_n^2 (W,) and v_n (..., W) for each sample in turn."""
     errors = F.pad(x, (len(a), 0)).unfold(1, len(a) + 1, 1) @ torch.cat((-a.flip(0), a.new_ones(1)))
     for squared in errors.square().T:
-        yield -0.5 * (squared / v + (2 * math.pi * v).log()), v
-        v = memory * v + (1 - memory) * squared
+        yield squared, v
+        v = torch.lerp(squared, v, memory)
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
@@ -1337,7 +1342,7 @@ class Excerpts:
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         if self.batches_per_epoch == 0:
-            raise UserError(f"train holds {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
+            raise UserError(f"train has {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
                             f"--batch_size={batch_size}; give a smaller one or --reset_freq, or more recordings")
 
     def batch(self, index, is_pinned=False):
