@@ -80,9 +80,12 @@ def table(runs, updates):
     for seed in range(3):
         for name, flags in AR_16.items():
             yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
-    for name, flag in dict(no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0",
-                           clip_2560="--grad_clip=2560").items():
+    for name, flag in dict(no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0").items():
         yield "ar_settings", f"vrnn_ar_16_{name}-0", VRNN, "--ar_order=16", flag
+    for seed in range(3):
+        for name in ("vrnn", "iwae_5"):
+            yield ("ar_settings", f"{name}_ar_16_clip_2560-{seed}", *AR_16[name], "--ar_order=16", "--grad_clip=2560",
+                   f"--seed={seed}")
     for name, flags in AR_16.items():
         yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
     yield "size", "vrnn_published_size_ar_16-0", VRNN, *PUBLISHED_SIZE, "--ar_order=16"
