@@ -170,8 +170,7 @@ def onednn(weight, bias, then, x, out=None):
 
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    is_large = by_onednn(x.shape[:-1].numel(), weight)
-    return onednn(weight, bias, "none", x) if is_large else F.linear(x, weight, bias)
+    return onednn(weight, bias, "none", x) if by_onednn(x.shape[:-1].numel(), weight) else F.linear(x, weight, bias)
 
 
 def framewise(weight, rows, bias=None):
@@ -858,6 +857,11 @@ class Training:
         self.create_state()
         load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
         self.folder.start(self.config, self.log)
+        if is_first() and not h.evaluate:
+            print(f"{self.config['name']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on "
+                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
+                  f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in "
+                  f"{self.folder.log}", flush=True)
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
@@ -879,20 +883,16 @@ class Training:
 
     def begin(self):
         """Start the log and the excerpts, or go on from the state in the run folder."""
-        h, folder = self.h, self.folder
+        h = self.h
         self.log = [dict(
             config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
             commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
             versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__))]
-        excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
-        self.excerpts, self.reader, self.read_ahead = excerpts, ThreadPoolExecutor(max_workers=1), {}
+        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
-            load_checkpoint(folder.last, "--resume", self.restore)
+            load_checkpoint(self.folder.last, "--resume", self.restore)
             gather("restored")
-        if is_first():
-            print(f"{self.config['name']}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on "
-                  f"{self.processes} x {describe(self.device)}; {excerpts.batches_per_epoch} batches of {h.batch_size} "
-                  f"excerpts of {excerpts.samples / SAMPLE_RATE:g} s an epoch; log in {folder.log}", flush=True)
 
     def take_trained(self, checkpoint):
         """Parameters and name of what is to be evaluated, and mean and std of what it was trained on."""
