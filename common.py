@@ -633,6 +633,7 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
 
 EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
+BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
 
 
 def bits_per_sample(nats_per_frame, x_dim, std):
@@ -780,7 +781,7 @@ def describe_corpus(corpus):
 
 def windows_table(by_window, seq_frames):
     """A line per window of the test split, in order: its bounds in nats per frame, for paired comparisons of runs."""
-    names = [name for name in by_window if not name.startswith(("log_w_std", "ess"))]
+    names = [name for name in by_window if name.startswith(("kl", *BOUNDS))]
     rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1).tolist()
     return "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)]) + "\n"
 
@@ -1191,8 +1192,7 @@ PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what
 
 
 def load_checkpoint(path, option, use=lambda checkpoint: None):
-    """Read a checkpoint, executing nothing in it, and use it. option: that which asked for it. Raises UserError where
-    it is damaged, or of no use."""
+    """Read a checkpoint, executing nothing in it, and use it, as an option asks. UserError where it is of no use."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():

@@ -148,7 +148,7 @@ def read_test(path):
         return None
     evaluation = json.loads(path.read_text())
     bounds = {name: float(bound["nats_per_frame"]) for name, bound in evaluation["bounds"].items()
-              if name.startswith(("kl", "elbo", "iwae", "smc"))}
+              if name.startswith(("kl", *common.BOUNDS))}
     bounds["elbo"], bounds["kl"]  # every evaluation has them
     yardsticks = {name: float(found["nats_per_frame"]) for name, found in evaluation.get("yardsticks", {}).items()}
     return {"windows": int(evaluation["windows"]), **bounds, "yardsticks": yardsticks}

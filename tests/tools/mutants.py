@@ -305,7 +305,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("bits of a sample with the nats of a sequence", SUMMARIES, COMMON,
      "bits_per_sample(mean / seq_frames, x_dim, corpus.std)", "bits_per_sample(mean, x_dim, corpus.std)"),
     ("effective sample sizes in windows.csv", TABLE, COMMON,
-     'not name.startswith(("log_w_std", "ess"))]', 'name != "log_w_std"]'),
+     'name.startswith(("kl", *BOUNDS))]', 'name.startswith(("kl", "ess", *BOUNDS))]'),
     ("the filter's bound of the first frame", FILTERED_WINDOWS, COMMON,
      'f"smc_{smc}": estimate_TB[-1]', 'f"smc_{smc}": estimate_TB[0]'),
     ("standard error over recordings of their means", RECORDINGS, COMMON,
