@@ -200,7 +200,7 @@ def decode(path, target):
     with open(target, "wb") as file:
         for block in common.guarded(sound_file_blocks(path)):
             common.require_space(target.parent)
-            file.write(block)
+            file.write(block.tobytes())  # one channel of several does not lie in one piece
 
 
 def blocks_in(target):

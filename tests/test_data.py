@@ -259,6 +259,18 @@ def test_16_khz_pcm16_sound_files_are_taken_exactly(tmp_path):
         np.testing.assert_array_equal(np.concatenate(blocks), x)
 
 
+def test_the_first_of_two_channels_at_16_khz_is_taken_exactly(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", np.stack([noise(9_000, i), noise(9_000, 9)], axis=1), RATE)
+    out, skipped = convert(folder, tmp_path)
+    audio, _ = read_back(out)
+    assert not skipped and len(audio) == 6
+    for name, samples in audio.items():
+        np.testing.assert_array_equal(samples, noise(9_000, int(name)))
+
+
 def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
