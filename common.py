@@ -853,8 +853,7 @@ class Training:
         if h.init_from and not (h.resume or h.evaluate):
             load_checkpoint(h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"]))
         self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
-        self.progress = dict(updates=0, seconds=0.0, best=-math.inf)
-        self.log = []
+        self.progress, self.log = dict(updates=0, seconds=0.0, best=-math.inf), []
         self.create_state()
         load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
         self.folder.start(self.config, self.log)
@@ -899,12 +898,11 @@ class Training:
         """Parameters and name of what is to be evaluated, and mean and std of what it was trained on."""
         self.averaged.load_state_dict(checkpoint["model"])
         self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-        self.progress["updates"], trained = checkpoint["update"], checkpoint["config"]
+        self.progress["updates"], trained = checkpoint["update"], json.loads(json.dumps(checkpoint["config"]))
         self.config = {**trained, **self.config, **{key: trained[key] for key in ("script", "name") if key in trained}}
 
     def window(self):
-        """The present window on the device, (T, B, X): dequantised, normalised, and with noise, whose deviation falls
-        from h.x_noise to a hundredth of it, and then is none."""
+        """The present window on the device, (T, B, X): dequantised, normalised, with noise that fades and ends."""
         h = self.h
         uniform = self.draw(torch.rand, h.batch_size, h.x_dim) if h.dequantize else None
         x_TBX = normalise(self.pcm, self.corpus, uniform)
@@ -1091,6 +1089,8 @@ class Training:
             for name, tensor in moments.items():
                 tensor.copy_(checkpoint["optimiser"]["state"][i][name])
         self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
+        if self.progress["updates"] != checkpoint["update"]:
+            raise ValueError("its numbers of updates differ")
 
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
@@ -1201,8 +1201,8 @@ def load_checkpoint(path, option, use=lambda checkpoint: None):
         for part, kind in PARTS.items():
             if not isinstance(checkpoint.get(part), kind):
                 raise ValueError(f"it has no usable {part}")
-        if not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf):
-            raise ValueError("its mean or std is out of range")
+        if not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf and checkpoint["update"] >= 0):
+            raise ValueError("its mean, std or update is out of range")
         if not all(p.isfinite().all() for p in checkpoint["model"].values()):
             raise ValueError("its parameters are not finite")
         use(checkpoint)

@@ -149,7 +149,7 @@ def test_what_cannot_be_evaluated_is_refused_by_name(folder, tmp_path):
 
 @pytest.mark.parametrize("part, value", (
     ("config", None), ("config", [1]), ("mean", "1"), ("mean", float("nan")), ("std", 0.0), ("std", -1.0),
-    ("update", None), ("model", {}), ("model", None),
+    ("update", None), ("update", -1), ("model", {}), ("model", None), ("config", {"odd": torch.zeros(2)}),
     ("config", {"k": "x"}), ("config", {"seq_frames": -1}), ("config", {"eval_k": [None]}),
 ))
 def test_a_checkpoint_with_a_senseless_part_is_refused_in_one_sentence(folder, tmp_path, part, value):

@@ -239,7 +239,8 @@ def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     state = torch.load(folder_copy / "last.pt", weights_only=True)
     for part, value in (("states", {}), ("counts", {}), ("generator", torch.zeros(3)), ("log", []), ("log", [{}]),
-                        ("progress", dict(updates="x", seconds=0.0, best=0.0))):
+                        ("progress", dict(updates="x", seconds=0.0, best=0.0)), ("update", -30),
+                        ("progress", dict(updates=-30, seconds=0.0, best=0.0))):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
