@@ -1,7 +1,6 @@
 """The VRNN, its bounds, its evaluation and its training: everything that the three scripts share.
 
-Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays (.npz, .npy),
-processes and errors.
+Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays, processes, errors.
 
 Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
 particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
@@ -175,8 +174,7 @@ def product(x, weight, bias=None):
 
 def framewise(weight, rows, bias=None):
     """For what every frame multiplies by: the function from x, of at most (rows, in), to x weight^T or, with a bias, to
-    relu(x weight^T + bias), written to its second argument where there is one. A weight that lies in memory as it is
-    read saves up to half of the time."""
+    relu(x weight^T + bias), written to its second argument if any. To lay the weight out saves up to half the time."""
     if by_onednn(rows, weight):
         return functools.partial(onednn, weight, bias, "none" if bias is None else "relu")
     transposed = weight.t().contiguous()
@@ -510,7 +508,7 @@ class VRNN(nn.Module):
         h_before = []
         for gates_t in gates:
             h_before.append(h)
-            h, c = lstm_cell(gates_t + self.lstm_h(h), c)
+            h, c = lstm_cell(gates_t + self.lstm_h(h.to(gates.dtype)), c)
         return torch.stack(h_before).to(gates.dtype), h, c
 
     @torch.no_grad()
@@ -686,9 +684,8 @@ def summarise(by_window, seq_frames, x_dim, corpus):
 
 def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     """What is to be beaten on the windows of a split, in the form of `summarise`. flac: each window coded alone at the
-    highest compression, its header (`header_bytes`) not counted. linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n),
-    zeros before the window, and a level that follows the error, v_n = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first
-    v fitted on train. histogram: entropy of the samples."""
+    highest compression, without its header (`header_bytes`). linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), v_n
+    = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples."""
     samples = seq_frames * x_dim
     fitted = fit_linear_prediction(corpus, samples)
     coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
@@ -719,8 +716,7 @@ def flac_size(samples):
 
 
 def fit_linear_prediction(corpus, samples, order=16):
-    """a (order,), l and the first v of (nearly) the highest likelihood on 256 windows of train: by turns a, given v, by
-    weighted least squares, and l and the first v, given a, of a grid."""
+    """a (order,), by weighted least squares, and by turns l and the first v, of a grid; of 256 windows of train."""
     x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
         corpus.train, 1, samples, corpus, at_most=256)])
     memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
@@ -804,12 +800,14 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     lengths = np.diff(split.offsets) // model.x_dim
-    longest = lengths.argsort(kind="stable")[::-1][:count]
+    longest = lengths.argsort(kind="stable")[::-1][:min(count, np.count_nonzero(lengths))]
     real = frames_at(split, split.offsets[longest], min(frames, lengths[longest[-1]]), model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if isinstance(model, VRNN):
-        goes_on = model.generate(frames - len(real[:given]), len(longest), generator, model(real[:given]).state)
-        speech |= dict(continued=torch.cat((real[:given], goes_on)),
+        heard = real[:given]
+        noise = torch.randn(*heard.shape[:2], model.z_dim, generator=generator, device=heard.device)
+        goes_on = model.generate(frames - len(heard), len(longest), generator, model(heard, noise=noise).state)
+        speech |= dict(continued=torch.cat((heard, goes_on)),
                        resynthesised=model.generate(len(real), len(longest), generator, heard=real))
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
@@ -821,6 +819,7 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
 
 MAX_SKIPPED = 10  # updates in a row
 SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim", "ar_order")  # of a VRNN
+OF_EVALUATION = ("data", "out_dir", "device", "seq_frames", "eval_k", "eval_recordings")  # beside --evaluate
 
 
 class Training:
@@ -828,8 +827,7 @@ class Training:
 
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
-    by default the script's. replays: updates in a row on each window, all from the same state. monitor_smc: to log the
-    particle filter's bound too."""
+    by default the script's. replays: updates in a row on each window, from one state. monitor_smc: to log smc_k."""
 
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
@@ -849,7 +847,7 @@ class Training:
                 raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
         if h.mirrored_init and not h.evaluate:
             model.mirror()
-        self.model = model.to(self.device)
+        self.model, self.config["model_class"] = model.to(self.device), type(model).__name__
         if h.init_from and not (h.resume or h.evaluate):
             load_checkpoint(h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"]))
         self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
@@ -884,22 +882,26 @@ class Training:
     def begin(self):
         """Start the log and the excerpts, or go on from the state in the run folder."""
         h = self.h
-        self.log = [dict(
-            config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
-            commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
-            versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__))]
+        versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+        self.log = [dict(config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
+                         commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
+                         versions=versions)]
         self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        for held_out in (self.corpus.valid, self.corpus.test):
+            window_starts(held_out, h.seq_frames * h.x_dim)  # refused now, not after the training
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
         if h.resume:
             load_checkpoint(self.folder.last, "--resume", self.restore)
             gather("restored")
 
     def take_trained(self, checkpoint):
-        """Parameters and name of what is to be evaluated, and mean and std of what it was trained on."""
+        """Parameters and settings of what is to be evaluated, and mean and std of what it was trained on."""
+        trained, model_class = json.loads(json.dumps(checkpoint["config"])), self.config["model_class"]
+        if trained.get("model_class", model_class) != model_class:  # to which the same parameters mean something else
+            raise ValueError(f"it is of the model {trained['model_class']}, and the script's is {model_class}")
         self.averaged.load_state_dict(checkpoint["model"])
-        self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]
-        self.progress["updates"], trained = checkpoint["update"], json.loads(json.dumps(checkpoint["config"]))
-        self.config = {**trained, **self.config, **{key: trained[key] for key in ("script", "name") if key in trained}}
+        self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))
+        self.config |= {name: value for name, value in trained.items() if name not in OF_EVALUATION}
 
     def window(self):
         """The present window on the device, (T, B, X): dequantised, normalised, with noise that fades and ends."""
@@ -1026,8 +1028,7 @@ class Training:
                 if signal_number := max(gather(max(received, default=0))):
                     self.folder.save(self.folder.last, self.checkpoint())
                     if is_first():
-                        print(f"stopped after update {progress['updates']}; go on with the same command and --resume",
-                              flush=True)
+                        print(f"stopped after update {progress['updates']}; go on with the same command and --resume")
                     sys.exit(128 + signal_number)
 
     def next_window(self):
@@ -1091,14 +1092,15 @@ class Training:
         self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
         if self.progress["updates"] != checkpoint["update"]:
             raise ValueError("its numbers of updates differ")
+        if checkpoint["update"] > self.h.max_updates:
+            raise UserError(f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; give no fewer")
 
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
         h, folder, model, corpus = self.h, self.folder, self.averaged, self.corpus
         if not h.evaluate:
             if not folder.best.exists():
-                raise UserError(f"{folder.folder} has no best.pt, because no held-out bound was finite; start again "
-                                "with a lower --lr")
+                raise UserError(f"{folder.best} is missing, or no bound was finite; start again, with a lower --lr")
             load_checkpoint(folder.best, "--resume", self.take_trained)
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
@@ -1142,11 +1144,11 @@ def progress_line(h, line):
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
 FREE_ON_RESUME = {"max_updates", "monitor_every", "out_dir"}  # nothing in the state of a run depends on them
-ANOTHER_RUN = "start another --out_dir, with --init_from best.pt to keep what was learnt"
+ANOTHER_RUN = "start another --out_dir, with --init_from best.pt or last.pt, if whole, to keep what was learnt"
 
 
 class RunFolder:
-    """The files of a run, of which only the first process of a job writes any; last.pt is all that --resume needs."""
+    """The files of a run, of which only the first process of a job writes any; --resume needs last.pt and best.pt."""
 
     def __init__(self, h):
         folder = self.folder = Path(h.out_dir)
@@ -1164,6 +1166,7 @@ class RunFolder:
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = lock(self.folder)
+            self.eval.unlink(missing_ok=True)  # of a run that goes on
             write_durably(self.config, json.dumps(config, indent=1) + "\n")
             if log:
                 write_durably(self.log, "".join(json.dumps(line) + "\n" for line in log))
@@ -1229,16 +1232,14 @@ def commit():
 # ---- hyperparameters ------------------------------------------------------------------------------------------------
 
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
-DEMO = dict(
-    data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-    ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500)
+DEMO = dict(data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
+            ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500)
 
 MOST = 1_000_000_000
 RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
                                        "monitor_every", "monitor_windows", "eval_k", "x_noise_updates")}
 RANGES |= {name: (0, MOST) for name in ("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings", "grad_clip",
-                                        "weight_norm", "x_noise")}
-RANGES |= dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
+                                        "weight_norm", "x_noise")} | dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
 NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
     "k", *SIZES[1:]}  # by Training
 
@@ -1403,7 +1404,7 @@ class SplitWriter:
             wide = block.astype(np.int64)
             total, squares = total + int(wide.sum()), squares + int(wide @ wide)
         if squares * (end - start) == total ** 2:
-            raise BadAudio(f"all of its {end - start:,} samples are the same")
+            raise BadAudio(f"all of its {end - start:,} samples are the same" if end > start else "it holds no samples")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
         self.total, self.squares = self.total + total, self.squares + squares
@@ -1419,10 +1420,9 @@ class SplitWriter:
 
 def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
     """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
-    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or in place of it the
-    exception that stands in their way. Each goes, whole, to the split that is furthest below its share of the samples
-    so far, so a rerun gives the same splits; one whose blocks raise is skipped, or with `strict` an error. Returns the
-    skipped, ["source: why"]. Raises UserError."""
+    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or the exception that
+    stands in their way. Each goes, whole, to the split that is furthest below its share of the samples so far, so that
+    a rerun gives the same splits; one that raises is skipped, or an error (strict). Returns ["source: why skipped"]."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
@@ -1532,9 +1532,8 @@ def guarded(blocks):
 
 
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks) for each recording in a .npz or .npy file, as for `convert`. A recording is an array, or
-    with allow_pickle an element of an array of arrays, which NumPy reads by executing what the file says. Raises what
-    makes the whole file unusable."""
+    """Yield (name, blocks), as for `convert`, of each recording in a .npz or .npy file: an array or, with allow_pickle,
+    one of an array of arrays, to read which executes what the file says. Raises what makes the whole file unusable."""
     load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
@@ -1563,14 +1562,15 @@ def recordings_of(load, name):
         yield name, error
     else:
         parts = {f"{name}/{i}": part for i, part in enumerate(array.flat)} if array.dtype.hasobject else {name: array}
-        yield from ((name, pcm16_blocks(np.asarray(part))) for name, part in parts.items())
+        yield from ((name, pcm16_blocks(part)) for name, part in parts.items())
 
 
 def pcm16_blocks(array):
     """int16 blocks of one recording, its first channel, of any real dtype: int16 as it is; wider integers as int16
     where all fit, as 32-bit full scale where some exceed 24 bits; floats of full scale 1, or as int16 where whole."""
+    array = np.asarray(array)
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
-    if len(shape) not in (1, 2) or 0 in shape or len(shape) == 2 and shape[1] > min(shape[0], 1024):
+    if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], 1024):
         raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels); transpose or split it")
     if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
@@ -1579,7 +1579,7 @@ def pcm16_blocks(array):
     if (kind, itemsize) == ("i", 2):
         yield from (block.astype(np.int16) for block in blocks)
         return
-    peak = np.max([np.abs(block.astype(np.float64)).max() for block in blocks])
+    peak = np.max([0, *(np.abs(block.astype(np.float64)).max() for block in blocks)])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
     if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
@@ -1715,7 +1715,7 @@ def choose_device(name):
         device = torch.empty(1, device=name).device  # with its index
         if device.type != "cpu":
             torch.cuda.set_device(device)  # refuses what is no GPU
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
     return device
 

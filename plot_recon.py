@@ -126,7 +126,7 @@ def read_evaluation(folder):
 
 def described(folder, config, data):
     """What a configuration, and the data of an evaluation or a training, say of a run."""
-    config = {"ar_order": 0, **config}  # older ones have none
+    config = {"ar_order": 0, "model_class": "VRNN", **config}  # older ones have none
     common.bits_per_sample(0.0, config["x_dim"], data["std"])  # fail here, where the file has a name
     is_ours, name = config["script"] in SCRIPTS and config.get("z_dim") != 0, name_of(config)
     return dict(folder=folder.name, config=config, name=name, objective=name.split(" AR-")[0], seed=int(config["seed"]),
@@ -259,7 +259,8 @@ def draw_curves(axis, runs, styles):
         axis.plot(*run["curve"].T, line, color=colour, linewidth=1)
     points = np.concatenate([run["curve"][:, 1] for run in runs])
     if not len(finite := points[np.isfinite(points)]):
-        raise common.UserError("no run has a finite held-out bound yet; wait for the first monitoring interval")
+        raise common.UserError(f"no finite held-out bound yet in {', '.join(run['folder'] for run in runs)}; wait for "
+                               "the first monitoring interval, or leave the folder out")
     lowest = np.quantile(finite, 0.05)  # the first steep updates and single spikes would stretch the axis
     axis.set_ylim(bottom=lowest)
     axis.set_xlabel(f"training sequences ({math.prod(runs[0]['window']) / common.SAMPLE_RATE:g} s each)", fontsize=9)

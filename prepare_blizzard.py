@@ -229,10 +229,10 @@ VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570
 HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
 
 
-def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False):
+def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False, valid=0.1, test=0.1):
     """Synthetic recordings through the same conversion as any other; returns what convert_files returns."""
     write_demo(folder, seed)
-    return convert_files([folder], out, valid=0.1, test=0.1, force=force,
+    return convert_files([folder], out, valid, test, force,
                          created_by=f"{common.SYNTHETIC}, seed {seed}")
 
 
@@ -310,8 +310,9 @@ def parse_options():
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="files, and folders to search")
     parser.add_argument("--out", help="HDF5 file to write (default: data/blizzard.h5; data/demo.h5 with --demo)")
-    parser.add_argument("--valid", type=float, default=0.05, help="fraction of samples to validate on (%(default)s)")
-    parser.add_argument("--test", type=float, default=0.05, help="fraction of samples to test on (%(default)s)")
+    for split, use in dict(valid="validate", test="test").items():
+        parser.add_argument(f"--{split}", type=float,
+                            help=f"fraction of samples to {use} on (default: 0.05; 0.1 with --demo)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument("--strict", action="store_true", help="treat an unusable recording as an error")
     parser.add_argument("--allow_pickle", action="store_true",
@@ -325,14 +326,17 @@ def parse_options():
         parser.error(f"--seed={options.seed} is out of range")
     if options.demo == bool(options.paths):
         parser.error("give files or folders of recordings, or --demo alone")
-    options.out = options.out or ("data/demo.h5" if options.demo else "data/blizzard.h5")
+    out, share = ("data/demo.h5", 0.1) if options.demo else ("data/blizzard.h5", 0.05)
+    options.out = options.out or out
+    options.valid, options.test = (share if given is None else given for given in (options.valid, options.test))
     return options
 
 
 def main():
     options = parse_options()
     if options.demo:
-        skipped, ignored = make_demo_data(options.out, seed=options.seed, force=options.force)
+        skipped, ignored = make_demo_data(options.out, "data/demo", options.seed, options.force, options.valid,
+                                          options.test)
         print("synthetic demo data, not speech")
     else:
         skipped, ignored = convert_files(options.paths, options.out, options.valid, options.test, options.force,

@@ -142,7 +142,7 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
 
 
 @pytest.mark.parametrize("array, reason", (
-    (np.zeros(0, np.int16), "shape"), (np.zeros((2, 3, 4), np.int16), "shape"), (np.int16(3), "shape"),
+    (np.zeros(0, np.int16), "no samples"), (np.zeros((2, 3, 4), np.int16), "shape"), (np.int16(3), "shape"),
     (np.zeros((2, 5000), np.int16), "transpose"), (np.zeros(9, complex), "not audio"),
     (np.array(["a"] * 9), "not audio"),
     (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
@@ -199,6 +199,15 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
     assert skipped == [f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; save int16, int32 or floats"]
     for index, samples in enumerate([*arrays[:2], noise(3_100, 2)]):
         np.testing.assert_array_equal(audio[f"{name}/{index}"], samples)
+
+
+def test_an_element_that_is_no_array_is_skipped_alone(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "it.npz", **recordings(), a=ragged([noise(2_900), [[1, 2], [3]], noise(3_000, 1)]))
+    out, skipped = convert(folder, tmp_path, allow_pickle=True)
+    assert {"it/a/0", "it/a/2"} <= read_back(out)[0].keys() and len(read_back(out)[0]) == 14
+    assert len(skipped) == 1 and skipped[0].startswith(f"{folder}/it.npz (it/a/1): it cannot be read (")
 
 
 class Exploit:
@@ -319,12 +328,15 @@ def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(folder / "a.npz", silence=np.zeros(4_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings())
+    np.savez(folder / "a.npz", silence=np.zeros(4_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings(),
+             none=noise(0), none_either=np.zeros(0))
     soundfile.write(folder / "b.wav", noise(0), RATE)
     _, skipped = convert(folder, tmp_path)
-    assert skipped == [f"{folder}/a.npz (a/offset): all of its 5,000 samples are the same",
+    assert skipped == [f"{folder}/a.npz (a/none): it holds no samples",
+                       f"{folder}/a.npz (a/none_either): it holds no samples",
+                       f"{folder}/a.npz (a/offset): all of its 5,000 samples are the same",
                        f"{folder}/a.npz (a/silence): all of its 4,000 samples are the same",
-                       f"{folder}/b.wav: all of its 0 samples are the same"]
+                       f"{folder}/b.wav: it holds no samples"]
 
 
 def crash(path, target):
@@ -598,6 +610,16 @@ def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch
     assert count(tmp_path / "demo.h5") == 12
     created_by = common.open_corpus(tmp_path / "demo.h5").created_by
     assert created_by == f"{common.SYNTHETIC}, seed 3" and "not speech" in created_by
+
+
+def test_the_splits_of_demo_data_have_the_shares_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1))
+    for flags, shares in (("", (9, 2, 1)), ("--valid=.25 --test=.5 --force", (3, 3, 6))):
+        monkeypatch.setattr(sys, "argv", ["prepare_blizzard.py", "--demo", *flags.split()])
+        prepare_blizzard.main()
+        corpus = common.open_corpus("data/demo.h5")
+        assert tuple(len(getattr(corpus, split).offsets) - 1 for split in common.SPLITS) == shares
 
 
 def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, main_of, run, smooth_noise, write_tiny_data
+from tiny import SIZES, main_of, make_updates, run, smooth_noise, tiny_training, update_with, write_tiny_data
 
 import common
+import vrnn_gauss
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 DEVICE = ("--device=cpu",)
@@ -56,8 +57,8 @@ def test_best_pt_on_the_data_of_its_run_has_the_bounds_of_its_run(folder, tmp_pa
     checkpoint, before = folder / "runs" / script / "best.pt", of_run(folder, script)
     found = evaluated(checkpoint, tmp_path / "again", script=script)
     assert found == before | dict(checkpoint=str(checkpoint))
-    windows = [(out / "windows.csv").read_text() for out in (checkpoint.parent, tmp_path / "again")]
-    assert windows[0] == windows[1]
+    for path in (checkpoint.parent / "windows.csv", *(checkpoint.parent / "samples").iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(checkpoint.parent)).read_bytes()
 
 
 def test_an_evaluation_makes_no_log_and_no_checkpoint_and_names_checkpoint_and_data(folder, tmp_path):
@@ -115,6 +116,30 @@ def test_a_checkpoint_of_another_script_is_welcome_and_keeps_its_name(folder, tm
     assert found["bounds"] == of_run(folder, "dreg")["bounds"] and found["frames"] == 6
     assert found["script"] == found["name"] == config["script"] == "vrnn_gauss_iwae"
     assert config["dreg"] is True and config["k"] == 5
+
+
+def test_what_belongs_to_the_training_stays_as_the_checkpoint_has_it(folder, tmp_path):
+    evaluated(folder / "runs/dreg/best.pt", tmp_path / "out", "--k=9", "--no-dreg", "--seed=3", "--seq_frames=7",
+              script="vrnn_gauss_iwae")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["k"], config["dreg"], config["seed"], config["seq_frames"]) == (5, True, 0, 7)
+
+
+class Laplace(common.FrameLikelihood):
+    def density(self, x, mean, scale):
+        return -((x - mean).abs() / scale + (2 * scale).log()).sum(-1)
+
+
+class LaplaceVRNN(common.VRNN):
+    Likelihood = Laplace
+
+
+def test_a_checkpoint_of_a_model_of_another_class_with_the_same_parameters_is_refused(folder, tmp_path):
+    model = LaplaceVRNN(20, 4, 12, 8, 8, 8, 8, 8)
+    _, training = tiny_training(vrnn_gauss, folder / "tiny.h5", tmp_path / "run", model=model)
+    make_updates(training, update_with(training, vrnn_gauss.objective), 1)
+    text = refusal(f"--evaluate={tmp_path / 'run/best.pt'}", f"--out_dir={tmp_path / 'out'}")
+    assert "it is of the model LaplaceVRNN, and the script's is VRNN" in text and not (tmp_path / "out").exists()
 
 
 def test_unknown_names_in_the_configuration_of_a_checkpoint_are_ignored(folder, tmp_path):

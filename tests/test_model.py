@@ -61,6 +61,14 @@ def test_rollout_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding
     assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()  # autocast of the plain one differs by 0.05
 
 
+def test_without_z_too_products_are_in_bfloat16():
+    model = common.VRNN(20, 0, 64, 48, 48, 48, 48, 48)
+    model.bf16, seen = True, []
+    model.lstm_h.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].dtype))
+    model(torch.randn(3, 8, 20))
+    assert seen == [torch.bfloat16] * 3
+
+
 @pytest.mark.parametrize("k", (1, 3))
 def test_state_carried_over_windows_equals_one_long_window(model, k):
     x_TBX, state, noise = inputs(frames=12, k=k)

@@ -171,6 +171,21 @@ def test_evaluations_on_files_of_one_name_and_by_other_particles_are_told_apart(
                                                "VRNN, best.pt on a.h5, eval_k [5, 100]"]
 
 
+def test_runs_from_before_the_class_of_the_model_was_noted_are_of_one_label_with_later_ones(tmp_path, plot):
+    write_run(tmp_path / "runs/old")
+    write_run(tmp_path / "runs/new", seed=1, model_class="VRNN")
+    assert [row[:2] for row in plot()] == [["VRNN", "2"]]
+
+
+def test_runs_without_a_finite_bound_are_named(tmp_path, plot):
+    write_run(tmp_path / "runs/a")
+    write_run(tmp_path / "unfinished/b")
+    log = tmp_path / "unfinished/b/log.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    with pytest.raises(common.UserError, match="^no finite held-out bound yet in b; .* leave the folder out"):
+        plot("runs", "unfinished")
+
+
 def test_runs_on_other_data_are_not_drawn_on_one_axis(tmp_path, plot):
     write_run(tmp_path / "runs/a")
     write_run(tmp_path / "runs/b", data=DATA | dict(std=1000.0))

@@ -28,6 +28,7 @@ from tiny import (
     run,
     tiny_training,
     update_with,
+    write_quiet_data,
     write_recordings,
 )
 
@@ -246,6 +247,41 @@ def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
 
 
+def test_a_run_that_goes_on_has_no_evaluation_of_what_it_was(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    flags += [f"--data={folder / 'data/tiny.h5'}"]
+    training = common.Training(common.parse(vrnn_gauss.Hyperparameters, [*SIZES, *flags]), 1)
+    assert training.progress["updates"] == 30 and not (folder_copy / "eval.json").exists()
+
+
+def test_a_run_is_not_resumed_to_fewer_updates_than_it_has_made(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    before = (folder_copy / "config.json").read_text()
+    result = run("vrnn_gauss", *SIZES, *flags, "--max_updates=29", cwd=folder)
+    assert result.returncode == 2 and result.stderr == "error: --max_updates=29: 30 are made; give no fewer\n"
+    assert (folder_copy / "config.json").read_text() == before and (folder_copy / "eval.json").exists()
+
+
+def test_a_run_without_its_best_checkpoint_is_told_so(folder, runs, tmp_path):
+    folder_copy, flags = copy_of_a_run(runs, tmp_path)
+    (folder_copy / "best.pt").unlink()
+    result = run("vrnn_gauss", *SIZES, *flags, "--max_updates=30", cwd=folder)
+    assert result.returncode == 2 and f"{folder_copy / 'best.pt'} is missing" in result.stderr
+
+
+def test_a_held_out_split_without_a_window_is_refused_before_the_training(tmp_path):
+    write_quiet_data(tmp_path / "it.h5", train=[3_000] * 8, valid=[3_000], test=[99])
+    result = run("vrnn_gauss", *SIZES, "--data=it.h5", "--out_dir=out", "--max_updates=9", cwd=tmp_path)
+    assert result.returncode == 2 and "no recording of the split test holds a window" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_speech_is_written_where_a_recording_is_shorter_than_a_frame(tmp_path):
+    write_quiet_data(tmp_path / "it.h5", train=[3_000] * 8, valid=[3_000], test=[19, 3_000])
+    trained("vrnn_gauss", "--data=it.h5", "--out_dir=out", "--max_updates=2", cwd=tmp_path)
+    assert len(list((tmp_path / "out/samples").glob("real_*.wav"))) == 1
+
+
 def test_a_run_folder_is_written_by_one_process_at_a_time(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     other = common.lock(folder_copy)
@@ -327,6 +363,7 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     (["--out_dir=runs/vrnn_gauss", "--resume", "--eval_k=3"], ["--eval_k was", "is now"]),
     (["--seed=1e30"], ["--seed", "at most"]),
     (["--device=meta"], ["--device=meta", "--device=cpu"]),
+    (["--device=hpu"], ["--device=hpu", "--device=cpu"]),
     (["--out_dir="], ["--out_dir is empty"]),
 ))
 def test_bad_input_gets_one_sentence_and_status_2(folder, runs, arguments, words):

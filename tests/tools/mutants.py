@@ -314,7 +314,8 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("recordings that count alike, long or short", RECORDINGS, COMMON,
      "mean = of_recordings.sum() / frames.sum()", "mean = (of_recordings / frames).mean()"),
     ("other data normalised by its own mean and std", OTHER_DATA, COMMON,
-     'self.corpus.mean, self.corpus.std = checkpoint["mean"], checkpoint["std"]', "pass"),
+     'self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))',
+     'self.progress["updates"] = checkpoint["update"]'),
     # ---- tables ----
     ("an interval of a normal distribution", INTERVALS, PLOT, "T_95[min(len(values) - 1, len(T_95)) - 1]", "1.96"),
     ("an interval with a degree of freedom too many", INTERVALS, PLOT, "len(T_95)) - 1]", "len(T_95))]"),
