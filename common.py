@@ -898,7 +898,7 @@ class Training:
         """Parameters and settings of what is to be evaluated, and mean and std of what it was trained on."""
         trained, model_class = json.loads(json.dumps(checkpoint["config"])), self.config["model_class"]
         if trained.get("model_class", model_class) != model_class:  # to which the same parameters mean something else
-            raise ValueError(f"it is of the model {trained['model_class']}, and the script's is {model_class}")
+            raise ValueError(f"it holds another model than this {model_class}, a {trained['model_class']}")
         self.averaged.load_state_dict(checkpoint["model"])
         self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))
         self.config |= {name: value for name, value in trained.items() if name not in OF_EVALUATION}

@@ -6,10 +6,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, main_of, make_updates, run, smooth_noise, tiny_training, update_with, write_tiny_data
+from tiny import SIZES, main_of, run, smooth_noise, write_tiny_data
 
 import common
-import vrnn_gauss
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 DEVICE = ("--device=cpu",)
@@ -123,23 +122,6 @@ def test_what_belongs_to_the_training_stays_as_the_checkpoint_has_it(folder, tmp
               script="vrnn_gauss_iwae")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["k"], config["dreg"], config["seed"], config["seq_frames"]) == (5, True, 0, 7)
-
-
-class Laplace(common.FrameLikelihood):
-    def density(self, x, mean, scale):
-        return -((x - mean).abs() / scale + (2 * scale).log()).sum(-1)
-
-
-class LaplaceVRNN(common.VRNN):
-    Likelihood = Laplace
-
-
-def test_a_checkpoint_of_a_model_of_another_class_with_the_same_parameters_is_refused(folder, tmp_path):
-    model = LaplaceVRNN(20, 4, 12, 8, 8, 8, 8, 8)
-    _, training = tiny_training(vrnn_gauss, folder / "tiny.h5", tmp_path / "run", model=model)
-    make_updates(training, update_with(training, vrnn_gauss.objective), 1)
-    text = refusal(f"--evaluate={tmp_path / 'run/best.pt'}", f"--out_dir={tmp_path / 'out'}")
-    assert "it is of the model LaplaceVRNN, and the script's is VRNN" in text and not (tmp_path / "out").exists()
 
 
 def test_unknown_names_in_the_configuration_of_a_checkpoint_are_ignored(folder, tmp_path):

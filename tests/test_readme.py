@@ -159,6 +159,7 @@ def test_with_beta_one_the_printed_objective_is_that_of_ours(folder, printed):
 
 def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script(folder, printed):
     for script, other, model in (("vrnn_gauss", "stochastic_gru", "VRNN"),
+                                 ("vrnn_gauss", "laplace_vrnn", "VRNN, a LaplaceVRNN"),  # of the same parameters
                                  ("stochastic_gru", "vrnn_gauss", "StochasticGRU")):
         with pytest.raises(common.UserError, match=f"holds another model than this {model}"):
             printed(script, f"--evaluate=runs/{other}/best.pt", "--out_dir=no")
