@@ -209,7 +209,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         if module is vrnn_gauss_iwae:
             module.chosen_corrections(h)
         names.append(name)
-    assert len(names) == len(set(names)) == 162
+    assert len(names) == len(set(names)) == 168
 
 
 def test_growing_norms_scale_every_gradient_and_the_log_holds_those_before(data, tmp_path):

@@ -115,8 +115,9 @@ def in_limit(limit):
 
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient of the mean over sequences."""
-    runs = [run for group, _ in read("objectives", "clip", "variants") for run in group]
+    runs = [run for group, _ in read("objectives", "clip", "variants", "likelihood", "ar_settings") for run in group]
     return [run for run in runs if run["test"] and run["config"]["max_updates"] == 5000 and run["name"] == name
+            and run["config"]["mirrored_init"] and run["config"]["x_noise"]
             and plot_recon.in_words("grad_clip", run["config"]) == in_limit(limit)]
 
 
@@ -129,6 +130,18 @@ def difference_by_limit(limits, names, contrasts=()):
             limited(name, limit), limited(other, other_limit or limit), "smc_100")) for limit in limits}}
     rows = [row_of(name, name, "VRNN", 640) for name in names]
     return markdown(rows + [row_of(f"{name} above {other}, limited alike", name, other) for name, other in contrasts])
+
+
+def difference_by_bound():
+    """Rows: an objective under two limits, and two objectives under one. Columns: the bounds they are judged by."""
+    contrasts = *ALIKE, ("IWAE_5 resampled", "VRNN"), ("IWAE_5 AR-16", "VRNN AR-16")
+    rows = [(name, limit, name, 640) for name in MAIN for limit in (5, 2560)]
+    rows += [(name, limit, other, limit) for name, other in contrasts for limit in (5, 640, 2560)]
+    differences = [(row, {f"`{bound}`": with_runs(plot_recon.paired(limited(*row[:2]), limited(*row[2:]), bound))
+                          for bound in ("elbo", "iwae_5", "iwae_100", "smc_100")}) for row in rows]
+    return markdown([{"nats/frame": f"{name} {in_limit(limit)} above " + (
+        in_limit(other_limit) if name == other else f"{other}, limited alike"), **cells}
+        for (name, limit, other, other_limit), cells in differences if any(cells.values())])
 
 
 def on_valid(limits):
@@ -256,15 +269,23 @@ def whole_recordings():
 
 
 def judges():
-    """The same checkpoints by 100 particles, as they were tested after training, and by 1,000."""
-    trained = {run["label"].split(",")[0]: run for runs, _ in read("objectives", "variants") for run in runs
-               if run["seed"] == 3}
+    """The same checkpoints by 100 particles, as they were tested after training, and by 1,000; in brackets above the
+    VRNNs of the same likelihood and seeds."""
+    trained = {run["folder"]: run for runs, _ in read("objectives", "variants", "ar_settings") for run in runs}
     (judged, _), = read("judges")
-    rows = [(run["name"].split(",")[0], trained[run["name"].split(",")[0]]["test"] | run["test"]) for run in judged]
-    of_vrnn = dict(rows)["VRNN"]
-    return markdown([{"objective": name, **{
-        f"`{bound}`": f"{test[bound]:.2f}" + f" ({test[bound] - of_vrnn[bound]:+.2f})" * (name != "VRNN")
-        for bound in ("elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000")}} for name, test in rows])
+    tests = {}
+    for run in judged:
+        before = trained[run["folder"].replace("_1000", "")]
+        tests.setdefault(before["name"], {})[run["seed"]] = before["test"] | run["test"]
+
+    def cell(name, bound):
+        bounds = mean_and_interval([test[bound] for test in tests[name].values()])
+        vrnn = "VRNN AR-16" if name.endswith("AR-16") else "VRNN"
+        above = mean_and_interval([test[bound] - tests[vrnn][seed][bound] for seed, test in tests[name].items()])
+        return bounds if name == vrnn else f"{bounds} ({above})"
+    bounds = "elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000"
+    return markdown([{"objective": name, "runs": str(len(tests[name])),
+                      **{f"`{bound}`": cell(name, bound) for bound in bounds}} for name in tests])
 
 
 def windows():
@@ -305,7 +326,7 @@ TABLES = dict(
     growth=lambda: benchmarks("growth_small", size="what grows", value="to", seconds="seconds an update"),
     front=front_table, two_by_two=lambda: difference_by_limit((5, 640, 2560, 0), MAIN, CONTRASTS),
     limits=lambda: difference_by_limit((5, 40, 160, 640, 2560, 3200, 0), LIMITED, ALIKE), norms=norms_and_clips,
-    on_valid=lambda: on_valid((5, 40, 160, 2560, 0)),
+    bounds=difference_by_bound, on_valid=lambda: on_valid((5, 40, 160, 2560, 0)),
     regime=regime, size=size,
     weights=weights, effective_sizes=effective_sizes, signal_to_noise=signal_to_noise,
     judges=judges, whole_recordings=whole_recordings, windows=windows,

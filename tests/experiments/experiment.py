@@ -139,10 +139,12 @@ def regime(updates):
 
 
 def judges(runs):
-    """Ten times as many particles as any run was chosen or reported with, for the main rows."""
-    for name, (script, *_) in {**OBJECTIVES, "iwae_5_resample": [IWAE]}.items():
-        yield ("judges", f"{name}_1000-3", script, f"--evaluate={runs / f'{name}-3' / 'best.pt'}", "--eval_k=5,1000",
-               "--eval_recordings=0")
+    """Ten times as many particles as any run was chosen or reported with."""
+    judged = [(script, name, 3) for name, (script, *_) in {**OBJECTIVES, "iwae_5_resample": [IWAE]}.items()]
+    judged += [(AR_16[name][0], f"{name}_ar_16_clip_2560", seed) for seed in range(3) for name in ("vrnn", "iwae_5")]
+    for script, name, seed in judged:
+        yield ("judges", f"{name}_1000-{seed}", script, f"--evaluate={runs / f'{name}-{seed}' / 'best.pt'}",
+               "--eval_k=5,1000", "--eval_recordings=0")
 
 
 def train(runs, updates, to, group, name, script, *flags):
