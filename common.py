@@ -11,7 +11,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import datetime
 import difflib
 import fcntl
 import functools
@@ -400,11 +399,10 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def mirror(self):
-        """Initialise such that z is of use from the first update on, and the decoder does not learn to do without it.
-        Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs with opposite weights, and
-        relu(a) - relu(-a) = a (the looks-linear initialisation of Balduzzi et al. 2017, arXiv 1702.08591); independent
-        weights in the sixteen layers from x to its reconstruction map all inputs to nearly the same output. The
-        posterior starts narrow, so that z tells more of x than of noise."""
+        """Initialise such that z is of use from the first update on. Every stack of ReLU layers starts as an orthogonal
+        linear map: units come in pairs of opposite weights, and relu(a) - relu(-a) = a (looks-linear initialisation,
+        Balduzzi et al. 2017, arXiv 1702.08591); independent weights in the sixteen layers from x to its reconstruction
+        map all inputs to nearly the same output. A narrow posterior lets z tell more of x than of noise."""
         stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
         heads = [stack[-1] for stack in stacks if isinstance(stack[-1], Head)]
         to_no_relu = self.parts("lstm_x", "lstm_z") + heads
@@ -461,17 +459,23 @@ class VRNN(nn.Module):
 
     def into_posterior_and_lstm(self, phi_x):
         """What x adds to the posterior's first layer and the gates, (T, B, Q + 4R); h's weights there, (Q + 4R, R)."""
+        for layer in (*self.posterior, *self.phi_z, *self.prior, *self.decoder):
+            if type(layer) not in (Linear, Head, nn.ReLU):  # the written-out recurrence would pass it over
+                raise UserError(f"a VRNN with a {type(layer).__name__} needs a forward of its own; write one")
         x_weight, x_bias, h_weight = (torch.cat(both).to(phi_x.dtype) for both in (
             (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
             (self.posterior_h.weight, self.lstm_h.weight)))
         return Product.apply(phi_x, x_weight, x_bias), h_weight
 
+    def __init_subclass__(cls):
+        if {"forward", "decode"} & vars(cls).keys() and "stepper" not in vars(cls):
+            cls.stepper = None  # it would not know of them
+
     @torch.no_grad()
     def stepper(self, x_TBX, state, k):
-        """`forward` frame by frame, for who has to see a frame's weights before the next: a state, and two functions.
-        weigh(t, state, noise): log_w_BK of frame t, by noise (B*k, Z), and the particles. go_on(particles, ancestors):
-        the state in which row i has gone on with particle ancestors[i]. What sees h alone runs once for all children
-        of a particle, since few have any (not on a GPU, which would wait to hear how many)."""
+        """`forward` frame by frame: a state, and two functions. weigh(t, state, noise): log_w_BK of frame t, by noise
+        (B*k, Z), and the particles. go_on(particles, ancestors): the state in which row i has gone on with particle
+        ancestors[i]. What sees h alone runs once for all children of a particle, since few have any (not on a GPU)."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
         posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
@@ -550,10 +554,9 @@ def importance_weighted(log_w_BK):
 @torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
-    model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout, such as VRNN. Returns {name: (B,) float64
-    tensor in nats per sequence}: `elbo` (analytic KL) and its `kl`, averaged over all particles; `elbo_K`, by sampled
-    log-weights, and their deviation `log_w_std`; and for k in ks `iwae_k`, averaged over the K // k disjoint groups of
-    k particles, so that it never falls as k grows through divisors of K, and `ess_iwae_k`, their effective number."""
+    model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout. Returns {name: (B,) float64, in nats per
+    sequence}: `elbo` (analytic KL) and its `kl`, over all particles; `elbo_K`, by sampled log-weights, and their
+    deviation `log_w_std`; for k in ks `iwae_k`, averaged over K // k disjoint groups, and their `ess_iwae_k`."""
     (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = torch.arange(particles if model.z_dim else 1)  # without z all particles are the same
     for k in map(len, drawn.split(max(1, max_rows // batch))):
@@ -580,10 +583,9 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
     arXiv 1705.09279, algorithm 1). Gradients flow through weights and states, not through the choice of ancestors.
     model: as in estimate_bounds; x_TBX and state: as in VRNN.forward; noise: T standard normal tensors (B*k, Z);
-    uniform_TB: on [0, 1), for the resampling. resample_last: whether to resample at the last frame in any case: who
-    carries the states on must, since their weights stay behind. Returns log_likelihood_TB (log of an unbiased estimate
-    of p(x_1..x_t), nats), ess_TB (of the weights since the last resampling), resampled_TB (after a frame), and as in
-    VRNN.forward ancestors (T, B*k) and, with gradients, the state to go on from."""
+    uniform_TB: on [0, 1), for the resampling. resample_last: to resample at the last frame in any case, as who carries
+    the states on must: weights stay behind. Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), in
+    nats), ess_TB (before resampling), resampled_TB, and as in VRNN.forward ancestors and, with gradients, the state."""
     def weigh(t, state, noise):
         rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
@@ -591,7 +593,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     def go_on(state, ancestors):
         return tuple(part[ancestors] for part in state)
 
-    if model.z_dim and hasattr(model, "stepper") and not torch.is_grad_enabled():
+    if model.z_dim and getattr(model, "stepper", None) and not torch.is_grad_enabled():
         state, weigh, go_on = model.stepper(x_TBX, state, k)
     own_BK = torch.arange(k * x_TBX.shape[1], device=x_TBX.device).view(-1, k)
     log_w_BK, gathered_B, found = 0.0, 0.0, []
@@ -824,7 +826,6 @@ OF_EVALUATION = ("data", "out_dir", "device", "seq_frames", "eval_k", "eval_reco
 
 class Training:
     """A model in training on excerpts of h.data, with all that a resumed run needs to go on as if it had never stopped.
-
     particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
     zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
     by default the script's. replays: updates in a row on each window, from one state. monitor_smc: to log smc_k."""
@@ -850,16 +851,15 @@ class Training:
         self.model, self.config["model_class"] = model.to(self.device), type(model).__name__
         if h.init_from and not (h.resume or h.evaluate):
             load_checkpoint(h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"]))
-        self.averaged = copy.deepcopy(self.model)  # evaluated in its place: single updates are off by tens of nats
+        self.averaged = copy.deepcopy(self.model, {id(b): b for b in self.model.buffers()}).eval()  # but for buffers
         self.progress, self.log = dict(updates=0, seconds=0.0, best=-math.inf), []
         self.create_state()
         load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
         self.folder.start(self.config, self.log)
         if is_first() and not h.evaluate:
             print(f"{self.config['name']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on "
-                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches of "
-                  f"{h.batch_size} excerpts of {self.excerpts.samples / SAMPLE_RATE:g} s an epoch; log in "
-                  f"{self.folder.log}", flush=True)
+                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
+                  f"log in {self.folder.log}", flush=True)
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
@@ -956,7 +956,7 @@ class Training:
         if h.weight_norm:
             self.model.constrain_weights(h.weight_norm)
         share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):  # single updates are nats off
             averaged.lerp_(p, share)
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
@@ -988,7 +988,8 @@ class Training:
                 update()
             update = graph.replay
         except RuntimeError as error:
-            print(f"no CUDA graph ({first_line(error)}); updates are launched kernel by kernel", flush=True)
+            print(f"no CUDA graph ({first_line(error.__context__ or error)}); kernels are launched singly", flush=True)
+            self.generator = torch.Generator(self.device)  # the capture may still hold the other
             self.optimiser.zero_grad()
         self.allow_tf32(False)
         self.restore(before)
@@ -1005,8 +1006,7 @@ class Training:
         h, progress = self.h, self.progress
         if h.evaluate:
             return
-        bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates",
-                   disable=not (is_first() and sys.stderr.isatty()))
+        bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates", disable=not is_first() or None)
         with stop_requests() as received, bar:
             while progress["updates"] < h.max_updates:
                 started = time.monotonic()
@@ -1134,11 +1134,10 @@ def ensure_demo_data(path):
 
 def progress_line(h, line):
     bound, rate = f"iwae_{h.eval_k[0]}", line["update"] / line["seconds"]
-    left = datetime.timedelta(seconds=int((h.max_updates - line["update"]) / rate))
     nats = " ".join(f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl"))
     skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""
     return (f"update {line['update']:,} | {line['sequences']:,} sequences | valid {nats} nats/frame | "
-            f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s | {left} left{skipped}")
+            f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s{skipped}")
 
 
 # ---- run folder -----------------------------------------------------------------------------------------------------
@@ -1240,6 +1239,7 @@ RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", 
                                        "monitor_every", "monitor_windows", "eval_k", "x_noise_updates")}
 RANGES |= {name: (0, MOST) for name in ("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings", "grad_clip",
                                         "weight_norm", "x_noise")} | dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
+RESERVED = ("resume", "demo", "help", "script", "name", "model_class")
 NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
     "k", *SIZES[1:]}  # by Training
 
@@ -1289,10 +1289,10 @@ def kinds_of(script):
                     if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
                             or name in inspect.get_annotations(cls))]
     for name, kind in (kinds | dict.fromkeys(without_type)).items():
-        if kind not in FROM_TEXT or name not in with_default - {"resume", "demo", "help"}:
+        if kind not in FROM_TEXT or name not in with_default - {*RESERVED}:
             raise UserError(f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
-                            "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and if it is named "
-                            "resume, demo or help, name it otherwise")
+                            "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and by no name of "
+                            f"{', '.join(RESERVED)}")
     for name in sorted(NEEDED - kinds.keys()):
         raise UserError(f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py")
     return kinds
@@ -1517,8 +1517,8 @@ class BadAudio(Exception):
 
 
 def natural_order(text):
-    """Sort key that puts data_9 before data_10."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))]
+    """Sort key that puts data_9 before data_10, and no two texts in one place."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))], str(text)
 
 
 def guarded(blocks):

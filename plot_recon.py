@@ -54,7 +54,7 @@ def name_of(config):
     """The name of a run: its objective for the three scripts, and otherwise what its script stated to Training."""
     script, name = config["script"], str(config.get("name", config["script"]))  # older logs have no name
     if script not in SCRIPTS or name != script:
-        return name
+        return " ".join(name.replace("$", r"\$").replace("|", "/").split())  # as Markdown and Matplotlib read it
     k = config["k"]
     name = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script] if config.get("z_dim") != 0 else "LSTM"
     for variant, suffix in (("as_published", " as published"), ("corrections", f" but for {config.get('corrections')}"),
@@ -180,8 +180,8 @@ def read_folders(folders):
     rows = [read_runs(folder) for folder in folders]
     for is_evaluation in (False, True):
         label_apart([run for runs in rows for run in runs if (run["curve"] is None) == is_evaluation])
-    return [sorted(runs, key=lambda r: (r["curve"] is None, r["order"], common.natural_order(r["label"].lower())))
-            for runs in rows]
+    return [sorted(runs, key=lambda r: (r["curve"] is None, not r["test"], r["order"],
+                                        common.natural_order(r["label"].lower()))) for runs in rows]
 
 
 def references(rows):

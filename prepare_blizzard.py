@@ -97,7 +97,7 @@ def find_audio(paths):
             raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return list(found.values()), unusable, ignored
+    return sorted(found.values(), key=lambda one: common.natural_order(one[0])), unusable, ignored
 
 
 def files_below(folder, unusable):
@@ -124,7 +124,8 @@ def sound_file_blocks(path):
     """int16 blocks at 16 kHz of the first channel of a sound file."""
     import soundfile
     import soxr
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(os.fsencode(path)) as file:
+        file.seekable = lambda: False  # else it seeks after each read, and an .mp3 of varying rate goes on out of step
         if not 4_000 <= file.samplerate <= 384_000:
             raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
         if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
@@ -138,6 +139,8 @@ def sound_file_blocks(path):
             is_last = len(block) < common.BLOCK
             if not np.isfinite(block).all():
                 raise BadAudio("it holds NaN or infinity; remove or repair these samples")
+            if (peak := np.abs(block).max(initial=0)) > 2:
+                raise BadAudio(f"its peak is {peak:g} times full scale; scale it to [-1, 1]")
             if file.samplerate != SAMPLE_RATE:
                 block = resample.resample_chunk(block, last=is_last)
             yield common.to_int16(block * 32768.0)
@@ -334,6 +337,7 @@ def parse_options():
 
 def main():
     options = parse_options()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     if options.demo:
         skipped, ignored = make_demo_data(options.out, "data/demo", options.seed, options.force, options.valid,
                                           options.test)
@@ -356,7 +360,7 @@ def main():
     print(f"ignored, of other types: {others or 'none'}")
     print(f"skipped: {len(skipped)}")
     for reason in skipped:
-        print(f"  {reason}".encode("utf-8", "backslashreplace").decode())
+        print(f"  {reason}")
 
 
 if __name__ == "__main__":

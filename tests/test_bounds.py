@@ -162,6 +162,35 @@ def test_without_resampling_the_particle_filter_is_iwae_with_its_gradient():
         torch.testing.assert_close(ours, theirs)
 
 
+class WithoutNoise(common.VRNN):
+    def forward(self, x_TBX, state=None, noise=None, k=1):
+        return super().forward(x_TBX, state, 0 * noise, k)
+
+
+class Louder(common.VRNN):
+    def decode(self, phi_z, h_before):
+        mean, sigma, *others = super().decode(phi_z, h_before)
+        return mean, 3 * sigma, *others
+
+
+@pytest.mark.parametrize("kind", (WithoutNoise, Louder))
+def test_the_filter_runs_what_a_subclass_of_the_vrnn_has_in_place_of_its_call(kind):
+    torch.manual_seed(0)
+    model, x_TBX = kind(20, 4, 12, 8, 8, 8, 8, 8), torch.randn(6, 3, 20)
+    call_alone = lambda *given: model(*given)  # noqa: E731
+    call_alone.z_dim = model.z_dim
+    for ours, plain in zip(*(common.estimate_smc(one, x_TBX, 5, generator()) for one in (model, call_alone))):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("network", ("posterior", "phi_z", "prior", "decoder"))
+def test_a_network_with_a_layer_that_the_recurrence_would_pass_over_is_refused(network):
+    model = common.VRNN(20, 4, 12, 8, 8, 8, 8, 8)
+    getattr(model, network)[1] = torch.nn.Tanh()
+    with pytest.raises(common.UserError, match="a VRNN with a Tanh needs a forward of its own"):
+        model(torch.randn(6, 3, 20))
+
+
 def test_the_children_of_a_particle_share_what_sees_its_h_alone():
     model = common.VRNN(5, 3, 8, 7, 7, 7, 7, 7)
     state, weigh, go_on = model.stepper(torch.randn(2, 4, 5), None, 3)

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -245,6 +246,46 @@ def test_a_checkpoint_that_would_execute_is_refused(tmp_path):
     with pytest.raises(common.UserError, match="not a usable checkpoint"):
         common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
     assert not os.path.exists(harm)
+
+
+def test_names_that_are_no_unicode_are_no_obstacle(tmp_path):
+    np.savez(tmp_path / "good.npz", **recordings())
+    for name in (b"caf\xe9.wav", b"notes.\xe9"):
+        soundfile.write(os.fsencode(tmp_path) + b"/" + name, noise(3_000), RATE, format="WAV")
+    result = subprocess.run(command("prepare_blizzard", ".", "--valid=.2", "--test=.2"), cwd=tmp_path, text=True,
+                            capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert result.returncode == 0, result.stderr
+    assert r"ignored, of other types: 1 .\udce9" in result.stdout and count(tmp_path / "data/blizzard.h5") == 13
+
+
+def test_an_mp3_of_varying_rate_is_read_as_in_one_piece(tmp_path):
+    speech = prepare_blizzard.synthetic_recording(np.random.RandomState(0), 10.0) / 32768
+    soundfile.write(tmp_path / "it.mp3", soxr.resample(speech, RATE, 48_000), 48_000)
+    whole, rate = soundfile.read(tmp_path / "it.mp3", dtype="float32")
+    expected = common.to_int16(32768 * soxr.resample(whole, rate, RATE, quality="VHQ"))
+    found = np.concatenate(list(prepare_blizzard.sound_file_blocks(tmp_path / "it.mp3")))
+    assert len(found) == len(expected) and abs(found.astype(int) - expected).max() <= 1
+
+
+def test_floats_far_above_full_scale_are_refused_in_a_sound_file_as_in_an_array(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "good.npz", **recordings())
+    soundfile.write(folder / "loud.wav", noise(9_000).astype(np.float32), RATE, subtype="FLOAT")
+    _, skipped = convert(folder, tmp_path)
+    assert len(skipped) == 1 and re.search("loud.wav: its peak is .* times full scale; scale it", skipped[0])
+
+
+def test_the_splits_depend_on_names_alone(tmp_path):
+    """Not on the order of arguments, or in which a folder is listed or an archive holds its members."""
+    assert sorted(["a_1", "a_01", "a_001"], key=common.natural_order) == sorted(
+        ["a_001", "a_01", "a_1"], key=common.natural_order)
+    for name in ("a_10", "a_2", "a_02"):
+        np.save(tmp_path / f"{name}.npy", noise(3_000))
+    paths = [tmp_path / f"{name}.npy" for name in ("a_10", "a_2", "a_02")]
+    for wanted in (paths, paths[::-1], [tmp_path]):
+        found, *_ = prepare_blizzard.find_audio(wanted)
+        assert [name for _, name in found] == ["a_02", "a_2", "a_10"]
 
 
 @pytest.mark.parametrize("suffix", ("wav", "flac", "mp3", "ogg"))

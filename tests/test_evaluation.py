@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, write_quiet_data
+from tiny import SIZES, make_updates, tiny_training, update_with, write_quiet_data
 from torch import nn
 
 import common
@@ -205,6 +205,24 @@ def run(data, tmp_path_factory):
         patch.setattr(common, "write_samples", lambda model, *others: generated.append(model.state_dict()))
         main(patch, f"--data={data}", f"--out_dir={folder}", "--max_updates=4", "--monitor_every=1")
     return folder, monitored, generated
+
+
+class Counting(common.VRNN):
+    """Of a user, with what differs in training, and a buffer."""
+    def __init__(self):
+        super().__init__(20, 4, 12, 8, 8, 8, 8, 8)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, *given):
+        self.seen += self.training
+        return super().forward(*given)
+
+
+def test_a_model_is_evaluated_as_such_and_with_its_buffers_as_they_are(data, tmp_path):
+    _, training = tiny_training(vrnn_gauss, data, tmp_path / "run", model=Counting())
+    make_updates(training, update_with(training, vrnn_gauss.objective), 3)
+    assert training.model.seen == training.averaged.seen == 3
+    assert torch.load(tmp_path / "run/best.pt", weights_only=True)["model"]["seen"] == 3
 
 
 def test_best_pt_holds_the_averaged_weights_of_the_highest_iwae(run):

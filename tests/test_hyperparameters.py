@@ -141,6 +141,10 @@ class TypedIn:
         resume: bool = False
 
     @dataclass
+    class NameOfConfig(vrnn_gauss.Hyperparameters):
+        name: str = "cosine"
+
+    @dataclass
     class Few:
         data: str = "data/blizzard.h5"
 
@@ -152,7 +156,8 @@ class TypedIn:
     ("OfAnotherTuple", "betas cannot become a flag; write betas: TYPE = VALUE below @dataclass, with a type of int, "
                        "float, str, bool or tuple[int, ...]"),
     ("NoDataclass", "temperature cannot become a flag"), ("WithoutDefault", "temperature cannot become a flag"),
-    ("NameTaken", "resume cannot become a flag"), ("Few", "there is no hyperparameter batch_size"),
+    ("NameTaken", "resume cannot become a flag"), ("NameOfConfig", "name cannot become a flag"),
+    ("Few", "there is no hyperparameter batch_size"),
 ))
 def test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file(name, words):
     text = refusal(of=getattr(TypedIn, name))

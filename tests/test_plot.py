@@ -177,6 +177,19 @@ def test_runs_from_before_the_class_of_the_model_was_noted_are_of_one_label_with
     assert [row[:2] for row in plot()] == [["VRNN", "2"]]
 
 
+def test_names_are_shown_as_they_are(tmp_path, plot):
+    write_run(tmp_path / "runs/a", name="price $5 and $6 |\n or $\\frac$")
+    assert plot()[0][0] == r"price \$5 and \$6 / or \$\frac\$" and (tmp_path / "recon.png").exists()
+
+
+def test_runs_are_compared_with_those_that_have_been_tested(tmp_path, plot):
+    write_run(tmp_path / "runs/a", lr=0.1)
+    (tmp_path / "runs/a/eval.json").unlink()
+    write_run(tmp_path / "runs/b", shift=1.0, lr=0.5)
+    write_run(tmp_path / "runs/c", shift=3.0, lr=0.25)
+    assert [row[-1] for row in plot()] == ["", "2.00"]
+
+
 def test_runs_without_a_finite_bound_are_named(tmp_path, plot):
     write_run(tmp_path / "runs/a")
     write_run(tmp_path / "unfinished/b")

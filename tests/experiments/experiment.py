@@ -166,7 +166,7 @@ def train(runs, updates, to, group, name, script, *flags):
             return
     (to / group / name).mkdir(parents=True, exist_ok=True)
     for file in (file for file in KEPT if (folder / file).exists()):  # an evaluation has no log
-        text = (folder / file).read_text().replace(str(runs), "runs/experiment")  # wherever it was on this machine
+        text = (folder / file).read_text().replace(f"{runs}/", "runs/experiment/")  # wherever it was on this machine
         (to / group / name / file).write_text(text)
     print(f"{name}: done", flush=True)
 
