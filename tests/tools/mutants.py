@@ -81,6 +81,14 @@ INTERVALS = "test_plot.py::test_intervals_are_those_of_student_and_differences_a
 REFERENCES = "test_plot.py::test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood"
 LIMITS = "test_plot.py::test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike"
 NUMBERS = "test_readme.py::test_what_is_not_in_the_logs_is_noticed"
+SUBCLASS = "test_bounds.py::test_the_filter_runs_what_a_subclass_of_the_vrnn_has_in_place_of_its_call"
+PASSED_OVER = "test_bounds.py::test_a_network_with_a_layer_that_the_recurrence_would_pass_over_is_refused"
+OF_A_USER = "test_evaluation.py::test_a_model_is_evaluated_as_such_and_with_its_buffers_as_they_are"
+STAYS = "test_evaluate.py::test_what_belongs_to_the_training_stays_as_the_checkpoint_has_it"
+FOREIGN = "test_readme.py::test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script"
+STALE = "test_scripts.py::test_a_run_that_goes_on_has_no_evaluation_of_what_it_was"
+IN_STEP = "test_data.py::test_an_mp3_of_varying_rate_is_read_as_in_one_piece"
+BY_NAME = "test_data.py::test_the_splits_depend_on_names_alone"
 
 PLOT, CHECK = "plot_recon.py", "tests/experiments/check_readme.py"
 COMMON, ALT, GAUSS, IWAE_SCRIPT = "common.py", "vrnn_gauss_alt_nll.py", "vrnn_gauss.py", "vrnn_gauss_iwae.py"
@@ -179,6 +187,9 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("mean and standard deviation of the test split", OF_TRAIN, COMMON, "(mean, std), *_ = [", "*_, (mean, std) = ["),
     ("half a recording stays", NEEDIEST, COMMON, "        self.audio.resize((self.offsets[-1],))\n", ""),
     ("two conversions into one file", ONE_WRITER, COMMON, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH"),
+    ("an .mp3 read on after a seek", IN_STEP, "prepare_blizzard.py", "file.seekable = lambda: False", "pass"),
+    ("files in the order of the arguments", BY_NAME, "prepare_blizzard.py",
+     "sorted(found.values(), key=lambda one: common.natural_order(one[0]))", "list(found.values())"),
     ("arrays of arrays read in any case", PICKLES, COMMON,
      "functools.partial(np.load, allow_pickle=allow_pickle,", "functools.partial(np.load, allow_pickle=True,", COMMON,
      'mmap_mode=None if allow_pickle else "r"', "mmap_mode=None"),
@@ -316,6 +327,16 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("other data normalised by its own mean and std", OTHER_DATA, COMMON,
      'self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))',
      'self.progress["updates"] = checkpoint["update"]'),
+    ("a subclass of the VRNN judged by the call that it replaces", SUBCLASS, COMMON, "cls.stepper = None", "pass"),
+    ("a layer that is no Linear or ReLU passed over", PASSED_OVER, COMMON,
+     "if type(layer) not in (Linear, Head, nn.ReLU):", "if False:"),
+    ("a model evaluated in training mode", OF_A_USER, COMMON, ".eval()  # but for buffers", ""),
+    ("buffers evaluated as they were at first", OF_A_USER, COMMON,
+     ", {id(b): b for b in self.model.buffers()})", ")"),
+    ("the settings of a training overwritten in its evaluation", STAYS, COMMON,
+     "if name not in OF_EVALUATION}", 'if name in ("script", "name")}'),
+    ("a checkpoint of another class of model accepted", FOREIGN, COMMON,
+     'if trained.get("model_class", model_class) != model_class:', "if False:"),
     # ---- tables ----
     ("an interval of a normal distribution", INTERVALS, PLOT, "T_95[min(len(values) - 1, len(T_95)) - 1]", "1.96"),
     ("an interval with a degree of freedom too many", INTERVALS, PLOT, "len(T_95)) - 1]", "len(T_95))]"),
@@ -327,6 +348,7 @@ MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in 
     ("a number in the text that nobody looks up", NUMBERS, CHECK, "sorted(numbers_in(text) - known)", "[]"),
     ("a table that nobody compares", NUMBERS, CHECK, "if made != body:", "if False:"),
     # ---- resume ----
+    ("the evaluation of a run that goes on kept", STALE, COMMON, "self.eval.unlink(missing_ok=True)", "pass"),
     ("Adam's moments forgotten on resume", RESUME, COMMON,
      'tensor.copy_(checkpoint["optimiser"]["state"][i][name])', "pass"),
     ("random numbers begin anew on resume", RESUME, COMMON,
