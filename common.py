@@ -1368,7 +1368,7 @@ def window_starts(split, samples, at_most=math.inf):
     if len(starts) == 0:
         raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
                         "longer recordings or a smaller --seq_frames")
-    return starts[np.linspace(0, len(starts) - 1, min(at_most, len(starts))).round().astype(int)]
+    return starts if at_most >= len(starts) else starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
 
 
 def normalise(pcm, corpus, uniform=None):
