@@ -956,7 +956,7 @@ class Training:
         if h.weight_norm:
             self.model.constrain_weights(h.weight_norm)
         share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):  # single updates are nats off
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):  # single updates jump by nats
             averaged.lerp_(p, share)
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))

@@ -235,8 +235,7 @@ HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
 def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False, valid=0.1, test=0.1):
     """Synthetic recordings through the same conversion as any other; returns what convert_files returns."""
     write_demo(folder, seed)
-    return convert_files([folder], out, valid, test, force,
-                         created_by=f"{common.SYNTHETIC}, seed {seed}")
+    return convert_files([folder], out, valid, test, force, created_by=f"{common.SYNTHETIC}, seed {seed}")
 
 
 def write_demo(folder, seed=0, minutes=5):

@@ -126,8 +126,8 @@ def difference_by_limit(limits, names, contrasts=()):
     the other objective under the same limit, in runs of the same seed, with the 95 % interval over the seeds, and in
     brackets their number."""
     def row_of(heading, name, other, other_limit=None):
-        return {"nats/frame": heading, **{in_limit(limit): with_runs(plot_recon.paired(
-            limited(name, limit), limited(other, other_limit or limit), "smc_100")) for limit in limits}}
+        return {"nats/frame": heading, **{in_limit(limit): above(name, limit, other, other_limit or limit)
+                                          for limit in limits}}
     rows = [row_of(name, name, "VRNN", 640) for name in names]
     return markdown(rows + [row_of(f"{name} above {other}, limited alike", name, other) for name, other in contrasts])
 
@@ -137,8 +137,8 @@ def difference_by_bound():
     contrasts = *ALIKE, ("IWAE_5 resampled", "VRNN"), ("IWAE_5 AR-16", "VRNN AR-16")
     rows = [(name, limit, name, 640) for name in MAIN for limit in (5, 2560)]
     rows += [(name, limit, other, limit) for name, other in contrasts for limit in (5, 640, 2560)]
-    differences = [(row, {f"`{bound}`": with_runs(plot_recon.paired(limited(*row[:2]), limited(*row[2:]), bound))
-                          for bound in ("elbo", "iwae_5", "iwae_100", "smc_100")}) for row in rows]
+    differences = [(row, {f"`{bound}`": above(*row, bound) for bound in ("elbo", "iwae_5", "iwae_100", "smc_100")})
+                   for row in rows]
     return markdown([{"nats/frame": f"{name} {in_limit(limit)} above " + (
         in_limit(other_limit) if name == other else f"{other}, limited alike"), **cells}
         for (name, limit, other, other_limit), cells in differences if any(cells.values())])
@@ -151,6 +151,10 @@ def on_valid(limits):
     reference = ends(640)
     return markdown([{"nats/frame": "VRNN, by `iwae_5` on valid", **{
         in_limit(limit): with_runs([end - reference[seed] for seed, end in ends(limit).items()]) for limit in limits}}])
+
+
+def above(name, limit, other, other_limit, bound="smc_100"):
+    return with_runs(plot_recon.paired(limited(name, limit), limited(other, other_limit), bound))
 
 
 def with_runs(differences):
@@ -279,10 +283,10 @@ def judges():
         tests.setdefault(before["name"], {})[run["seed"]] = before["test"] | run["test"]
 
     def cell(name, bound):
-        bounds = mean_and_interval([test[bound] for test in tests[name].values()])
+        mean = mean_and_interval([test[bound] for test in tests[name].values()])
         vrnn = "VRNN AR-16" if name.endswith("AR-16") else "VRNN"
-        above = mean_and_interval([test[bound] - tests[vrnn][seed][bound] for seed, test in tests[name].items()])
-        return bounds if name == vrnn else f"{bounds} ({above})"
+        difference = mean_and_interval([test[bound] - tests[vrnn][seed][bound] for seed, test in tests[name].items()])
+        return mean if name == vrnn else f"{mean} ({difference})"
     bounds = "elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000"
     return markdown([{"objective": name, "runs": str(len(tests[name])),
                       **{f"`{bound}`": cell(name, bound) for bound in bounds}} for name in tests])
