@@ -43,27 +43,33 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
 SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
-EVAL_ROWS = 1280    # particles at once in an evaluation
+EVAL_ROWS = 1280  # particles at once in an evaluation
 sigmoid_backward, tanh_backward, threshold_backward = (
-    getattr(torch.ops.aten, f"{name}_backward").grad_input for name in ("sigmoid", "tanh", "threshold"))
+    getattr(torch.ops.aten, f"{name}_backward").grad_input
+    for name in ("sigmoid", "tanh", "threshold")
+)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Rollout:
     """What a model says of T frames of B sequences with K particles each. Nats, per frame and particle."""
-    nll_TBK: torch.Tensor       # -log p(x_t | z_<=t, x_<t)
-    kl_TBK: torch.Tensor        # KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)), analytic
-    log_w_TBK: torch.Tensor     # log p(x_t | z_<=t, x_<t) + log p(z_t | .) - log q(z_t | .), at the sampled z
-    q_mean: torch.Tensor        # (T, B*K, Z)
+
+    nll_TBK: torch.Tensor  # -log p(x_t | z_<=t, x_<t)
+    kl_TBK: torch.Tensor  # KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)), analytic
+    log_w_TBK: (
+        torch.Tensor
+    )  # log p(x_t | z_<=t, x_<t) + log p(z_t | .) - log q(z_t | .), at the sampled z
+    q_mean: torch.Tensor  # (T, B*K, Z)
     q_sigma: torch.Tensor
     prior_mean: torch.Tensor
     prior_sigma: torch.Tensor
-    x_mean: torch.Tensor        # (T, B*K, X), without what a filter adds to it
+    x_mean: torch.Tensor  # (T, B*K, X), without what a filter adds to it
     x_sigma: torch.Tensor
-    state: tuple                # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
-    phi_x: torch.Tensor         # of x, (T, B, .), for DReG
+    state: tuple  # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
+    phi_x: torch.Tensor  # of x, (T, B, .), for DReG
 
 
 def gaussian_log_density(x, mean, sigma):
@@ -74,11 +80,13 @@ def gaussian_log_density(x, mean, sigma):
 def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
     """KL(N(q_mean, q_sigma^2) || N(p_mean, p_sigma^2)) summed over the last axis."""
     ratio = q_sigma / p_sigma
-    return (0.5 * (ratio ** 2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
+    return (0.5 * (ratio**2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
 
 
 def sample_gaussian(mean, sigma, generator=None):
-    return mean + sigma * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + sigma * torch.randn(
+        mean.shape, generator=generator, device=mean.device, dtype=mean.dtype
+    )
 
 
 def mean_and_sigma(units):
@@ -90,7 +98,9 @@ def mean_and_sigma(units):
 def step_up(k):
     """Predictor coefficients a_1..a_P, (., P), from reflection coefficients (Levinson's recursion): with all |k_i| < 1
     the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle."""
-    a, *others = k.movedim(-1, 0).unsqueeze(1)  # the axis that grows goes first: its parts are then contiguous
+    a, *others = k.movedim(-1, 0).unsqueeze(
+        1
+    )  # the axis that grows goes first: its parts are then contiguous
     for k_i in others:
         a = torch.cat((torch.addcmul(a, k_i, a.flip(0), value=-1), k_i))
     return a.movedim(0, -1)
@@ -104,6 +114,7 @@ class FrameLikelihood:
     With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
     For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
     else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood."""
+
     density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
 
     def __init__(self, x_dim, ar_order):
@@ -111,9 +122,9 @@ class FrameLikelihood:
 
     def initialise(self, head, sigma_gain=1.0):
         """Start with the published sigma, and without a filter."""
-        head.weight[self.x_dim:].mul_(sigma_gain)
-        head.weight[2 * self.x_dim:].zero_()
-        head.bias[self.x_dim:2 * self.x_dim].fill_(0.6)
+        head.weight[self.x_dim :].mul_(sigma_gain)
+        head.weight[2 * self.x_dim :].zero_()
+        head.bias[self.x_dim : 2 * self.x_dim].fill_(0.6)
 
     def zero_memory(self, like, rows):
         """The parts of the state that are the likelihood's, at a start."""
@@ -128,37 +139,52 @@ class FrameLikelihood:
         """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame; parameters: (T, B*k, .)
         each. All samples are predicted at once, in one copy of x, which all particles of a sequence have seen."""
         frames, batch, _ = x_TBX.shape
-        mean, sigma, a = (part if part is None else part.view(frames, batch, k, -1) for part in parameters)
+        mean, sigma, a = (
+            part if part is None else part.view(frames, batch, k, -1) for part in parameters
+        )
         error = x_TBX.unsqueeze(2)
         if self.ar_order:
             (recent,) = memory
             samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
-            for i, a_i in enumerate(a.split(1, dim=-1), start=1):  # no matrix product, which a GPU rounds to TF32
-                past = samples[:, self.ar_order - i:-i].view(batch, frames, 1, -1).transpose(0, 1)
+            for i, a_i in enumerate(
+                a.split(1, dim=-1), start=1
+            ):  # no matrix product, which a GPU rounds to TF32
+                past = samples[:, self.ar_order - i : -i].view(batch, frames, 1, -1).transpose(0, 1)
                 error = torch.addcmul(error, a_i, past, value=-1)
-            memory = (samples[:, -self.ar_order:].repeat_interleave(k, dim=0),)
+            memory = (samples[:, -self.ar_order :].repeat_interleave(k, dim=0),)
         return self.density(error, mean, sigma), memory
 
     def sample(self, parameters, memory, generator=None):
         """Draw a frame (rows, X), and the memory after it. parameters: (rows, .) each."""
         mean, sigma, a = parameters
         x = self.draw(mean, sigma, generator)
-        if self.ar_order:  # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
+        if (
+            self.ar_order
+        ):  # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
             (recent,), width = memory, self.ar_order + self.x_dim
-            rows = F.pad(torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim))
-            whiten = rows.repeat(1, self.x_dim)[:, :self.x_dim * width].view(-1, self.x_dim, width)
+            rows = F.pad(
+                torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim)
+            )
+            whiten = rows.repeat(1, self.x_dim)[:, : self.x_dim * width].view(-1, self.x_dim, width)
             of_recent, of_x = whiten.split([self.ar_order, self.x_dim], dim=2)
             drawn = x.unsqueeze(2) - of_recent @ recent.unsqueeze(2)
-            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True).squeeze(2)
-            memory = (torch.cat((recent, x), dim=1)[:, self.x_dim:],)
+            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True).squeeze(
+                2
+            )
+            memory = (torch.cat((recent, x), dim=1)[:, self.x_dim :],)
         return x, memory
 
 
 def by_onednn(rows, weight):
     """Whether to ask oneDNN for a product with so many rows: on a CPU in float32, where there is much to multiply, it
     is faster than the library that PyTorch asks on AMD, and as fast on Intel. To set it up takes 20 us."""
-    return (weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= 1 << 17
-            and rows * weight.numel() >= 1 << 24 and torch.backends.mkldnn.is_available())
+    return (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.numel() >= 1 << 17
+        and rows * weight.numel() >= 1 << 24
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def onednn(weight, bias, then, x, out=None):
@@ -168,7 +194,11 @@ def onednn(weight, bias, then, x, out=None):
 
 def product(x, weight, bias=None):
     """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    return onednn(weight, bias, "none", x) if by_onednn(x.shape[:-1].numel(), weight) else F.linear(x, weight, bias)
+    return (
+        onednn(weight, bias, "none", x)
+        if by_onednn(x.shape[:-1].numel(), weight)
+        else F.linear(x, weight, bias)
+    )
 
 
 def framewise(weight, rows, bias=None):
@@ -185,8 +215,11 @@ def framewise(weight, rows, bias=None):
 def laid_out(network, rows, dtype):
     """The function that a network is for x of at most (rows, in), without a gradient; its hidden layers in a dtype."""
     *hidden, head = network
-    layers = [framewise(layer.weight.to(dtype), rows, layer.bias.to(dtype))
-              for layer in hidden if isinstance(layer, Linear)]
+    layers = [
+        framewise(layer.weight.to(dtype), rows, layer.bias.to(dtype))
+        for layer in hidden
+        if isinstance(layer, Linear)
+    ]
     if isinstance(head, Head):
         from_hidden = framewise(head.weight, rows)
         layers.append(lambda x: from_hidden(x.to(head.weight.dtype)).add_(head.bias))
@@ -195,6 +228,7 @@ def laid_out(network, rows, dtype):
 
 class Product(torch.autograd.Function):
     """`product` with its gradient by products of the same speed."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -205,23 +239,35 @@ class Product(torch.autograd.Function):
     def backward(ctx, d):
         x, weight = ctx.saved_tensors
         d_x = product(d, weight.t()) if ctx.needs_input_grad[0] else None
-        return d_x, over_all_rows(d, x), d.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return (
+            d_x,
+            over_all_rows(d, x),
+            d.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 class Linear(nn.Linear):
     """nn.Linear in the precision of its input."""
+
     def forward(self, x):
-        return Product.apply(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return Product.apply(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class Head(Linear):
     """The last layer of a network, in the precision of its parameters, whatever that of the layers before it."""
+
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def relu_layers(*sizes):
-    return [layer for fan_in, fan_out in zip(sizes, sizes[1:]) for layer in (Linear(fan_in, fan_out), nn.ReLU())]
+    return [
+        layer
+        for fan_in, fan_out in zip(sizes, sizes[1:])
+        for layer in (Linear(fan_in, fan_out), nn.ReLU())
+    ]
 
 
 def lstm_cell(gates, c):
@@ -243,30 +289,81 @@ class Recurrence(torch.autograd.Function):
     precision of from_x, but for the head; noise, z, c, mean and sigma keep their own. Ancestors get no gradient."""
 
     @staticmethod
-    def forward(ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers):
+    def forward(
+        ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers
+    ):
         """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow. head:
         the posterior's. layers: weight and bias of its second to fourth layer, and of the four of phi_z. Returns
         h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
-        (frames, rows, z_dim), rnn_dim, layers = noise.shape, h.shape[1], list(zip(layers[::2], layers[1::2]))
+        (frames, rows, z_dim), rnn_dim, layers = (
+            noise.shape,
+            h.shape[1],
+            list(zip(layers[::2], layers[1::2])),
+        )
         posterior, phi_z = layers[:3], layers[3:]
 
-        def room(width, like=from_x, keep=keep):  # without a backward sweep every frame writes over the one before
+        def room(
+            width, like=from_x, keep=keep
+        ):  # without a backward sweep every frame writes over the one before
             return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
 
-        h_all, c_all = from_x.new_empty(frames + 1, rows, rnn_dim), c.new_empty(frames + 1, rows, rnn_dim)
+        h_all, c_all = (
+            from_x.new_empty(frames + 1, rows, rnn_dim),
+            c.new_empty(frames + 1, rows, rnn_dim),
+        )
         h_all[0], c_all[0] = h, c
-        mean, sigma, last_phi_z = room(z_dim, c, True), room(z_dim, c, True), room(len(phi_z[-1][0]), keep=True)
+        mean, sigma, last_phi_z = (
+            room(z_dim, c, True),
+            room(z_dim, c, True),
+            room(len(phi_z[-1][0]), keep=True),
+        )
         pre, tanh_c, z = room(len(h_weight)), room(rnn_dim, c), room(z_dim, c)
         q, f = ([room(len(weight)) for weight, _ in stack] for stack in (posterior, phi_z[:-1]))
         f.append(last_phi_z)
-        from_h, from_z, from_q = framewise(h_weight, rows), framewise(z_weight, rows), framewise(head, rows)
-        q_layers, f_layers = ([framewise(weight, rows, bias) for weight, bias in stack] for stack in (posterior, phi_z))
+        from_h, from_z, from_q = (
+            framewise(h_weight, rows),
+            framewise(z_weight, rows),
+            framewise(head, rows),
+        )
+        q_layers, f_layers = (
+            [framewise(weight, rows, bias) for weight, bias in stack]
+            for stack in (posterior, phi_z)
+        )
         # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
         pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
-        (x_at, noise_at, h_at, c_at, mean_at, sigma_at, z_at, tanh_c_at, pre_at, pre_q_at, gates_at, sigmoids_at,
-         gate_at, q_at, f_at) = frame_by_frame(
-            from_x.unsqueeze(2), noise, h_all, c_all, mean, sigma, z, tanh_c, pre.unflatten(1, (-1, k)), pre_q, gates,
-            gates[:, :, rnn_dim:], gates.chunk(4, dim=2), q, f)
+        (
+            x_at,
+            noise_at,
+            h_at,
+            c_at,
+            mean_at,
+            sigma_at,
+            z_at,
+            tanh_c_at,
+            pre_at,
+            pre_q_at,
+            gates_at,
+            sigmoids_at,
+            gate_at,
+            q_at,
+            f_at,
+        ) = frame_by_frame(
+            from_x.unsqueeze(2),
+            noise,
+            h_all,
+            c_all,
+            mean,
+            sigma,
+            z,
+            tanh_c,
+            pre.unflatten(1, (-1, k)),
+            pre_q,
+            gates,
+            gates[:, :, rnn_dim:],
+            gates.chunk(4, dim=2),
+            q,
+            f,
+        )
         for t in range(frames):
             torch.add(from_h(h_at[t]).view_as(pre_at[t]), x_at[t], out=pre_at[t])
             below = pre_q_at[t].relu_()
@@ -275,7 +372,9 @@ class Recurrence(torch.autograd.Function):
             pre_mean, pre_sigma = from_q(below.to(head.dtype)).add_(head_bias).chunk(2, dim=1)
             mean_at[t].copy_(pre_mean)
             torch.add(F.softplus(pre_sigma), SIGMA_FLOOR, out=sigma_at[t])
-            below = torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t]).to(from_x.dtype)
+            below = torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t]).to(
+                from_x.dtype
+            )
             for layer, out in zip(f_layers, f_at[t]):
                 below = layer(below, out)
             gates_at[t].add_(from_z(below))
@@ -288,31 +387,73 @@ class Recurrence(torch.autograd.Function):
                 for part in (h_at[t + 1], c_at[t + 1]):
                     part.copy_(part[ancestors[t]])
         ctx.k, ctx.ancestors = k, ancestors
-        ctx.save_for_backward(noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *q, *f,
-                              *(weight for weight, _ in layers))
-        return h_all[:-1], last_phi_z, mean, sigma, h_all[-1].to(h.dtype, copy=True), c_all[-1].clone()
+        ctx.save_for_backward(
+            noise,
+            h_weight,
+            z_weight,
+            head,
+            sigma,
+            h_all,
+            c_all,
+            tanh_c,
+            pre,
+            z,
+            *q,
+            *f,
+            *(weight for weight, _ in layers),
+        )
+        return (
+            h_all[:-1],
+            last_phi_z,
+            mean,
+            sigma,
+            h_all[-1].to(h.dtype, copy=True),
+            c_all[-1].clone(),
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_h_before, d_phi_z, d_mean, d_sigma, d_h, d_c):
-        noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = ctx.saved_tensors
+        noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = (
+            ctx.saved_tensors
+        )
         q, f, posterior, phi_z = rest[:3], rest[3:7], rest[7:10], rest[10:]
         frames, rows, rnn_dim = tanh_c.shape
         d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, len(head))
         d_q, d_f = ([torch.empty_like(out) for out in outputs] for outputs in (q, f))
         d_h, d_c, scratch = d_h.clone(), d_c.clone(), torch.empty_like(d_c)
         slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
-        (pre_q, gates), (d_pre_q, d_gates) = (both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre))
-        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = frame_by_frame(
-            noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
-        d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = frame_by_frame(
-            d_pre, d_pre_q, d_gates, d_head, gates.chunk(4, dim=2), d_gates.chunk(4, dim=2), d_head.chunk(2, dim=2))
-        to_h, to_phi_z, to_q = (framewise(weight.t(), rows) for weight in (h_weight, z_weight, head))
-        q_at, d_q_at, f_at, d_f_at = frame_by_frame(*(outputs[::-1] for outputs in (q, d_q, f, d_f)))  # last first
-        below_q, below_f = ([framewise(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z))
+        (pre_q, gates), (d_pre_q, d_gates) = (
+            both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre)
+        )
+        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = (
+            frame_by_frame(noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
+        )
+        d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = (
+            frame_by_frame(
+                d_pre,
+                d_pre_q,
+                d_gates,
+                d_head,
+                gates.chunk(4, dim=2),
+                d_gates.chunk(4, dim=2),
+                d_head.chunk(2, dim=2),
+            )
+        )
+        to_h, to_phi_z, to_q = (
+            framewise(weight.t(), rows) for weight in (h_weight, z_weight, head)
+        )
+        q_at, d_q_at, f_at, d_f_at = frame_by_frame(
+            *(outputs[::-1] for outputs in (q, d_q, f, d_f))
+        )  # last first
+        below_q, below_f = (
+            [framewise(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z)
+        )
         for t in reversed(range(frames)):
             if ctx.ancestors is not None:
-                d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))
+                d_h, d_c = (
+                    torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c)
+                )
             candidate, i, forget, o = gate_at[t]
             d_candidate, d_i, d_forget, d_o = d_gate_at[t]
             d_c.add_(torch.ops.aten.tanh_backward(torch.mul(d_h, o, out=scratch), tanh_c_at[t]))
@@ -335,8 +476,12 @@ class Recurrence(torch.autograd.Function):
             torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
 
         d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
-        d_weights = [over_all_rows(d_head, q[-1].to(d_head.dtype)), d_head.sum((0, 1)),
-                     over_all_rows(d_pre, h_all[:-1]), over_all_rows(d_gates, f[-1])]
+        d_weights = [
+            over_all_rows(d_head, q[-1].to(d_head.dtype)),
+            d_head.sum((0, 1)),
+            over_all_rows(d_pre, h_all[:-1]),
+            over_all_rows(d_gates, f[-1]),
+        ]
         for d, below in zip([*d_q, *d_f], [pre_q, *q[:-1], z.to(pre.dtype), *f[:-1]]):
             d_weights += over_all_rows(d, below), d.sum((0, 1))
         return None, None, None, d_from_x, None, d_h, d_c, *d_weights
@@ -344,7 +489,10 @@ class Recurrence(torch.autograd.Function):
 
 def frame_by_frame(*parts):
     """[views of the single frames of a tensor, or tuples of those of several tensors], for each part."""
-    return [part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part))) for part in parts]
+    return [
+        part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part)))
+        for part in parts
+    ]
 
 
 def over_all_rows(d, below):
@@ -357,9 +505,12 @@ class VRNN(nn.Module):
     Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
     products, so that the one with phi_x(x_t) can run before the recurrence. With z_dim = 0 what is left is an LSTM,
     whose log p(x) is exact. ar_order: see Likelihood. tests/plain.py is the same model in 50 lines, slowly."""
+
     Likelihood = FrameLikelihood
 
-    def __init__(self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0):
+    def __init__(
+        self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0
+    ):
         super().__init__()
         self.x_dim, self.z_dim, self.rnn_dim = x_dim, z_dim, rnn_dim
         self.likelihood = self.Likelihood(x_dim, ar_order)
@@ -369,11 +520,17 @@ class VRNN(nn.Module):
             self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
             self.posterior_x = Linear(x2s_dim, q_z_dim)
             self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
-            self.posterior = nn.Sequential(nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Head(q_z_dim, 2 * z_dim))
-            self.prior = nn.Sequential(*relu_layers(rnn_dim, *[p_z_dim] * 4), Head(p_z_dim, 2 * z_dim))
+            self.posterior = nn.Sequential(
+                nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Head(q_z_dim, 2 * z_dim)
+            )
+            self.prior = nn.Sequential(
+                *relu_layers(rnn_dim, *[p_z_dim] * 4), Head(p_z_dim, 2 * z_dim)
+            )
             self.decoder_z = Linear(z2s_dim, p_x_dim)
         self.decoder_h = Linear(rnn_dim, p_x_dim, bias=not z_dim)
-        self.decoder = nn.Sequential(nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Head(p_x_dim, self.likelihood.units))
+        self.decoder = nn.Sequential(
+            nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Head(p_x_dim, self.likelihood.units)
+        )
         self.lstm_x = Linear(x2s_dim, 4 * rnn_dim)
         if z_dim:
             self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
@@ -407,15 +564,28 @@ class VRNN(nn.Module):
         heads = [stack[-1] for stack in stacks if isinstance(stack[-1], Head)]
         to_no_relu = self.parts("lstm_x", "lstm_z") + heads
         from_no_relu = self.parts("posterior_h", "decoder_h") + [stack[0] for stack in stacks]
-        for layer in [*(layer for stack in stacks for layer in stack if type(layer) is Linear),
-                      *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h"), *to_no_relu]:
-            signs = torch.outer(*(torch.tensor([1.0] if layer in unpaired else [1.0, -1.0])
-                                  for unpaired in (to_no_relu, from_no_relu)))
-            rows, columns = (math.ceil(size / copies) for size, copies in zip(layer.weight.shape, signs.shape))
-            weight = math.sqrt(max(1, rows / columns)) * nn.init.orthogonal_(torch.empty(rows, columns))
-            weight = torch.kron(signs, weight)[:layer.out_features, :layer.in_features]
+        for layer in [
+            *(layer for stack in stacks for layer in stack if type(layer) is Linear),
+            *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h"),
+            *to_no_relu,
+        ]:
+            signs = torch.outer(
+                *(
+                    torch.tensor([1.0] if layer in unpaired else [1.0, -1.0])
+                    for unpaired in (to_no_relu, from_no_relu)
+                )
+            )
+            rows, columns = (
+                math.ceil(size / copies) for size, copies in zip(layer.weight.shape, signs.shape)
+            )
+            weight = math.sqrt(max(1, rows / columns)) * nn.init.orthogonal_(
+                torch.empty(rows, columns)
+            )
+            weight = torch.kron(signs, weight)[: layer.out_features, : layer.in_features]
             layer.weight.copy_((0.3 if layer in heads else 1.0) * weight)
-        for network, bias in zip(self.parts("posterior", "prior"), (-1.5, 0.6)):  # sigmas of 0.2 and 1.0
+        for network, bias in zip(
+            self.parts("posterior", "prior"), (-1.5, 0.6)
+        ):  # sigmas of 0.2 and 1.0
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
         self.likelihood.initialise(self.decoder[-1], sigma_gain=0.1)
@@ -427,7 +597,9 @@ class VRNN(nn.Module):
     def decode(self, phi_z, h_before):
         """Parameters of the likelihood of x_t, from phi_z(z_t), None where there is no z, and h_{t-1}."""
         from_h = self.decoder_h(h_before)
-        return self.likelihood.parameters(self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h))
+        return self.likelihood.parameters(
+            self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h)
+        )
 
     def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
         """Sample z from the posterior along x_TBX and score both; returns a Rollout. state: as returned, or
@@ -441,9 +613,23 @@ class VRNN(nn.Module):
         if self.z_dim:
             from_x, h_weight = self.into_posterior_and_lstm(phi_x)
             *layers, head, bias = self.posterior.parameters()
-            layers = [part.to(phi_x.dtype) for part in (self.lstm_z.weight, *layers, *self.phi_z.parameters())]
+            layers = [
+                part.to(phi_x.dtype)
+                for part in (self.lstm_z.weight, *layers, *self.phi_z.parameters())
+            ]
             h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-                k, torch.is_grad_enabled(), ancestors, from_x, noise, h, c, head, bias, h_weight, *layers)
+                k,
+                torch.is_grad_enabled(),
+                ancestors,
+                from_x,
+                noise,
+                h,
+                c,
+                head,
+                bias,
+                h_weight,
+                *layers,
+            )
             prior = mean_and_sigma(self.prior(h_before))
         else:
             phi_z, gates = None, self.lstm_x(phi_x).repeat_interleave(k, 1)
@@ -452,19 +638,39 @@ class VRNN(nn.Module):
         decoded = self.decode(phi_z, h_before)
         log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
         log_pz = gaussian_log_density(q_mean + q_sigma * noise, *prior)
-        log_qz = (-0.5 * noise ** 2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        log_qz = (-0.5 * noise**2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         kl = gaussian_kl(q_mean, q_sigma, *prior)
-        return Rollout(-log_px, kl.view_as(log_px), log_px + (log_pz - log_qz).view_as(log_px), q_mean, q_sigma, *prior,
-                       *decoded[:2], state=(next_h, next_c, *memory), phi_x=phi_x)
+        return Rollout(
+            -log_px,
+            kl.view_as(log_px),
+            log_px + (log_pz - log_qz).view_as(log_px),
+            q_mean,
+            q_sigma,
+            *prior,
+            *decoded[:2],
+            state=(next_h, next_c, *memory),
+            phi_x=phi_x,
+        )
 
     def into_posterior_and_lstm(self, phi_x):
         """What x adds to the posterior's first layer and the gates, (T, B, Q + 4R); h's weights there, (Q + 4R, R)."""
         for layer in (*self.posterior, *self.phi_z, *self.prior, *self.decoder):
-            if type(layer) not in (Linear, Head, nn.ReLU):  # the written-out recurrence would pass it over
-                raise UserError(f"a VRNN with a {type(layer).__name__} needs a forward of its own; write one")
-        x_weight, x_bias, h_weight = (torch.cat(both).to(phi_x.dtype) for both in (
-            (self.posterior_x.weight, self.lstm_x.weight), (self.posterior_x.bias, self.lstm_x.bias),
-            (self.posterior_h.weight, self.lstm_h.weight)))
+            if type(layer) not in (
+                Linear,
+                Head,
+                nn.ReLU,
+            ):  # the written-out recurrence would pass it over
+                raise UserError(
+                    f"a VRNN with a {type(layer).__name__} needs a forward of its own; write one"
+                )
+        x_weight, x_bias, h_weight = (
+            torch.cat(both).to(phi_x.dtype)
+            for both in (
+                (self.posterior_x.weight, self.lstm_x.weight),
+                (self.posterior_x.bias, self.lstm_x.bias),
+                (self.posterior_h.weight, self.lstm_h.weight),
+            )
+        )
         return Product.apply(phi_x, x_weight, x_bias), h_weight
 
     def __init_subclass__(cls):
@@ -478,33 +684,56 @@ class VRNN(nn.Module):
         ancestors[i]. What sees h alone runs once for all children of a particle, since few have any (not on a GPU)."""
         phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
         from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        posterior, phi_z, prior, decoder = (laid_out(network, rows, phi_x.dtype) for network in (
-            self.posterior, self.phi_z, self.prior, self.decoder))
-        from_h, gates_from_z, decoder_from_h, decoder_from_z = (framewise(weight.to(phi_x.dtype), rows) for weight in (
-            h_weight, self.lstm_z.weight, self.decoder_h.weight, self.decoder_z.weight))
-        decoder_bias, own = self.decoder_z.bias.to(phi_x.dtype), torch.arange(rows, device=x_TBX.device)
+        posterior, phi_z, prior, decoder = (
+            laid_out(network, rows, phi_x.dtype)
+            for network in (self.posterior, self.phi_z, self.prior, self.decoder)
+        )
+        from_h, gates_from_z, decoder_from_h, decoder_from_z = (
+            framewise(weight.to(phi_x.dtype), rows)
+            for weight in (
+                h_weight,
+                self.lstm_z.weight,
+                self.decoder_h.weight,
+                self.decoder_z.weight,
+            )
+        )
+        decoder_bias, own = (
+            self.decoder_z.bias.to(phi_x.dtype),
+            torch.arange(rows, device=x_TBX.device),
+        )
 
         def weigh(t, state, noise):
-            parents, parent_of, h, c, *memory = state  # h and c of the parents; parent_of: each row's, among them
+            parents, parent_of, h, c, *memory = (
+                state  # h and c of the parents; parent_of: each row's, among them
+            )
             h = h.to(phi_x.dtype)
-            below_q, gates = (from_h(h) + from_x[t, parents // k]).tensor_split([-4 * self.rnn_dim], dim=1)
-            q, p = ([part[parent_of] for part in mean_and_sigma(units)]
-                    for units in (posterior(below_q.relu()), prior(h)))
+            below_q, gates = (from_h(h) + from_x[t, parents // k]).tensor_split(
+                [-4 * self.rnn_dim], dim=1
+            )
+            q, p = (
+                [part[parent_of] for part in mean_and_sigma(units)]
+                for units in (posterior(below_q.relu()), prior(h))
+            )
             z = torch.addcmul(*q, noise)
             from_z = phi_z(z.to(phi_x.dtype))
-            below_x = (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[parent_of]).relu()
+            below_x = (
+                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[parent_of]).relu()
+            )
             decoded = self.likelihood.parameters(decoder(below_x).unsqueeze(0))
-            log_px, memory = self.likelihood.log_density(x_TBX[t:t + 1], decoded, memory, k)
+            log_px, memory = self.likelihood.log_density(x_TBX[t : t + 1], decoded, memory, k)
             log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (p, q))
             return log_px[0] + (log_pz - log_qz).view(-1, k), (from_z, parent_of, gates, c, *memory)
 
         def go_on(particles, ancestors):
             from_z, parent_of, gates, c, *memory = particles
             on_cpu = own.device.type == "cpu"
-            parents, next_parent_of = ancestors.unique(return_inverse=True) if on_cpu else (ancestors, own)
+            parents, next_parent_of = (
+                ancestors.unique(return_inverse=True) if on_cpu else (ancestors, own)
+            )
             theirs = parent_of[parents]
             h, c = lstm_cell(gates_from_z(from_z[parents]).add_(gates[theirs]), c[theirs])
             return parents, next_parent_of, h, c, *(part[ancestors] for part in memory)
+
         return (own, own, *(self.zero_state(rows) if state is None else state)), weigh, go_on
 
     def along(self, gates, h, c):
@@ -524,8 +753,11 @@ class VRNN(nn.Module):
         x, phi_x, phi_z, from_z = [], None if heard is None else self.phi_x(heard), None, 0.0
         for t in range(frames):
             if self.z_dim:
-                of_z = self.prior(h) if heard is None else self.posterior(
-                    self.posterior_x(phi_x[t]) + self.posterior_h(h))
+                of_z = (
+                    self.prior(h)
+                    if heard is None
+                    else self.posterior(self.posterior_x(phi_x[t]) + self.posterior_h(h))
+                )
                 phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(of_z), generator))
                 from_z = self.lstm_z(phi_z)
             x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
@@ -540,11 +772,14 @@ class VRNN(nn.Module):
         for name, layer in self.named_modules():
             if isinstance(layer, Linear) and name != "lstm_h":
                 norm = layer.weight.norm(dim=1, keepdim=True)
-                is_longer = norm > max_norm * (1 + 1e-6)  # but for rounding: to constrain twice is to constrain once
+                is_longer = norm > max_norm * (
+                    1 + 1e-6
+                )  # but for rounding: to constrain twice is to constrain once
                 layer.weight.mul_(torch.where(is_longer, max_norm / norm, 1.0))
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
+
 
 def importance_weighted(log_w_BK):
     """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
@@ -560,14 +795,29 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
     drawn = torch.arange(particles if model.z_dim else 1)  # without z all particles are the same
     for k in map(len, drawn.split(max(1, max_rows // batch))):
-        noise = torch.randn(frames, batch * k, model.z_dim, generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
+        noise = torch.randn(
+            frames,
+            batch * k,
+            model.z_dim,
+            generator=generator,
+            dtype=x_TBX.dtype,
+            device=x_TBX.device,
+        )
         rollout = model(x_TBX, None, noise, k)
-        rollouts.append([part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)])
-    nll_BK, kl_BK, log_w_BK = (torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts))
-    bounds = {"elbo": (-nll_BK - kl_BK).mean(1), "kl": kl_BK.mean(1), f"elbo_{particles}": log_w_BK.mean(1),
-              "log_w_std": log_w_BK.std(1, correction=0)}
+        rollouts.append(
+            [part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)]
+        )
+    nll_BK, kl_BK, log_w_BK = (
+        torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts)
+    )
+    bounds = {
+        "elbo": (-nll_BK - kl_BK).mean(1),
+        "kl": kl_BK.mean(1),
+        f"elbo_{particles}": log_w_BK.mean(1),
+        "log_w_std": log_w_BK.std(1, correction=0),
+    }
     for k in sorted(ks):
-        groups = log_w_BK[:, :particles // k * k].reshape(-1, k)
+        groups = log_w_BK[:, : particles // k * k].reshape(-1, k)
         bounds[f"iwae_{k}"] = importance_weighted(groups).view(batch, -1).mean(1)
         bounds[f"ess_iwae_{k}"] = effective_sample_size(groups).view(batch, -1).mean(1)
     return bounds
@@ -586,8 +836,9 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
     uniform_TB: on [0, 1), for the resampling. resample_last: to resample at the last frame in any case, as who carries
     the states on must: weights stay behind. Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), in
     nats), ess_TB (before resampling), resampled_TB, and as in VRNN.forward ancestors and, with gradients, the state."""
+
     def weigh(t, state, noise):
-        rollout = model(x_TBX[t:t + 1], state, noise.unsqueeze(0), k)
+        rollout = model(x_TBX[t : t + 1], state, noise.unsqueeze(0), k)
         return rollout.log_w_TBK[0], rollout.state
 
     def go_on(state, ancestors):
@@ -605,8 +856,12 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         resampled_B = ess_B < (math.inf if resample_last and t == len(x_TBX) - 1 else k / 2)
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         resampled_B1 = resampled_B.unsqueeze(1)
-        points_BK = (own_BK[0] + uniform_B.unsqueeze(1)) / k  # particle j holds floor or ceil of K w_j / sum w of them
-        drawn_BK = torch.searchsorted(log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK).clamp(max=k - 1)
+        points_BK = (
+            own_BK[0] + uniform_B.unsqueeze(1)
+        ) / k  # particle j holds floor or ceil of K w_j / sum w of them
+        drawn_BK = torch.searchsorted(
+            log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK
+        ).clamp(max=k - 1)
         ancestors = torch.where(resampled_B1, own_BK[:, :1] + drawn_BK, own_BK).flatten()
         log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
         state = go_on(particles, ancestors)
@@ -619,11 +874,15 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
 def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     """The particle filter's log_likelihood_TB from a zero state, whose mean is a bound, and ess_TB, in float64; model:
     as in estimate_bounds. No more than max_rows particles are there at once, or k."""
-    k, same, found = (k, 1, []) if model.z_dim else (1, k, [])  # without z all particles are the same: one is run
+    k, same, found = (
+        (k, 1, []) if model.z_dim else (1, k, [])
+    )  # without z all particles are the same: one is run
     drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
         uniform_TB = torch.rand(x.shape[:2], **drawn_like_x)
-        noise = (torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * len(x))
+        noise = (
+            torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * len(x)
+        )
         filtering = particle_filter(model, x, None, noise, uniform_TB, k)
         found.append((filtering.log_likelihood_TB.double(), same * filtering.ess_TB.double()))
     return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
@@ -631,8 +890,8 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
-EVAL_BATCH = 128    # windows; fixed, because the evaluation noise is drawn batch by batch
-EVAL_SEED = 2015    # not the training seed: every run is evaluated with the same noise
+EVAL_BATCH = 128  # windows; fixed, because the evaluation noise is drawn batch by batch
+EVAL_SEED = 2015  # not the training seed: every run is evaluated with the same noise
 BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
 
 
@@ -645,15 +904,19 @@ def frames_at(split, starts, frames, x_dim, corpus, generator):
     """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
     pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
     pcm = pcm.view(len(pcm), frames, x_dim).transpose(0, 1)
-    return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))
+    return normalise(
+        pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device)
+    )
 
 
-def batches_of_windows(split, frames, x_dim, corpus, device="cpu", at_most=math.inf, rank=0, processes=1):
+def batches_of_windows(
+    split, frames, x_dim, corpus, device="cpu", at_most=math.inf, rank=0, processes=1
+):
     """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised with its generator."""
     starts = window_starts(split, frames * x_dim, at_most)
     for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
         generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
-        chosen = starts[index * EVAL_BATCH:(index + 1) * EVAL_BATCH]
+        chosen = starts[index * EVAL_BATCH : (index + 1) * EVAL_BATCH]
         yield chosen, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
 
 
@@ -661,7 +924,9 @@ def window_bounds(model, corpus, split, ks, seq_frames, at_most=math.inf, smc=0)
     """The bounds of estimate_bounds on each window of a split, {name: (windows,)}; with smc > 0 particles also `smc_k`
     and `ess_smc_k` (mean over frames). All models of a size, in any number of processes, get the same noise."""
     device, mine = next(model.parameters()).device, {}
-    for starts, x_TBX, generator in batches_of_windows(split, seq_frames, model.x_dim, corpus, device, at_most, *job()):
+    for starts, x_TBX, generator in batches_of_windows(
+        split, seq_frames, model.x_dim, corpus, device, at_most, *job()
+    ):
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
@@ -676,9 +941,19 @@ def summarise(by_window, seq_frames, x_dim, corpus):
     What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles)."""
     result = {}
     for name, values in by_window.items():
-        mean, stderr = values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-        result[name] = dict(mean=mean, stderr=stderr) if name.startswith("ess") else dict(
-            nats_per_frame=mean / seq_frames, stderr=stderr and stderr / seq_frames, nats_per_sequence=mean)
+        mean, stderr = (
+            values.mean().item(),
+            (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None,
+        )
+        result[name] = (
+            dict(mean=mean, stderr=stderr)
+            if name.startswith("ess")
+            else dict(
+                nats_per_frame=mean / seq_frames,
+                stderr=stderr and stderr / seq_frames,
+                nats_per_sequence=mean,
+            )
+        )
         if not name.startswith(("kl", "log_w_std", "ess")):
             result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
@@ -699,9 +974,15 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
     p = counts[counts > 0] / counts.sum()
     bits, headers = torch.tensor(coded, dtype=torch.float64).T
     entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    flac, histogram = (samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy))  # in nats
-    found = summarise(dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
-                      seq_frames, x_dim, corpus)
+    flac, histogram = (
+        samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy)
+    )  # in nats
+    found = summarise(
+        dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
+        seq_frames,
+        x_dim,
+        corpus,
+    )
     found["flac"]["header_bytes"] = headers.mean().item()
     found["histogram"]["stderr"] = None  # of all windows at once
     return found
@@ -710,32 +991,53 @@ def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
 def flac_size(samples):
     """Bits of the audio in a FLAC file of int16 samples, at the highest compression, and bytes of the header before."""
     import soundfile
+
     file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0)
+    soundfile.write(
+        file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
+    )
     coded = file.getvalue()
-    header = coded.index(b"\xff\xf8", 42)  # so begins a frame; before it are sizes and a checksum, to 42, and text
+    header = coded.index(
+        b"\xff\xf8", 42
+    )  # so begins a frame; before it are sizes and a checksum, to 42, and text
     return 8 * (len(coded) - header), header
 
 
 def fit_linear_prediction(corpus, samples, order=16):
     """a (order,), by weighted least squares, and by turns l and the first v, of a grid; of 256 windows of train."""
-    x = torch.cat([x_TBX[0].double() for _, x_TBX, _ in batches_of_windows(
-        corpus.train, 1, samples, corpus, at_most=256)])
-    memory, first = 1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1), 0.25 ** torch.arange(8).double().view(-1, 1)
+    x = torch.cat(
+        [
+            x_TBX[0].double()
+            for _, x_TBX, _ in batches_of_windows(corpus.train, 1, samples, corpus, at_most=256)
+        ]
+    )
+    memory, first = (
+        1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1),
+        0.25 ** torch.arange(8).double().view(-1, 1),
+    )
     weights = torch.ones_like(x)
     for _ in range(6):
-        moments = sum((lags * w.unsqueeze(1)).T @ lags
-                      for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights))
+        moments = sum(
+            (lags * w.unsqueeze(1)).T @ lags
+            for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights)
+        )
         a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        best = linear_prediction(x[::8], a, memory, first).mean(2).argmax()  # of fewer: it is tried often
+        best = (
+            linear_prediction(x[::8], a, memory, first).mean(2).argmax()
+        )  # of fewer: it is tried often
         fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
-        weights = 1 / torch.stack([v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1)
+        weights = 1 / torch.stack(
+            [v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1
+        )
     return fitted
 
 
 def linear_prediction(x, a, memory, first):
     """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
-    return sum(-0.5 * (squared / v + (2 * math.pi * v).log()) for squared, v in squares_and_levels(x, a, memory, first))
+    return sum(
+        -0.5 * (squared / v + (2 * math.pi * v).log())
+        for squared, v in squares_and_levels(x, a, memory, first)
+    )
 
 
 def squares_and_levels(x, a, memory, v):
@@ -752,45 +1054,72 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     lengths = np.diff(split.offsets) // model.x_dim
     usable = np.flatnonzero(lengths)
     chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
-    chosen = chosen[lengths[chosen].argsort(kind="stable")]  # so that little of a batch lies after the end
+    chosen = chosen[
+        lengths[chosen].argsort(kind="stable")
+    ]  # so that little of a batch lies after the end
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     frames, nats, ess, found = lengths[chosen], [], [], {}
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
-        audio = [frames_at(split, split.offsets[[i]], lengths[i], model.x_dim, corpus, generator)[:, 0] for i in batch]
+        audio = [
+            frames_at(split, split.offsets[[i]], lengths[i], model.x_dim, corpus, generator)[:, 0]
+            for i in batch
+        ]
         estimate_TB, ess_TB = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
         nats += [estimate_TB[len(x_TX) - 1, b].item() for b, x_TX in enumerate(audio)]
-        ess += [ess_TB[:len(x_TX), b].sum().item() for b, x_TX in enumerate(audio)]
-    bits = np.array([flac_size(*split.read(split.offsets[[i]], lengths[i] * model.x_dim))[0] for i in chosen])
+        ess += [ess_TB[: len(x_TX), b].sum().item() for b, x_TX in enumerate(audio)]
+    bits = np.array(
+        [flac_size(*split.read(split.offsets[[i]], lengths[i] * model.x_dim))[0] for i in chosen]
+    )
     flac = frames * model.x_dim * math.log(corpus.std) - bits * math.log(2)
     for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": flac}.items():
         mean = of_recordings.sum() / frames.sum()
         deviations = (of_recordings - mean * frames) / frames.mean()
-        found[name] = dict(recordings=len(chosen), frames=int(frames.sum()), nats_per_frame=mean,
-                           stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
-                           bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std))
+        found[name] = dict(
+            recordings=len(chosen),
+            frames=int(frames.sum()),
+            nats_per_frame=mean,
+            stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
+            bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
+        )
     found[f"smc_{k}"]["ess"] = sum(ess) / frames.sum()
     return found
 
 
 def describe_corpus(corpus):
-    return dict(file=Path(corpus.path).name, created_by=corpus.created_by, mean=corpus.mean, std=corpus.std,
-                samples={split: len(getattr(corpus, split).audio) for split in SPLITS})
+    return dict(
+        file=Path(corpus.path).name,
+        created_by=corpus.created_by,
+        mean=corpus.mean,
+        std=corpus.std,
+        samples={split: len(getattr(corpus, split).audio) for split in SPLITS},
+    )
 
 
 def windows_table(by_window, seq_frames):
     """A line per window of the test split, in order: its bounds in nats per frame, for paired comparisons of runs."""
     names = [name for name in by_window if name.startswith(("kl", *BOUNDS))]
     rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1).tolist()
-    return "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)]) + "\n"
+    return (
+        "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)])
+        + "\n"
+    )
 
 
 def evaluation_table(result):
     """Yield what is printed of eval.json, a line for each bound."""
-    whole = {f"{name} of {found['recordings']} whole recordings": found
-             for name, found in result.get("whole_recordings", {}).items()}
+    whole = {
+        f"{name} of {found['recordings']} whole recordings": found
+        for name, found in result.get("whole_recordings", {}).items()
+    }
     for name, bound in (result["bounds"] | result["yardsticks"] | whole).items():
-        stderr = "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"  # one window has none
-        bits = f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample" if "bits_per_sample" in bound else ""
+        stderr = (
+            "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"
+        )  # one window has none
+        bits = (
+            f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample"
+            if "bits_per_sample" in bound
+            else ""
+        )
         yield f"test {name:20} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}"
 
 
@@ -799,18 +1128,30 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     """Speech as .wav files, as loud as it comes, at most `frames` long: real_N, beginnings of the longest recordings;
     sample_N, generated; of a VRNN also resynthesised_N, and continued_N after the first `given` frames of real_N."""
     import soundfile
+
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     lengths = np.diff(split.offsets) // model.x_dim
-    longest = lengths.argsort(kind="stable")[::-1][:min(count, np.count_nonzero(lengths))]
-    real = frames_at(split, split.offsets[longest], min(frames, lengths[longest[-1]]), model.x_dim, corpus, generator)
+    longest = lengths.argsort(kind="stable")[::-1][: min(count, np.count_nonzero(lengths))]
+    real = frames_at(
+        split,
+        split.offsets[longest],
+        min(frames, lengths[longest[-1]]),
+        model.x_dim,
+        corpus,
+        generator,
+    )
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if isinstance(model, VRNN):
         heard = real[:given]
         noise = torch.randn(*heard.shape[:2], model.z_dim, generator=generator, device=heard.device)
-        goes_on = model.generate(frames - len(heard), len(longest), generator, model(heard, noise=noise).state)
-        speech |= dict(continued=torch.cat((heard, goes_on)),
-                       resynthesised=model.generate(len(real), len(longest), generator, heard=real))
+        goes_on = model.generate(
+            frames - len(heard), len(longest), generator, model(heard, noise=noise).state
+        )
+        speech |= dict(
+            continued=torch.cat((heard, goes_on)),
+            resynthesised=model.generate(len(real), len(longest), generator, heard=real),
+        )
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
@@ -820,8 +1161,25 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 10  # updates in a row
-SIZES = ("x_dim", "z_dim", "rnn_dim", "q_z_dim", "p_z_dim", "p_x_dim", "x2s_dim", "z2s_dim", "ar_order")  # of a VRNN
-OF_EVALUATION = ("data", "out_dir", "device", "seq_frames", "eval_k", "eval_recordings")  # beside --evaluate
+SIZES = (
+    "x_dim",
+    "z_dim",
+    "rnn_dim",
+    "q_z_dim",
+    "p_z_dim",
+    "p_x_dim",
+    "x2s_dim",
+    "z2s_dim",
+    "ar_order",
+)  # of a VRNN
+OF_EVALUATION = (
+    "data",
+    "out_dir",
+    "device",
+    "seq_frames",
+    "eval_k",
+    "eval_recordings",
+)  # beside --evaluate
 
 
 class Training:
@@ -833,7 +1191,9 @@ class Training:
     def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
         self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
         script = script_of(type(h))
-        self.config = json.loads(json.dumps({**dataclasses.asdict(h), "script": script, "name": name or script}))
+        self.config = json.loads(
+            json.dumps({**dataclasses.asdict(h), "script": script, "name": name or script})
+        )
         del self.config["evaluate"]
         self.processes = start_processes(h.batch_size)
         self.folder, self.device = RunFolder(h), choose_device(h.device)
@@ -842,51 +1202,102 @@ class Training:
         if model is None:
             torch.manual_seed(h.seed)
             model = VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
-        for option, feature in dict(weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16").items():
+        for option, feature in dict(
+            weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16"
+        ).items():
             if getattr(h, option) and not hasattr(model, feature) and not h.evaluate:
                 off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
-                raise UserError(f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it")
+                raise UserError(
+                    f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it"
+                )
         if h.mirrored_init and not h.evaluate:
             model.mirror()
         self.model, self.config["model_class"] = model.to(self.device), type(model).__name__
         if h.init_from and not (h.resume or h.evaluate):
-            load_checkpoint(h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"]))
-        self.averaged = copy.deepcopy(self.model, {id(b): b for b in self.model.buffers()}).eval()  # but for buffers
+            load_checkpoint(
+                h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"])
+            )
+        self.averaged = copy.deepcopy(
+            self.model, {id(b): b for b in self.model.buffers()}
+        ).eval()  # but for buffers
         self.progress, self.log = dict(updates=0, seconds=0.0, best=-math.inf), []
         self.create_state()
         load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
         self.folder.start(self.config, self.log)
         if is_first() and not h.evaluate:
-            print(f"{self.config['name']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on "
-                  f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
-                  f"log in {self.folder.log}", flush=True)
+            print(
+                f"{self.config['name']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on "
+                f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
+                f"log in {self.folder.log}",
+                flush=True,
+            )
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
         h, model = self.h, self.model
         model.bf16 = h.bf16
-        self.optimiser = torch.optim.Adam(model.parameters(), lr=torch.tensor(h.lr, device=self.device), fused=True,
-                                          capturable=self.device.type == "cuda")
-        for p in model.parameters():  # as its first step would create it, so that it can be restored in place
-            self.optimiser.state[p] = dict(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(p),
-                                           exp_avg_sq=torch.zeros_like(p))
-        self.generator = torch.Generator(self.device).manual_seed(h.seed)  # of dequantisation and latent noise
+        self.optimiser = torch.optim.Adam(
+            model.parameters(),
+            lr=torch.tensor(h.lr, device=self.device),
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+        for p in (
+            model.parameters()
+        ):  # as its first step would create it, so that it can be restored in place
+            self.optimiser.state[p] = dict(
+                step=torch.zeros((), device=self.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
+        self.generator = torch.Generator(self.device).manual_seed(
+            h.seed
+        )  # of dequantisation and latent noise
         self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
         sequences = h.batch_size // self.processes
         self.state, self.next_state = (  # before and after the window
-            tuple(part.clone() for part in model.zero_state(sequences * self.particles)) for _ in range(2))
-        self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device)
-        self.counts = SimpleNamespace(**{name: torch.tensor(zero, device=self.device) for name, zero in dict(
-            updates=0, clipped=0, skipped=0, skipped_in_a_row=0, loss_sum=0.0, losses=0.0, grad_norm=0.0).items()})
+            tuple(part.clone() for part in model.zero_state(sequences * self.particles))
+            for _ in range(2)
+        )
+        self.pcm = torch.zeros(
+            h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device
+        )
+        self.counts = SimpleNamespace(
+            **{
+                name: torch.tensor(zero, device=self.device)
+                for name, zero in dict(
+                    updates=0,
+                    clipped=0,
+                    skipped=0,
+                    skipped_in_a_row=0,
+                    loss_sum=0.0,
+                    losses=0.0,
+                    grad_norm=0.0,
+                ).items()
+            }
+        )
 
     def begin(self):
         """Start the log and the excerpts, or go on from the state in the run folder."""
         h = self.h
-        versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-        self.log = [dict(config=self.config, particles=self.particles, replays=self.replays, processes=self.processes,
-                         commit=commit(), device=describe(self.device), data=describe_corpus(self.corpus),
-                         versions=versions)]
-        self.excerpts = Excerpts(self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed)
+        versions = dict(
+            python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__
+        )
+        self.log = [
+            dict(
+                config=self.config,
+                particles=self.particles,
+                replays=self.replays,
+                processes=self.processes,
+                commit=commit(),
+                device=describe(self.device),
+                data=describe_corpus(self.corpus),
+                versions=versions,
+            )
+        ]
+        self.excerpts = Excerpts(
+            self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed
+        )
         for held_out in (self.corpus.valid, self.corpus.test):
             window_starts(held_out, h.seq_frames * h.x_dim)  # refused now, not after the training
         self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
@@ -896,11 +1307,20 @@ class Training:
 
     def take_trained(self, checkpoint):
         """Parameters and settings of what is to be evaluated, and mean and std of what it was trained on."""
-        trained, model_class = json.loads(json.dumps(checkpoint["config"])), self.config["model_class"]
-        if trained.get("model_class", model_class) != model_class:  # to which the same parameters mean something else
-            raise ValueError(f"it holds another model than this {model_class}, a {trained['model_class']}")
+        trained, model_class = (
+            json.loads(json.dumps(checkpoint["config"])),
+            self.config["model_class"],
+        )
+        if (
+            trained.get("model_class", model_class) != model_class
+        ):  # to which the same parameters mean something else
+            raise ValueError(
+                f"it holds another model than this {model_class}, a {trained['model_class']}"
+            )
         self.averaged.load_state_dict(checkpoint["model"])
-        self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))
+        self.corpus.mean, self.corpus.std, self.progress["updates"] = (
+            checkpoint[x] for x in ("mean", "std", "update")
+        )
         self.config |= {name: value for name, value in trained.items() if name not in OF_EVALUATION}
 
     def window(self):
@@ -910,7 +1330,7 @@ class Training:
         x_TBX = normalise(self.pcm, self.corpus, uniform)
         if h.x_noise:
             done = self.counts.updates / h.x_noise_updates
-            sigma = torch.where(done < 1, h.x_noise * 0.01 ** done, 0.0)
+            sigma = torch.where(done < 1, h.x_noise * 0.01**done, 0.0)
             x_TBX = x_TBX + sigma * self.draw(torch.randn, h.batch_size, h.x_dim)
         return x_TBX
 
@@ -920,7 +1340,9 @@ class Training:
 
     def draw(self, distribution, rows, width):
         """(T, rows of this process, width); drawn for all rows, so that it is the same for any number of processes."""
-        drawn = distribution(self.h.seq_frames, rows, width, generator=self.generator, device=self.device)
+        drawn = distribution(
+            self.h.seq_frames, rows, width, generator=self.generator, device=self.device
+        )
         return drawn[:, my_part(rows)]
 
     @torch.no_grad()
@@ -933,7 +1355,9 @@ class Training:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if self.processes > 1 and replace_non_finite:
-            raise UserError("--as_published: what the 2016 scripts did runs in one process; start without torchrun")
+            raise UserError(
+                "--as_published: what the 2016 scripts did runs in one process; start without torchrun"
+            )
         if self.processes > 1:
             total = nn.utils.parameters_to_vector([*gradients, loss])
             dist.all_reduce(total)
@@ -941,11 +1365,15 @@ class Training:
         if divide_by != 1:
             torch._foreach_div_(gradients, divide_by)
         norm = nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, (self.grad_clip / divide_by * (norm + 1e-6).reciprocal()).clamp(max=1))
+        torch._foreach_mul_(
+            gradients, (self.grad_clip / divide_by * (norm + 1e-6).reciprocal()).clamp(max=1)
+        )
         norm = divide_by * norm
         is_finite = norm.isfinite() & loss.isfinite()
         if h.lr_updates:
-            self.optimiser.param_groups[0]["lr"].copy_(h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01))
+            self.optimiser.param_groups[0]["lr"].copy_(
+                h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01)
+            )
         if replace_non_finite:
             for p in parameters:
                 p.grad.copy_(torch.where(is_finite, p.grad, 0.1 * p))
@@ -956,7 +1384,9 @@ class Training:
         if h.weight_norm:
             self.model.constrain_weights(h.weight_norm)
         share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):  # single updates jump by nats
+        for averaged, p in zip(
+            self.averaged.parameters(), self.model.parameters()
+        ):  # single updates jump by nats
             averaged.lerp_(p, share)
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
@@ -988,7 +1418,10 @@ class Training:
                 update()
             update = graph.replay
         except RuntimeError as error:
-            print(f"no CUDA graph ({first_line(error.__context__ or error)}); kernels are launched singly", flush=True)
+            print(
+                f"no CUDA graph ({first_line(error.__context__ or error)}); kernels are launched singly",
+                flush=True,
+            )
             self.generator = torch.Generator(self.device)  # the capture may still hold the other
             self.optimiser.zero_grad()
         self.allow_tf32(False)
@@ -1006,7 +1439,12 @@ class Training:
         h, progress = self.h, self.progress
         if h.evaluate:
             return
-        bar = tqdm(total=h.max_updates, initial=progress["updates"], unit=" updates", disable=not is_first() or None)
+        bar = tqdm(
+            total=h.max_updates,
+            initial=progress["updates"],
+            unit=" updates",
+            disable=not is_first() or None,
+        )
         with stop_requests() as received, bar:
             while progress["updates"] < h.max_updates:
                 started = time.monotonic()
@@ -1015,28 +1453,41 @@ class Training:
                 yield
                 self.allow_tf32(False)
                 progress["updates"] += 1
-                is_due = progress["updates"] % h.monitor_every == 0 or progress["updates"] >= h.max_updates
+                is_due = (
+                    progress["updates"] % h.monitor_every == 0
+                    or progress["updates"] >= h.max_updates
+                )
                 if is_due:
                     self.counts.updates.item()  # wait for the device
                 progress["seconds"] += time.monotonic() - started
                 bar.update()
-                if progress["updates"] % MAX_SKIPPED == 0 and self.counts.skipped_in_a_row >= MAX_SKIPPED:
-                    raise UserError(f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
-                                    f"update {progress['updates']}; start again with a lower --lr or --grad_clip")
+                if (
+                    progress["updates"] % MAX_SKIPPED == 0
+                    and self.counts.skipped_in_a_row >= MAX_SKIPPED
+                ):
+                    raise UserError(
+                        f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
+                        f"update {progress['updates']}; start again with a lower --lr or --grad_clip"
+                    )
                 if is_due:
                     self.monitor()
                 if signal_number := max(gather(max(received, default=0))):
                     self.folder.save(self.folder.last, self.checkpoint())
                     if is_first():
-                        print(f"stopped after update {progress['updates']}; go on with the same command and --resume")
+                        print(
+                            f"stopped after update {progress['updates']}; go on with the same command and --resume"
+                        )
                     sys.exit(128 + signal_number)
 
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
         windows, replay = divmod(self.progress["updates"], self.replays)
         batch, window = divmod(windows, self.h.reset_freq)
-        self.read_ahead = {i: self.read_ahead.get(i) or self.reader.submit(
-            self.excerpts.batch, i, self.device.type == "cuda") for i in (batch, batch + 1)}  # by a thread
+        self.read_ahead = {
+            i: self.read_ahead.get(i)
+            or self.reader.submit(self.excerpts.batch, i, self.device.type == "cuda")
+            for i in (batch, batch + 1)
+        }  # by a thread
         self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
         if replay == 0:
             for before, after in zip(self.state, self.next_state):
@@ -1045,13 +1496,25 @@ class Training:
     def monitor(self):
         """A log line with held-out bounds, best.pt where iwae_k, of every objective, is highest yet, and last.pt."""
         h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
-        by_window = window_bounds(self.averaged, self.corpus, self.corpus.valid, h.eval_k[:1], h.seq_frames,
-                                  h.monitor_windows, smc=h.eval_k[0] if self.monitor_smc else 0)
+        by_window = window_bounds(
+            self.averaged,
+            self.corpus,
+            self.corpus.valid,
+            h.eval_k[:1],
+            h.seq_frames,
+            h.monitor_windows,
+            smc=h.eval_k[0] if self.monitor_smc else 0,
+        )
         line = dict(
-            update=progress["updates"], sequences=progress["updates"] * h.batch_size, seconds=progress["seconds"],
+            update=progress["updates"],
+            sequences=progress["updates"] * h.batch_size,
+            seconds=progress["seconds"],
             train_loss=(counts.loss_sum / counts.losses).item() if counts.losses else None,
-            grad_norm=counts.grad_norm.item(), clipped=counts.clipped.item(), skipped=counts.skipped.item(),
-            valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus))
+            grad_norm=counts.grad_norm.item(),
+            clipped=counts.clipped.item(),
+            skipped=counts.skipped.item(),
+            valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus),
+        )
         counts.loss_sum.zero_()
         counts.losses.zero_()
         self.log.append(line)
@@ -1060,19 +1523,37 @@ class Training:
                 log.write(json.dumps(line) + "\n")
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
-        tracked, checkpoint = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"], self.checkpoint()
+        tracked, checkpoint = (
+            line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"],
+            self.checkpoint(),
+        )
         if tracked > progress["best"]:
             progress["best"] = tracked
-            folder.save(folder.best, {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]})
+            folder.save(
+                folder.best,
+                {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]},
+            )
         folder.save(folder.last, checkpoint)
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
-        states = {i: torch.cat(gather(part.cpu())) for i, part in enumerate(self.state + self.next_state)}
-        return dict(config=self.config, mean=self.corpus.mean, std=self.corpus.std, update=self.progress["updates"],
-                    model=self.model.state_dict(), averaged=self.averaged.state_dict(), states=states,
-                    counts=vars(self.counts), optimiser=self.optimiser.state_dict(), log=self.log,
-                    generator=self.generator.get_state(), progress=self.progress)
+        states = {
+            i: torch.cat(gather(part.cpu())) for i, part in enumerate(self.state + self.next_state)
+        }
+        return dict(
+            config=self.config,
+            mean=self.corpus.mean,
+            std=self.corpus.std,
+            update=self.progress["updates"],
+            model=self.model.state_dict(),
+            averaged=self.averaged.state_dict(),
+            states=states,
+            counts=vars(self.counts),
+            optimiser=self.optimiser.state_dict(),
+            log=self.log,
+            generator=self.generator.get_state(),
+            progress=self.progress,
+        )
 
     def restore(self, checkpoint):
         """Go on from a state, in place. UserError where it is of another run; a damaged one may raise anything."""
@@ -1084,37 +1565,58 @@ class Training:
         self.generator.set_state(checkpoint["generator"])
         for name, count in vars(self.counts).items():
             count.copy_(checkpoint["counts"][name])
-        for part, saved in zip(self.state + self.next_state, checkpoint["states"].values(), strict=True):
+        for part, saved in zip(
+            self.state + self.next_state, checkpoint["states"].values(), strict=True
+        ):
             part.copy_(saved[my_part(len(saved))].view_as(part))
         for i, moments in enumerate(self.optimiser.state.values()):
             for name, tensor in moments.items():
                 tensor.copy_(checkpoint["optimiser"]["state"][i][name])
-        self.progress |= {name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()}
+        self.progress |= {
+            name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()
+        }
         if self.progress["updates"] != checkpoint["update"]:
             raise ValueError("its numbers of updates differ")
         if checkpoint["update"] > self.h.max_updates:
-            raise UserError(f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; give no fewer")
+            raise UserError(
+                f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; give no fewer"
+            )
 
     def finish(self):
         """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
         h, folder, model, corpus = self.h, self.folder, self.averaged, self.corpus
         if not h.evaluate:
             if not folder.best.exists():
-                raise UserError(f"{folder.best} is missing, or no bound was finite; start again, with a lower --lr")
+                raise UserError(
+                    f"{folder.best} is missing, or no bound was finite; start again, with a lower --lr"
+                )
             load_checkpoint(folder.best, "--resume", self.take_trained)
         smc = max(h.eval_k)
         by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
         if is_first():
-            result = dict(script=self.config["script"], name=self.config["name"],
-                          checkpoint=h.evaluate or folder.best.name, data=describe_corpus(corpus), split="test",
-                          update=self.progress["updates"], windows=len(by_window["elbo"]), frames=h.seq_frames,
-                          bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
-                          yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim))
+            result = dict(
+                script=self.config["script"],
+                name=self.config["name"],
+                checkpoint=h.evaluate or folder.best.name,
+                data=describe_corpus(corpus),
+                split="test",
+                update=self.progress["updates"],
+                windows=len(by_window["elbo"]),
+                frames=h.seq_frames,
+                bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
+                yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim),
+            )
             if h.eval_recordings:
-                result["whole_recordings"] = evaluate_recordings(model, corpus, corpus.test, smc, h.eval_recordings)
+                result["whole_recordings"] = evaluate_recordings(
+                    model, corpus, corpus.test, smc, h.eval_recordings
+                )
             write_durably(folder.windows, windows_table(by_window, h.seq_frames))
             write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
-            print(f"{h.evaluate or folder.best}, update {result['update']:,}", *evaluation_table(result), sep="\n")
+            print(
+                f"{h.evaluate or folder.best}, update {result['update']:,}",
+                *evaluation_table(result),
+                sep="\n",
+            )
             if hasattr(model, "generate"):
                 write_samples(model, corpus, corpus.test, folder.samples)
             print(folder.eval, flush=True)
@@ -1127,22 +1629,32 @@ def ensure_demo_data(path):
     if path == DEMO["data"] and not Path(path).exists() and is_first():
         print(f"making synthetic demo data in {path}", flush=True)
         script = Path(__file__).with_name("prepare_blizzard.py")
-        if status := subprocess.run([sys.executable, script, "--demo"], stdout=subprocess.DEVNULL).returncode:
+        if status := subprocess.run(
+            [sys.executable, script, "--demo"], stdout=subprocess.DEVNULL
+        ).returncode:
             sys.exit(status)
     gather("the data is there")
 
 
 def progress_line(h, line):
     bound, rate = f"iwae_{h.eval_k[0]}", line["update"] / line["seconds"]
-    nats = " ".join(f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl"))
+    nats = " ".join(
+        f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl")
+    )
     skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""
-    return (f"update {line['update']:,} | {line['sequences']:,} sequences | valid {nats} nats/frame | "
-            f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s{skipped}")
+    return (
+        f"update {line['update']:,} | {line['sequences']:,} sequences | valid {nats} nats/frame | "
+        f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s{skipped}"
+    )
 
 
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
-FREE_ON_RESUME = {"max_updates", "monitor_every", "out_dir"}  # nothing in the state of a run depends on them
+FREE_ON_RESUME = {
+    "max_updates",
+    "monitor_every",
+    "out_dir",
+}  # nothing in the state of a run depends on them
 ANOTHER_RUN = "start another --out_dir, with --init_from best.pt or last.pt, if whole, to keep what was learnt"
 
 
@@ -1151,13 +1663,28 @@ class RunFolder:
 
     def __init__(self, h):
         folder = self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = map(folder.joinpath, (
-            "config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "windows.csv", "samples"))
+        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = map(
+            folder.joinpath,
+            (
+                "config.json",
+                "log.jsonl",
+                "last.pt",
+                "best.pt",
+                "eval.json",
+                "windows.csv",
+                "samples",
+            ),
+        )
         has_state = self.last.exists()
         if h.resume and not has_state:
-            raise UserError(f"--resume: there is no {self.last} to go on from; start without --resume")
+            raise UserError(
+                f"--resume: there is no {self.last} to go on from; start without --resume"
+            )
         if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
-            remedy = "pass --resume to go on with it, or " * (has_state and not h.evaluate) + "give another --out_dir"
+            remedy = (
+                "pass --resume to go on with it, or " * (has_state and not h.evaluate)
+                + "give another --out_dir"
+            )
             raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
 
     def start(self, config, log):
@@ -1177,20 +1704,28 @@ class RunFolder:
                 with durably(path) as partial:
                     torch.save(checkpoint, partial)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{path} cannot be written ({first_line(error)}); make room and --resume") from None
+                raise UserError(
+                    f"{path} cannot be written ({first_line(error)}); make room and --resume"
+                ) from None
 
 
 def refuse_changes(before, now):
     """UserError where the state that is saved does not fit what the header of the log would be now."""
-    was, is_now = ({**header["config"], "data": header["data"], "device": header["device"][:4]}
-                   for header in (before, now))
+    was, is_now = (
+        {**header["config"], "data": header["data"], "device": header["device"][:4]}
+        for header in (before, now)
+    )
     for name in is_now:
         if name not in FREE_ON_RESUME and was.get(name) != is_now[name]:
-            raise UserError(f"--resume: --{name} was {was.get(name)} and is now {is_now[name]}, which does not fit the "
-                            "saved state; give the old value, or start another --out_dir")
+            raise UserError(
+                f"--resume: --{name} was {was.get(name)} and is now {is_now[name]}, which does not fit the "
+                "saved state; give the old value, or start another --out_dir"
+            )
 
 
-PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)  # what it takes to evaluate a checkpoint
+PARTS = dict(
+    model=dict, config=dict, update=int, mean=float, std=float
+)  # what it takes to evaluate a checkpoint
 
 
 def load_checkpoint(path, option, use=lambda checkpoint: None):
@@ -1203,7 +1738,11 @@ def load_checkpoint(path, option, use=lambda checkpoint: None):
         for part, kind in PARTS.items():
             if not isinstance(checkpoint.get(part), kind):
                 raise ValueError(f"it has no usable {part}")
-        if not (math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf and checkpoint["update"] >= 0):
+        if not (
+            math.isfinite(checkpoint["mean"])
+            and 0 < checkpoint["std"] < math.inf
+            and checkpoint["update"] >= 0
+        ):
             raise ValueError("its mean, std or update is out of range")
         if not all(p.isfinite().all() for p in checkpoint["model"].values()):
             raise ValueError("its parameters are not finite")
@@ -1215,7 +1754,9 @@ def load_checkpoint(path, option, use=lambda checkpoint: None):
         why = f"is not a usable checkpoint ({first_line(error)})"
         if isinstance(error, FileNotFoundError):
             why = "does not exist"
-        elif of_model := re.search(r"loading state_dict for (\w+)", str(error)):  # so PyTorch says it
+        elif of_model := re.search(
+            r"loading state_dict for (\w+)", str(error)
+        ):  # so PyTorch says it
             why = f"holds another model than this {of_model[1]}, or one of other sizes"
         remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
         raise UserError(f"{option}: {path} {why}; {remedy}") from None
@@ -1223,7 +1764,16 @@ def load_checkpoint(path, option, use=lambda checkpoint: None):
 
 def commit():
     """The commit of this code, with + where a file differs from it; None outside a repository."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    git = [
+        "git",
+        "-C",
+        Path(__file__).parent,
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+",
+    ]
     with contextlib.suppress(OSError):  # where there is no git
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
@@ -1231,17 +1781,64 @@ def commit():
 # ---- hyperparameters ------------------------------------------------------------------------------------------------
 
 # What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
-DEMO = dict(data="data/demo.h5", x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32,
-            ar_order=16, batch_size=16, lr=1e-3, max_updates=1000, monitor_every=50, x_noise_updates=500)
+DEMO = dict(
+    data="data/demo.h5",
+    x2s_dim=128,
+    z2s_dim=128,
+    q_z_dim=128,
+    p_z_dim=128,
+    p_x_dim=128,
+    rnn_dim=128,
+    z_dim=32,
+    ar_order=16,
+    batch_size=16,
+    lr=1e-3,
+    max_updates=1000,
+    monitor_every=50,
+    x_noise_updates=500,
+)
 
 MOST = 1_000_000_000
-RANGES = {name: (1, MOST) for name in ("k", *SIZES, "seq_frames", "reset_freq", "batch_size", "max_updates",
-                                       "monitor_every", "monitor_windows", "eval_k", "x_noise_updates")}
-RANGES |= {name: (0, MOST) for name in ("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings", "grad_clip",
-                                        "weight_norm", "x_noise")} | dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
+RANGES = {
+    name: (1, MOST)
+    for name in (
+        "k",
+        *SIZES,
+        "seq_frames",
+        "reset_freq",
+        "batch_size",
+        "max_updates",
+        "monitor_every",
+        "monitor_windows",
+        "eval_k",
+        "x_noise_updates",
+    )
+}
+RANGES |= {
+    name: (0, MOST)
+    for name in (
+        "z_dim",
+        "ar_order",
+        "seed",
+        "lr_updates",
+        "eval_recordings",
+        "grad_clip",
+        "weight_norm",
+        "x_noise",
+    )
+} | dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
 RESERVED = ("resume", "demo", "help", "script", "name", "model_class")
-NEEDED = {*RANGES, "data", "out_dir", "device", "bf16", "mirrored_init", "dequantize", "init_from", "evaluate"} - {
-    "k", *SIZES[1:]}  # by Training
+NEEDED = {
+    *RANGES,
+    "data",
+    "out_dir",
+    "device",
+    "bf16",
+    "mirrored_init",
+    "dequantize",
+    "init_from",
+    "evaluate",
+} - {"k", *SIZES[1:]}  # by Training
 
 
 def parse(script, argv=None):
@@ -1250,27 +1847,51 @@ def parse(script, argv=None):
     CHECKPOINT, what is not given is the checkpoint's. Returns an instance, with `resume` set. Raises UserError."""
     kinds = kinds_of(script)
     parser = OneLineParser(
-        prog=f"{script_of(script)}.py", description=sys.modules[script.__module__].__doc__, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = dict(found for cls in reversed(script.__mro__[:-1])
-                    for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE))
+        prog=f"{script_of(script)}.py",
+        description=sys.modules[script.__module__].__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comments = dict(
+        found
+        for cls in reversed(script.__mro__[:-1])
+        for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE)
+    )
     for field in dataclasses.fields(script):
         about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        how = dict(action=argparse.BooleanOptionalAction) if kinds[field.name] is bool else dict(
-            type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
+        how = (
+            dict(action=argparse.BooleanOptionalAction)
+            if kinds[field.name] is bool
+            else dict(type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
+        )
         parser.add_argument(f"--{field.name}", help=about, **how)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from last.pt in out_dir")
-    parser.add_argument("--demo", action="store_true", default=False,
-                        help="small sizes and synthetic data, for about three minutes on two CPU cores")
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on from last.pt in out_dir"
+    )
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        default=False,
+        help="small sizes and synthetic data, for about three minutes on two CPU cores",
+    )
     given = vars(parser.parse_args(argv))
     changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given["demo"] else {}
     if path := given.get("evaluate"):
         for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
-            raise UserError(f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
-                            "sizes from the checkpoint; leave it out")
-        config = {"ar_order": 0, **load_checkpoint(path, "--evaluate")["config"]}  # older ones have none
-        changed |= {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-                    if name not in ("out_dir", "device", "evaluate")}
+            raise UserError(
+                f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
+                "sizes from the checkpoint; leave it out"
+            )
+        config = {
+            "ar_order": 0,
+            **load_checkpoint(path, "--evaluate")["config"],
+        }  # older ones have none
+        changed |= {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in config.items()
+            if name not in ("out_dir", "device", "evaluate")
+        }
     h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
     check_values(h, kinds)
     h.resume = given["resume"]
@@ -1284,17 +1905,31 @@ def script_of(cls):
 def kinds_of(script):
     """{field: type} of a script's dataclass. Raises UserError where a line of it cannot become a flag."""
     kinds = typing.get_type_hints(script)
-    with_default = {f.name for f in dataclasses.fields(script) if f.default is not dataclasses.MISSING}
-    without_type = [name for cls in script.__mro__[:-1] for name, value in vars(cls).items()
-                    if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")
-                            or name in inspect.get_annotations(cls))]
+    with_default = {
+        f.name for f in dataclasses.fields(script) if f.default is not dataclasses.MISSING
+    }
+    without_type = [
+        name
+        for cls in script.__mro__[:-1]
+        for name, value in vars(cls).items()
+        if not (
+            name.startswith("_")
+            or callable(value)
+            or hasattr(value, "__get__")
+            or name in inspect.get_annotations(cls)
+        )
+    ]
     for name, kind in (kinds | dict.fromkeys(without_type)).items():
         if kind not in FROM_TEXT or name not in with_default - {*RESERVED}:
-            raise UserError(f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
-                            "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and by no name of "
-                            f"{', '.join(RESERVED)}")
+            raise UserError(
+                f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
+                "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and by no name of "
+                f"{', '.join(RESERVED)}"
+            )
     for name in sorted(NEEDED - kinds.keys()):
-        raise UserError(f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py")
+        raise UserError(
+            f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py"
+        )
     return kinds
 
 
@@ -1306,9 +1941,17 @@ def whole_number(text):
     return int(number)
 
 
-FROM_TEXT = {int: whole_number, float: float, str: str, bool: bool,
-             tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(",")))}
-whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = "whole number", "comma-separated list of whole numbers"
+FROM_TEXT = {
+    int: whole_number,
+    float: float,
+    str: str,
+    bool: bool,
+    tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(","))),
+}
+whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = (
+    "whole number",
+    "comma-separated list of whole numbers",
+)
 
 
 def check_values(h, kinds):
@@ -1322,14 +1965,19 @@ def check_values(h, kinds):
             raise UserError(f"--{name}={value!r} is no {FROM_TEXT[kind].__name__}; give one")
         least, most = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
         if kind not in (str, bool) and not all(least <= part <= most for part in parts):
-            raise UserError(f"--{name}={value} is out of range; give a number of at least {least}, at most {most}")
+            raise UserError(
+                f"--{name}={value} is out of range; give a number of at least {least}, at most {most}"
+            )
     if not h.out_dir:
         raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
     if getattr(h, "z_dim", 1) == 0 and getattr(h, "k", 1) > 1:
-        raise UserError(f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; give --k=1")
+        raise UserError(
+            f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; give --k=1"
+        )
 
 
 # ---- excerpts -------------------------------------------------------------------------------------------------------
+
 
 class Excerpts:
     """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone. Each
@@ -1343,20 +1991,29 @@ class Excerpts:
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         if self.batches_per_epoch == 0:
-            raise UserError(f"train has {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
-                            f"--batch_size={batch_size}; give a smaller one or --reset_freq, or more recordings")
+            raise UserError(
+                f"train has {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
+                f"--batch_size={batch_size}; give a smaller one or --reset_freq, or more recordings"
+            )
 
     def batch(self, index, is_pinned=False):
         """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
         epoch, index = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
-            order, shift = random.permutation(self.counts.sum()), random.integers(0, self.slack, endpoint=True)
+            order, shift = (
+                random.permutation(self.counts.sum()),
+                random.integers(0, self.slack, endpoint=True),
+            )
             starts = window_starts(self.split, self.samples) + np.repeat(shift, self.counts)
             self.epoch, self.starts = epoch, starts[order]
-        starts = self.starts[index * self.batch_size:(index + 1) * self.batch_size][my_part(self.batch_size)]
+        starts = self.starts[index * self.batch_size : (index + 1) * self.batch_size][
+            my_part(self.batch_size)
+        ]
         pcm = torch.from_numpy(self.split.read(starts, self.samples))
-        windows = pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()  # else copying one to a GPU waits for it
+        windows = (
+            pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()
+        )  # else copying one to a GPU waits for it
         return windows.pin_memory() if is_pinned else windows
 
 
@@ -1366,9 +2023,15 @@ def window_starts(split, samples, at_most=math.inf):
     nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(split.offsets[:-1], counts) + nth * samples
     if len(starts) == 0:
-        raise UserError(f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
-                        "longer recordings or a smaller --seq_frames")
-    return starts if at_most >= len(starts) else starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
+        raise UserError(
+            f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
+            "longer recordings or a smaller --seq_frames"
+        )
+    return (
+        starts
+        if at_most >= len(starts)
+        else starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
+    )
 
 
 def normalise(pcm, corpus, uniform=None):
@@ -1381,7 +2044,9 @@ def normalise(pcm, corpus, uniform=None):
 
 FORMAT = dict(format="vrnn-audio", version=1, sample_rate=SAMPLE_RATE)  # attributes of every file
 SPLITS = ("train", "valid", "test")
-SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
+SYNTHETIC = (
+    "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
+)
 REMAKE = "make it again with prepare_blizzard.py"
 MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
 
@@ -1390,7 +2055,14 @@ class SplitWriter:
     """Appends whole recordings to one group of the HDF5 file; total and squares are sums over their samples."""
 
     def __init__(self, group, share):
-        self.group, self.share, self.offsets, self.names, self.total, self.squares = group, share, [0], [], 0, 0
+        self.group, self.share, self.offsets, self.names, self.total, self.squares = (
+            group,
+            share,
+            [0],
+            [],
+            0,
+            0,
+        )
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
@@ -1403,8 +2075,12 @@ class SplitWriter:
             end += len(block)
             wide = block.astype(np.int64)
             total, squares = total + int(wide.sum()), squares + int(wide @ wide)
-        if squares * (end - start) == total ** 2:
-            raise BadAudio(f"all of its {end - start:,} samples are the same" if end > start else "it holds no samples")
+        if squares * (end - start) == total**2:
+            raise BadAudio(
+                f"all of its {end - start:,} samples are the same"
+                if end > start
+                else "it holds no samples"
+            )
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
         self.total, self.squares = self.total + total, self.squares + squares
@@ -1418,7 +2094,15 @@ class SplitWriter:
         return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
 
 
-def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, created_by="prepare_blizzard.py"):
+def convert(
+    recordings,
+    out,
+    valid=0.05,
+    test=0.05,
+    force=False,
+    strict=False,
+    created_by="prepare_blizzard.py",
+):
     """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
     each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or the exception that
     stands in their way. Each goes, whole, to the split that is furthest below its share of the samples so far, so that
@@ -1429,10 +2113,15 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (stop_requests() as received, durably(out) as partial,
-          h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file):
-        writers = [SplitWriter(file.create_group(split), share)
-                   for split, share in zip(SPLITS, (1 - valid - test, valid, test))]
+    with (
+        stop_requests() as received,
+        durably(out) as partial,
+        h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
+    ):
+        writers = [
+            SplitWriter(file.create_group(split), share)
+            for split, share in zip(SPLITS, (1 - valid - test, valid, test))
+        ]
         skipped = []
         for source, name, blocks in recordings:
             if received:
@@ -1444,12 +2133,16 @@ def convert(recordings, out, valid=0.05, test=0.05, force=False, strict=False, c
             except BadAudio as why:
                 skipped.append(f"{source}: {why}")
                 if strict:
-                    raise UserError(f"{skipped[-1]}; mend or remove it, or do without --strict") from None
+                    raise UserError(
+                        f"{skipped[-1]}; mend or remove it, or do without --strict"
+                    ) from None
         counts = [len(writer.names) for writer in writers]
         if 0 in counts:
             why = f" (skipped: {skipped[0]})" if skipped else ""
-            raise UserError(f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
-                            "give more recordings or a larger --valid and --test")
+            raise UserError(
+                f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
+                "give more recordings or a larger --valid and --test"
+            )
         (mean, std), *_ = [writer.close() for writer in writers]
         file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
     return skipped
@@ -1464,6 +2157,7 @@ def require_space(folder):
 @dataclasses.dataclass
 class Split:
     """audio: int16 HDF5 dataset, recordings back to back; offsets: (recordings + 1,) int64."""
+
     name: str
     audio: h5py.Dataset
     offsets: np.ndarray
@@ -1471,45 +2165,77 @@ class Split:
     def read(self, starts, samples):
         """(B, samples) int16 from B starting points."""
         try:
-            return np.stack([self.audio[start:start + samples] for start in starts])
+            return np.stack([self.audio[start : start + samples] for start in starts])
         except (OSError, RuntimeError) as error:
-            raise UserError(f"data file {self.audio.file.filename} is damaged in split {self.name} "
-                            f"({first_line(error)}); {REMAKE}") from None
+            raise UserError(
+                f"data file {self.audio.file.filename} is damaged in split {self.name} "
+                f"({first_line(error)}); {REMAKE}"
+            ) from None
 
 
 def open_corpus(path):
     """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train)."""
     try:
-        file = h5py.File(path, "r", rdcc_nbytes=0)  # excerpts are random: a chunk cache would only read more
-        cache = file.id.get_mdc_config()  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
-        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, *[1 << 17] * 3
+        file = h5py.File(
+            path, "r", rdcc_nbytes=0
+        )  # excerpts are random: a chunk cache would only read more
+        cache = (
+            file.id.get_mdc_config()
+        )  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
+        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = (
+            True,
+            *[1 << 17] * 3,
+        )
         file.id.set_mdc_config(cache)
         if {name: file.attrs.get(name) for name in FORMAT} != FORMAT:
-            raise BadAudio(f"is HDF5 but not of {', '.join(f'{name} {value}' for name, value in FORMAT.items())}")
+            raise BadAudio(
+                f"is HDF5 but not of {', '.join(f'{name} {value}' for name, value in FORMAT.items())}"
+            )
         mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
         if not (math.isfinite(mean) and 0 < std < math.inf):
             raise BadAudio("has no usable mean and std")
-        splits = {name: Split(name, file[name]["audio"], file[name]["offsets"][:]) for name in SPLITS}
+        splits = {
+            name: Split(name, file[name]["audio"], file[name]["offsets"][:]) for name in SPLITS
+        }
         for name, split in splits.items():
             audio, offsets = split.audio, split.offsets
-            if not (isinstance(audio, h5py.Dataset) and (audio.dtype, audio.ndim) == ("int16", 1)
-                    and (offsets.dtype, offsets.ndim) == ("int64", 1) and len(offsets) > 1 and offsets[0] == 0
-                    and offsets[-1] == len(audio) and (np.diff(offsets) > 0).all()):
+            if not (
+                isinstance(audio, h5py.Dataset)
+                and (audio.dtype, audio.ndim) == ("int16", 1)
+                and (offsets.dtype, offsets.ndim) == ("int64", 1)
+                and len(offsets) > 1
+                and offsets[0] == 0
+                and offsets[-1] == len(audio)
+                and (np.diff(offsets) > 0).all()
+            ):
                 raise BadAudio(f"has inconsistent offsets in split {name}")
-        return SimpleNamespace(path=str(path), created_by=str(file.attrs.get("created_by")), mean=mean, std=std,
-                               **splits)
+        return SimpleNamespace(
+            path=str(path),
+            created_by=str(file.attrs.get("created_by")),
+            mean=mean,
+            std=std,
+            **splits,
+        )
     except Exception as error:  # a damaged file can raise anything
         if not Path(path).exists():
-            raise UserError(f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                            f"{path}', name another with --data, or try --demo") from None
-        why = error if isinstance(error, BadAudio) else f"is not a readable HDF5 file ({first_line(error)})"
+            raise UserError(
+                f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
+                f"{path}', name another with --data, or try --demo"
+            ) from None
+        why = (
+            error
+            if isinstance(error, BadAudio)
+            else f"is not a readable HDF5 file ({first_line(error)})"
+        )
         raise UserError(f"data file {path} {why}; {REMAKE}") from None
 
 
 # ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 16      # samples at a time, so that memory does not depend on the length of a recording
-MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
+MAX_EXPANSION = (
+    100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
+)
 
 
 class BadAudio(Exception):
@@ -1518,7 +2244,9 @@ class BadAudio(Exception):
 
 def natural_order(text):
     """Sort key that puts data_9 before data_10, and no two texts in one place."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))], str(text)
+    return [
+        int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))
+    ], str(text)
 
 
 def guarded(blocks):
@@ -1528,27 +2256,37 @@ def guarded(blocks):
             raise blocks
         yield from blocks
     except Exception as error:
-        raise error if isinstance(error, BadAudio) else BadAudio(f"it cannot be read ({first_line(error)})") from None
+        raise (
+            error
+            if isinstance(error, BadAudio)
+            else BadAudio(f"it cannot be read ({first_line(error)})")
+        ) from None
 
 
 def array_recordings(path, name, allow_pickle=False):
     """Yield (name, blocks), as for `convert`, of each recording in a .npz or .npy file: an array or, with allow_pickle,
     one of an array of arrays, to read which executes what the file says. Raises what makes the whole file unusable."""
-    load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
+    load = functools.partial(
+        np.load, allow_pickle=allow_pickle, encoding="latin1"
+    )  # Python 2 wrote some
     if path.suffix.lower() == ".npy":
         yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
         return
     with path.open("rb") as file, load(file) as archive:
         expanded = sum(member.file_size for member in archive.zip.infolist())
         if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
-            raise BadAudio(f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
-                           "should hold with numpy.savez")
+            raise BadAudio(
+                f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
+                "should hold with numpy.savez"
+            )
         members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")
         for member in sorted(members, key=natural_order):
-            yield from recordings_of(functools.partial(archive.__getitem__, member),
-                                     f"{name}/{member.removesuffix('.npy')}")
+            yield from recordings_of(
+                functools.partial(archive.__getitem__, member),
+                f"{name}/{member.removesuffix('.npy')}",
+            )
 
 
 def recordings_of(load, name):
@@ -1557,11 +2295,17 @@ def recordings_of(load, name):
         array = np.asanyarray(load())
     except Exception as error:  # a damaged header can raise anything
         if re.search("allow_pickle|Python objects", str(error)):
-            error = BadAudio("it is an array of arrays, a pickle, and reading one executes what it says; save every "
-                             "recording with numpy.savez, or pass --allow_pickle if you trust the file")
+            error = BadAudio(
+                "it is an array of arrays, a pickle, and reading one executes what it says; save every "
+                "recording with numpy.savez, or pass --allow_pickle if you trust the file"
+            )
         yield name, error
     else:
-        parts = {f"{name}/{i}": part for i, part in enumerate(array.flat)} if array.dtype.hasobject else {name: array}
+        parts = (
+            {f"{name}/{i}": part for i, part in enumerate(array.flat)}
+            if array.dtype.hasobject
+            else {name: array}
+        )
         yield from ((name, pcm16_blocks(part)) for name, part in parts.items())
 
 
@@ -1571,11 +2315,13 @@ def pcm16_blocks(array):
     array = np.asarray(array)
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], 1024):
-        raise BadAudio(f"its shape {shape} is neither (samples,) nor (samples, channels); transpose or split it")
+        raise BadAudio(
+            f"its shape {shape} is neither (samples,) nor (samples, channels); transpose or split it"
+        )
     if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array
-    blocks = [samples[start:start + BLOCK] for start in range(0, len(samples), BLOCK)]
+    blocks = [samples[start : start + BLOCK] for start in range(0, len(samples), BLOCK)]
     if (kind, itemsize) == ("i", 2):
         yield from (block.astype(np.int16) for block in blocks)
         return
@@ -1586,10 +2332,13 @@ def pcm16_blocks(array):
     elif kind == "f" and peak <= 2:
         scale = 1 << 15
     elif kind == "i" and 1 << 23 < peak <= 1 << 31:
-        scale = 2.0 ** -16
+        scale = 2.0**-16
     else:
-        raise BadAudio(f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
-                       if np.isfinite(peak) else "it holds NaN or infinity; remove or repair these samples")
+        raise BadAudio(
+            f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
+            if np.isfinite(peak)
+            else "it holds NaN or infinity; remove or repair these samples"
+        )
     yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
 
@@ -1599,6 +2348,7 @@ def to_int16(samples):
 
 
 # ---- processes and errors -------------------------------------------------------------------------------------------
+
 
 class UserError(Exception):
     """Something only the user can mend; its text names the file or option, the problem and the remedy."""
@@ -1611,16 +2361,22 @@ def run_as_script(main):
     except UserError as error:
         why = error
     except OSError as error:
-        why = (f"{error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
-               "permissions and the free space")
+        why = (
+            f"{error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
+            "permissions and the free space"
+        )
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+        if isinstance(error, MemoryError) or re.search(
+            "out of memory|allocate memory|enough memory", str(error)
+        ):
             why = "the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths"
         elif job()[1] > 1:
-            why = (f"process {job()[0]} of {job()[1]} lost the others ({first_line(error)}); see what the first of "
-                   "them to end said, and go on with --resume")
+            why = (
+                f"process {job()[0]} of {job()[1]} lost the others ({first_line(error)}); see what the first of "
+                "them to end said, and go on with --resume"
+            )
         else:
             raise
     print(f"error: {why}", file=sys.stderr, flush=True)
@@ -1640,7 +2396,9 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         if unknown := re.match("unrecognized arguments: ([^ =]+)", message):
             nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message = f"unknown argument {unknown[1]!r}" + (f", did you mean {nearest[0]}?" if nearest else "")
+            message = f"unknown argument {unknown[1]!r}" + (
+                f", did you mean {nearest[0]}?" if nearest else ""
+            )
         raise UserError(f"{message}; {self.prog} --help lists what is valid")
 
 
@@ -1665,7 +2423,9 @@ def lock(path):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; wait for it, or give another name") from None
+        raise UserError(
+            f"{path} is being written by another process; wait for it, or give another name"
+        ) from None
     except OSError:  # some network file systems know no locks
         pass
     return descriptor
@@ -1694,7 +2454,9 @@ def write_durably(path, text):
 
 def start_processes(batch_size):
     """Set up arithmetic, memory and, under torchrun, the job; returns its number of processes."""
-    torch.set_flush_denormal(True)  # the gradients of particles that have lost their weight are denormal, and slow
+    torch.set_flush_denormal(
+        True
+    )  # the gradients of particles that have lost their weight are denormal, and slow
     with contextlib.suppress(OSError, AttributeError):  # where the C library is not glibc
         # keep what is freed: faulting the same large blocks in again costs a tenth of every update on a CPU
         m_trim_threshold, m_mmap_max, libc = -1, -4, ctypes.CDLL(None)
@@ -1702,7 +2464,9 @@ def start_processes(batch_size):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
     if batch_size % (processes := job()[1]):
-        raise UserError(f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do")
+        raise UserError(
+            f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do"
+        )
     return processes
 
 
@@ -1716,14 +2480,18 @@ def choose_device(name):
         if device.type != "cpu":
             torch.cuda.set_device(device)  # refuses what is no GPU
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        raise UserError(f"--device={name} cannot be used ({first_line(error)}); try --device=cpu") from None
+        raise UserError(
+            f"--device={name} cannot be used ({first_line(error)}); try --device=cpu"
+        ) from None
     return device
 
 
 def describe(device):
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    return (
+        f"{device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    )
 
 
 def job():

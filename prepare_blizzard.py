@@ -30,11 +30,21 @@ from common import SAMPLE_RATE, BadAudio, UserError
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-EXCERPT_SECONDS = 2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+EXCERPT_SECONDS = (
+    2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+)
 
 
-def convert_files(paths, out, valid=0.05, test=0.05, force=False, strict=False, allow_pickle=False,
-                  created_by="prepare_blizzard.py"):
+def convert_files(
+    paths,
+    out,
+    valid=0.05,
+    test=0.05,
+    force=False,
+    strict=False,
+    allow_pickle=False,
+    created_by="prepare_blizzard.py",
+):
     """Convert the recordings in files and folders to one HDF5 file.
 
     Returns what was skipped, ["source: why"], and {suffix: count} of the files in folders that are of no known type.
@@ -62,15 +72,25 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
             elif suffix in ARRAY_SUFFIXES:
                 try:
                     for recording, blocks in common.array_recordings(path, name, allow_pickle):
-                        yield path if recording == name else f"{path} ({recording})", recording, blocks
+                        yield (
+                            path if recording == name else f"{path} ({recording})",
+                            recording,
+                            blocks,
+                        )
                 except Exception as error:  # a damaged file can raise anything
                     yield path, name, error
             else:
-                yield path, name, BadAudio(
-                    f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav")
+                yield (
+                    path,
+                    name,
+                    BadAudio(
+                        f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav"
+                    ),
+                )
 
 
 # ---- finding files --------------------------------------------------------------------------------------------------
+
 
 def find_audio(paths):
     """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
@@ -90,11 +110,15 @@ def find_audio(paths):
                 elif not file.is_file():
                     unusable.append((file, BadAudio("it is no regular file, or a broken link")))
                 else:
-                    found.setdefault(file.resolve(), (file, file.relative_to(path).with_suffix("").as_posix()))
+                    found.setdefault(
+                        file.resolve(), (file, file.relative_to(path).with_suffix("").as_posix())
+                    )
         elif path.is_file():
             found.setdefault(path.resolve(), (path, path.stem))
         elif path.exists():
-            raise UserError(f"{path} is neither a file nor a folder; give files or folders of recordings")
+            raise UserError(
+                f"{path} is neither a file nor a folder; give files or folders of recordings"
+            )
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
     return sorted(found.values(), key=lambda one: common.natural_order(one[0])), unusable, ignored
@@ -120,22 +144,30 @@ def files_below(folder, unusable):
 
 # ---- sound files ----------------------------------------------------------------------------------------------------
 
+
 def sound_file_blocks(path):
     """int16 blocks at 16 kHz of the first channel of a sound file."""
     import soundfile
     import soxr
+
     with soundfile.SoundFile(os.fsencode(path)) as file:
-        file.seekable = lambda: False  # else it seeks after each read, and an .mp3 of varying rate goes on out of step
+        file.seekable = lambda: (
+            False
+        )  # else it seeks after each read, and an .mp3 of varying rate goes on out of step
         if not 4_000 <= file.samplerate <= 384_000:
             raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
         if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
             while len(block := file.read(common.BLOCK, dtype="int16", always_2d=True)):
                 yield block[:, 0]
             return
-        resample = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
+        resample = soxr.ResampleStream(
+            file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ"
+        )
         is_last = False
         while not is_last:
-            block = np.ascontiguousarray(file.read(common.BLOCK, dtype="float32", always_2d=True)[:, 0])
+            block = np.ascontiguousarray(
+                file.read(common.BLOCK, dtype="float32", always_2d=True)[:, 0]
+            )
             is_last = len(block) < common.BLOCK
             if not np.isfinite(block).all():
                 raise BadAudio("it holds NaN or infinity; remove or repair these samples")
@@ -149,6 +181,7 @@ def sound_file_blocks(path):
 # Decoders crash on some damaged files, so each file is decoded by a process that is not this one. Its samples come
 # through a file, so that memory depends neither on the length of a recording nor on how many are decoded ahead.
 
+
 def decoded(paths, folder):
     """Yield the int16 blocks of each sound file, or why it has none, decoded ahead by a process for each core.
 
@@ -156,7 +189,11 @@ def decoded(paths, folder):
     """
     shutil.rmtree(folder, ignore_errors=True)  # left by a conversion that was killed
     folder.mkdir()
-    waiting, ahead, processes = collections.deque(enumerate(paths)), collections.deque(), queue.SimpleQueue()
+    waiting, ahead, processes = (
+        collections.deque(enumerate(paths)),
+        collections.deque(),
+        queue.SimpleQueue(),
+    )
     cores = os.cpu_count()
     for _ in range(cores):
         processes.put(new_process())
@@ -213,7 +250,9 @@ def blocks_in(target):
 
 
 def new_process():
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a fork of this process would copy its threads' locks
     context.set_forkserver_preload(["prepare_blizzard"])
     return ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
 
@@ -228,14 +267,20 @@ def end_with_parent():
 # ---- demo speech ----------------------------------------------------------------------------------------------------
 
 # formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
-VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]])
+VOWELS = np.array(
+    [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
+)
 HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
 
 
-def make_demo_data(out="data/demo.h5", folder="data/demo", seed=0, force=False, valid=0.1, test=0.1):
+def make_demo_data(
+    out="data/demo.h5", folder="data/demo", seed=0, force=False, valid=0.1, test=0.1
+):
     """Synthetic recordings through the same conversion as any other; returns what convert_files returns."""
     write_demo(folder, seed)
-    return convert_files([folder], out, valid, test, force, created_by=f"{common.SYNTHETIC}, seed {seed}")
+    return convert_files(
+        [folder], out, valid, test, force, created_by=f"{common.SYNTHETIC}, seed {seed}"
+    )
 
 
 def write_demo(folder, seed=0, minutes=5):
@@ -244,8 +289,10 @@ def write_demo(folder, seed=0, minutes=5):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for minute in range(minutes):
-        np.savez(folder / f"demo_{minute}.npz", **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0)
-                                                   for i in range(12)})
+        np.savez(
+            folder / f"demo_{minute}.npz",
+            **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0) for i in range(12)},
+        )
 
 
 def synthetic_recording(random, seconds):
@@ -253,12 +300,17 @@ def synthetic_recording(random, seconds):
     frames = int(seconds * SAMPLE_RATE) // HOP
     formants, voiced, fricative = phones(random, frames)
     time_s = np.arange(frames * HOP) / SAMPLE_RATE
-    pitch = random.uniform(90, 220) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
-                                       + 0.02 * np.sin(2 * np.pi * 5 * time_s))
+    pitch = random.uniform(90, 220) * (
+        1
+        + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
+        + 0.02 * np.sin(2 * np.pi * 5 * time_s)
+    )
     pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
     noise = random.uniform(-1, 1, frames * HOP)
 
-    speech = np.diff(resonate(pulses, voiced, formants, (80, 100, 150)), prepend=0)  # lips radiate the change
+    speech = np.diff(
+        resonate(pulses, voiced, formants, (80, 100, 150)), prepend=0
+    )  # lips radiate the change
     speech *= 1 / (abs(speech).max() + 1e-9)
     hiss = resonate(noise, fricative, np.full((frames, 1), 5200.0), (1500,))
     hiss *= 0.25 / (abs(hiss).max() + 1e-9)
@@ -274,14 +326,18 @@ def phones(random, frames):
     while start < frames:
         length = random.randint(16, 60)  # 80 to 300 ms
         segment = slice(start, start + length)
-        kind = random.choice(4, p=(0.65, 0.12, 0.08, 0.15))  # vowel, fricative, voiced fricative, pause
+        kind = random.choice(
+            4, p=(0.65, 0.12, 0.08, 0.15)
+        )  # vowel, fricative, voiced fricative, pause
         formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
         voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
         level[segment] = random.uniform(0.4, 1.0)
         start += length
     smooth = np.hanning(13) / np.hanning(13).sum()
     formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
-    voiced, fricative, level = (np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level))
+    voiced, fricative, level = (
+        np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level)
+    )
     return formants, voiced * level, fricative * level
 
 
@@ -292,7 +348,9 @@ def resonate(source, gain, resonances, widths):
     """
     frames = len(gain)
     padded = np.pad(source, SPAN // 2)
-    pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(SPAN)
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(
+        SPAN
+    )
     omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
     response = np.ones((frames, SPAN // 2 + 1), complex)
     for frequency, width in zip(resonances.T, widths, strict=True):
@@ -301,36 +359,58 @@ def resonate(source, gain, resonances, widths):
     pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
     out = np.zeros(len(padded) + HOP)
     for i, piece in enumerate(pieces):
-        out[i * HOP:i * HOP + SPAN] += piece
-    return out[SPAN // 2:SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
+        out[i * HOP : i * HOP + SPAN] += piece
+    return out[SPAN // 2 : SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+
 def parse_options():
-    parser = common.OneLineParser(prog="prepare_blizzard.py", description=__doc__, allow_abbrev=False,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.OneLineParser(
+        prog="prepare_blizzard.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("paths", nargs="*", help="files, and folders to search")
-    parser.add_argument("--out", help="HDF5 file to write (default: data/blizzard.h5; data/demo.h5 with --demo)")
+    parser.add_argument(
+        "--out", help="HDF5 file to write (default: data/blizzard.h5; data/demo.h5 with --demo)"
+    )
     for split, use in dict(valid="validate", test="test").items():
-        parser.add_argument(f"--{split}", type=float,
-                            help=f"fraction of samples to {use} on (default: 0.05; 0.1 with --demo)")
+        parser.add_argument(
+            f"--{split}",
+            type=float,
+            help=f"fraction of samples to {use} on (default: 0.05; 0.1 with --demo)",
+        )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    parser.add_argument("--strict", action="store_true", help="treat an unusable recording as an error")
-    parser.add_argument("--allow_pickle", action="store_true",
-                        help="read arrays of arrays as well; this executes what the file says, so only from a source "
-                             "that you trust")
-    parser.add_argument("--demo", action="store_true",
-                        help="write five minutes of synthetic speech-like recordings to data/demo, and convert them")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)")
+    parser.add_argument(
+        "--strict", action="store_true", help="treat an unusable recording as an error"
+    )
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read arrays of arrays as well; this executes what the file says, so only from a source "
+        "that you trust",
+    )
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="write five minutes of synthetic speech-like recordings to data/demo, and convert them",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)"
+    )
     options = parser.parse_args()
-    if not 0 <= options.seed < 2 ** 32:
+    if not 0 <= options.seed < 2**32:
         parser.error(f"--seed={options.seed} is out of range")
     if options.demo == bool(options.paths):
         parser.error("give files or folders of recordings, or --demo alone")
     out, share = ("data/demo.h5", 0.1) if options.demo else ("data/blizzard.h5", 0.05)
     options.out = options.out or out
-    options.valid, options.test = (share if given is None else given for given in (options.valid, options.test))
+    options.valid, options.test = (
+        share if given is None else given for given in (options.valid, options.test)
+    )
     return options
 
 
@@ -338,23 +418,37 @@ def main():
     options = parse_options()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     if options.demo:
-        skipped, ignored = make_demo_data(options.out, "data/demo", options.seed, options.force, options.valid,
-                                          options.test)
+        skipped, ignored = make_demo_data(
+            options.out, "data/demo", options.seed, options.force, options.valid, options.test
+        )
         print("synthetic demo data, not speech")
     else:
-        skipped, ignored = convert_files(options.paths, options.out, options.valid, options.test, options.force,
-                                         options.strict, options.allow_pickle)
+        skipped, ignored = convert_files(
+            options.paths,
+            options.out,
+            options.valid,
+            options.test,
+            options.force,
+            options.strict,
+            options.allow_pickle,
+        )
 
     corpus = common.open_corpus(options.out)
     lengths = {split: np.diff(getattr(corpus, split).offsets) for split in common.SPLITS}
     total = lengths["total"] = np.concatenate(list(lengths.values()))
     print(f"{options.out}\n{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
     for split, samples in lengths.items():
-        print(f"{split:6}{len(samples):12,}{samples.sum() / SAMPLE_RATE / 60:10.2f}{samples.sum():16,}")
-    print(f"mean {corpus.mean:.4f}, standard deviation {corpus.std:.4f} (of train, in 16-bit steps)")
+        print(
+            f"{split:6}{len(samples):12,}{samples.sum() / SAMPLE_RATE / 60:10.2f}{samples.sum():16,}"
+        )
+    print(
+        f"mean {corpus.mean:.4f}, standard deviation {corpus.std:.4f} (of train, in 16-bit steps)"
+    )
     short = total[total < EXCERPT_SECONDS * SAMPLE_RATE]
-    print(f"too short for one training excerpt of {EXCERPT_SECONDS:g} s: {len(short)} recordings, "
-          f"{short.sum() / SAMPLE_RATE:.2f} s")
+    print(
+        f"too short for one training excerpt of {EXCERPT_SECONDS:g} s: {len(short)} recordings, "
+        f"{short.sum() / SAMPLE_RATE:.2f} s"
+    )
     others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())
     print(f"ignored, of other types: {others or 'none'}")
     print(f"skipped: {len(skipped)}")

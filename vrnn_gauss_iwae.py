@@ -1,6 +1,6 @@
 """IWAE_K: the importance-weighted bound of Burda et al. 2015 (arXiv 1509.00519, equation 8) over whole sequences.
 
-    loss = -1/T log 1/K sum_k w_k,  log w_k = sum_t log [ p(x_t, z_t^k | x_<t, z_<t^k) / q(z_t^k | x_<=t, z_<t^k) ]
+loss = -1/T log 1/K sum_k w_k,  log w_k = sum_t log [ p(x_t, z_t^k | x_<t, z_<t^k) / q(z_t^k | x_<=t, z_<t^k) ]
 """
 
 from dataclasses import dataclass
@@ -13,44 +13,60 @@ import common
 @dataclass
 class Hyperparameters:
     """Each is also a flag: --lr 1e-4, --lr=1e-4, --no-dequantize. With --demo, small ones replace these."""
-    data: str = "data/blizzard.h5"            # HDF5 file made by prepare_blizzard.py
-    out_dir: str = "runs/vrnn_gauss_iwae"     # where the run goes: log, checkpoints, evaluation, generated speech
-    seed: int = 0                             # of initialisation, excerpt order and all noise in training
-    device: str = "auto"                      # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
-    x_dim: int = 200                          # samples in a frame (12.5 ms at 16 kHz)
-    z_dim: int = 200                          # latent variables in a frame; 0 = an LSTM without them
-    rnn_dim: int = 1000                       # LSTM units
-    q_z_dim: int = 500                        # units in each of the four layers of the posterior
-    p_z_dim: int = 500                        # ... of the prior
-    p_x_dim: int = 600                        # ... of the decoder
-    x2s_dim: int = 600                        # ... of phi_x, which the other networks see in place of x
-    z2s_dim: int = 500                        # ... of phi_z, which the other networks see in place of z
-    ar_order: int = 0                         # past samples that predict each one in the decoder; 0 = none (published)
-    k: int = 5                                # particles per sequence
-    seq_frames: int = 40                      # frames in a window, through which gradients flow (40 = 0.5 s)
-    reset_freq: int = 4                       # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
-    batch_size: int = 128                     # sequences in an update, before they are copied k times
-    lr: float = 3e-4                          # Adam's learning rate
-    lr_updates: int = 0                       # updates in which it falls in a line to a hundredth; 0 = constant
-    max_updates: int = 100_000                # about six epochs of the 283-hour Blizzard corpus
-    monitor_every: int = 500                  # updates between evaluations on the valid split
-    monitor_windows: int = 512                # windows of the valid split in each, spread evenly
-    eval_k: tuple[int, ...] = (5, 100)        # particles of the iwae_k bounds on test; the first is monitored too
-    eval_recordings: int = 100                # recordings of the test split that are also evaluated whole; 0 = none
-    grad_clip: float = 2560.0                 # largest norm of the gradient (published: 5 batch_size); 0 = no limit
-    weight_norm: float = 1.9365               # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
-    ema: float = 0.999                        # decay of the averaged weights, which are evaluated; 0 = no averaging
-    bf16: bool = False                        # matrix products of training in bfloat16; evaluation keeps float32
-    mirrored_init: bool = True                # linear at first, narrow posterior; off = uniform weights, as published
-    x_noise: float = 0.3                      # initial noise on the normalised samples; 0 = none, as published
-    x_noise_updates: int = 2000               # updates in which it falls to a hundredth, and ends
-    dequantize: bool = True                   # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
-    as_published: bool = False                # reproduce what the 2016 script computed (see objective_as_published)
-    init_from: str = ""                       # best.pt of another run to start from
-    evaluate: str = ""                        # checkpoint to evaluate on the test split of data; nothing is trained
-    dreg: bool = False                        # doubly reparameterised gradient (see objective_dreg)
-    resample: bool = False                    # resample the particles within a window (see objective_resampled)
-    corrections: str = ""                     # to as_published, any of sign,time,gradient,batch
+
+    data: str = "data/blizzard.h5"  # HDF5 file made by prepare_blizzard.py
+    out_dir: str = (
+        "runs/vrnn_gauss_iwae"  # where the run goes: log, checkpoints, evaluation, generated speech
+    )
+    seed: int = 0  # of initialisation, excerpt order and all noise in training
+    device: str = "auto"  # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
+    x_dim: int = 200  # samples in a frame (12.5 ms at 16 kHz)
+    z_dim: int = 200  # latent variables in a frame; 0 = an LSTM without them
+    rnn_dim: int = 1000  # LSTM units
+    q_z_dim: int = 500  # units in each of the four layers of the posterior
+    p_z_dim: int = 500  # ... of the prior
+    p_x_dim: int = 600  # ... of the decoder
+    x2s_dim: int = 600  # ... of phi_x, which the other networks see in place of x
+    z2s_dim: int = 500  # ... of phi_z, which the other networks see in place of z
+    ar_order: int = 0  # past samples that predict each one in the decoder; 0 = none (published)
+    k: int = 5  # particles per sequence
+    seq_frames: int = 40  # frames in a window, through which gradients flow (40 = 0.5 s)
+    reset_freq: int = 4  # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
+    batch_size: int = 128  # sequences in an update, before they are copied k times
+    lr: float = 3e-4  # Adam's learning rate
+    lr_updates: int = 0  # updates in which it falls in a line to a hundredth; 0 = constant
+    max_updates: int = 100_000  # about six epochs of the 283-hour Blizzard corpus
+    monitor_every: int = 500  # updates between evaluations on the valid split
+    monitor_windows: int = 512  # windows of the valid split in each, spread evenly
+    eval_k: tuple[int, ...] = (
+        5,
+        100,
+    )  # particles of the iwae_k bounds on test; the first is monitored too
+    eval_recordings: int = (
+        100  # recordings of the test split that are also evaluated whole; 0 = none
+    )
+    grad_clip: float = (
+        2560.0  # largest norm of the gradient (published: 5 batch_size); 0 = no limit
+    )
+    weight_norm: float = (
+        1.9365  # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
+    )
+    ema: float = 0.999  # decay of the averaged weights, which are evaluated; 0 = no averaging
+    bf16: bool = False  # matrix products of training in bfloat16; evaluation keeps float32
+    mirrored_init: bool = (
+        True  # linear at first, narrow posterior; off = uniform weights, as published
+    )
+    x_noise: float = 0.3  # initial noise on the normalised samples; 0 = none, as published
+    x_noise_updates: int = 2000  # updates in which it falls to a hundredth, and ends
+    dequantize: bool = True  # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
+    as_published: bool = (
+        False  # reproduce what the 2016 script computed (see objective_as_published)
+    )
+    init_from: str = ""  # best.pt of another run to start from
+    evaluate: str = ""  # checkpoint to evaluate on the test split of data; nothing is trained
+    dreg: bool = False  # doubly reparameterised gradient (see objective_dreg)
+    resample: bool = False  # resample the particles within a window (see objective_resampled)
+    corrections: str = ""  # to as_published, any of sign,time,gradient,batch
 
 
 def objective(rollout):
@@ -70,7 +86,7 @@ def objective_dreg(rollout, log_p_TBK, log_q_TBK):
     """
     log_w_BK = rollout.log_w_TBK.sum(0)
     v_BK = log_w_BK.detach().softmax(dim=1)
-    surrogate_BK = v_BK ** 2 * (log_w_BK + log_q_TBK.sum(0)) + (v_BK - v_BK ** 2) * log_p_TBK.sum(0)
+    surrogate_BK = v_BK**2 * (log_w_BK + log_q_TBK.sum(0)) + (v_BK - v_BK**2) * log_p_TBK.sum(0)
     gradient_only = (surrogate_BK - surrogate_BK.detach()).sum(1).mean() / len(rollout.log_w_TBK)
     return objective(rollout).detach() - gradient_only
 
@@ -102,7 +118,9 @@ def objective_resampled(rollout, resampled_TB):
     """
     log_w_TBK = rollout.log_w_TBK
     piece_TB1 = (resampled_TB.cumsum(0) - resampled_TB.long()).unsqueeze(2)  # in which a frame lies
-    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(0, piece_TB1.expand_as(log_w_TBK), log_w_TBK)
+    log_w_PBK = torch.zeros_like(log_w_TBK).scatter_add(
+        0, piece_TB1.expand_as(log_w_TBK), log_w_TBK
+    )
     bound_B = sum(map(common.importance_weighted, log_w_PBK))  # a piece without frames adds log 1
     return -bound_B.mean() / len(log_w_TBK)
 
@@ -126,15 +144,23 @@ def chosen_corrections(h):
     chosen = [part.strip() for part in h.corrections.split(",") if part.strip()]
     for part in chosen:
         if part not in ("sign", "time", "gradient", "batch"):
-            raise common.UserError(f"--corrections={h.corrections}: {part!r} is none of sign,time,gradient,batch; give "
-                                   "those of them that are to be corrected")
+            raise common.UserError(
+                f"--corrections={h.corrections}: {part!r} is none of sign,time,gradient,batch; give "
+                "those of them that are to be corrected"
+            )
     if chosen and not h.as_published:
-        raise common.UserError(f"--corrections={h.corrections} corrects what was published; add --as_published")
+        raise common.UserError(
+            f"--corrections={h.corrections} corrects what was published; add --as_published"
+        )
     if h.as_published + h.dreg + h.resample > 1:
-        raise common.UserError("--as_published, --dreg and --resample exclude each other; give one of them")
+        raise common.UserError(
+            "--as_published, --dreg and --resample exclude each other; give one of them"
+        )
     if h.resample and h.k < 3:
-        raise common.UserError(f"--resample with --k={h.k} never resamples: the effective sample size of two particles "
-                               "is not under 1; give 3 or more")
+        raise common.UserError(
+            f"--resample with --k={h.k} never resamples: the effective sample size of two particles "
+            "is not under 1; give 3 or more"
+        )
     return chosen
 
 
@@ -149,8 +175,9 @@ def main():
         if h.resample:
             uniform_TB = training.draw(torch.rand, h.batch_size, 1).squeeze(2)
             with torch.no_grad():  # no gradient flows through the choice of ancestors
-                filtering = common.particle_filter(training.model, x_TBX, state, noise, uniform_TB, h.k,
-                                                   resample_last=True)
+                filtering = common.particle_filter(
+                    training.model, x_TBX, state, noise, uniform_TB, h.k, resample_last=True
+                )
             rollout = training.model(x_TBX, state, noise, h.k, filtering.ancestors)
             loss = objective_resampled(rollout, filtering.resampled_TB)
         else:
@@ -159,12 +186,18 @@ def main():
                 loss = objective_as_published(rollout, corrections)
             elif h.dreg:
                 z = (rollout.q_mean + rollout.q_sigma * noise).detach()
-                loss = objective_dreg(rollout, *at_fixed_z(training.model, x_TBX, rollout.phi_x, z, state, h.k))
+                loss = objective_dreg(
+                    rollout, *at_fixed_z(training.model, x_TBX, rollout.phi_x, z, state, h.k)
+                )
             else:
                 loss = objective(rollout)
         loss.backward()
-        training.step(loss, rollout.state, divide_by=h.batch_size if h.as_published else 1,
-                      replace_non_finite=h.as_published)
+        training.step(
+            loss,
+            rollout.state,
+            divide_by=h.batch_size if h.as_published else 1,
+            replace_non_finite=h.as_published,
+        )
 
     for _ in training.updates():
         update()

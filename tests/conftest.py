@@ -28,5 +28,7 @@ def data(tmp_path_factory):
 def short_samples():
     """A tenth of a second of speech in place of ten."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_samples", functools.partial(common.write_samples, frames=8, given=2))
+        patch.setattr(
+            common, "write_samples", functools.partial(common.write_samples, frames=8, given=2)
+        )
         yield

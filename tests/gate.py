@@ -1,7 +1,7 @@
 """What the redesign may not change: 21 updates of each variant at tiny sizes, made at once and with a stop between.
 
-    python tests/gate.py record FOLDER    writes FOLDER/*.pt, with the data that it trains on
-    python tests/gate.py compare FOLDER [VARIANT ...]    makes them again, and prints the largest difference of each
+python tests/gate.py record FOLDER    writes FOLDER/*.pt, with the data that it trains on
+python tests/gate.py compare FOLDER [VARIANT ...]    makes them again, and prints the largest difference of each
 """
 
 import json
@@ -26,7 +26,13 @@ VARIANTS = {
     "lstm": ("vrnn_gauss", "--z_dim=0"),
     "bf16": ("vrnn_gauss", "--bf16"),
 }
-COMMON = [*SIZES, "--monitor_every=7", "--lr_updates=30", "--x_noise_updates=12", "--eval_recordings=3"]
+COMMON = [
+    *SIZES,
+    "--monitor_every=7",
+    "--lr_updates=30",
+    "--x_noise_updates=12",
+    "--eval_recordings=3",
+]
 
 
 def flat(tree, path=""):
@@ -35,18 +41,31 @@ def flat(tree, path=""):
         tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {path: tree}
-    return {name: leaf for key, part in tree.items() for name, leaf in flat(part, f"{path}/{key}").items()}
+    return {
+        name: leaf
+        for key, part in tree.items()
+        for name, leaf in flat(part, f"{path}/{key}").items()
+    }
 
 
 def found_in(run):
     last, best = (torch.load(run / name, weights_only=True) for name in ("last.pt", "best.pt"))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[1:]]
     evaluation = json.loads((run / "eval.json").read_text())
-    return flat(dict(
-        model=last["model"], averaged=last["averaged"], moments=last["optimiser"]["state"], best=best["model"],
-        log=[{name: value for name, value in line.items() if name != "seconds"} for line in lines],
-        bounds=evaluation["bounds"], whole=evaluation["whole_recordings"]["smc_6"],
-        windows=(run / "windows.csv").read_text()))
+    return flat(
+        dict(
+            model=last["model"],
+            averaged=last["averaged"],
+            moments=last["optimiser"]["state"],
+            best=best["model"],
+            log=[
+                {name: value for name, value in line.items() if name != "seconds"} for line in lines
+            ],
+            bounds=evaluation["bounds"],
+            whole=evaluation["whole_recordings"]["smc_6"],
+            windows=(run / "windows.csv").read_text(),
+        )
+    )
 
 
 def train(variant, folder):
@@ -55,10 +74,20 @@ def train(variant, folder):
         out = folder / "run" / f"{variant}_{name}"
         shutil.rmtree(out, ignore_errors=True)
         for i, updates in enumerate(stops):
-            result = run(script, *COMMON, *flags, f"--data={folder}/tiny.h5", f"--out_dir={out}",
-                         f"--max_updates={updates}", *["--resume"] * (i > 0), cwd=folder)
+            result = run(
+                script,
+                *COMMON,
+                *flags,
+                f"--data={folder}/tiny.h5",
+                f"--out_dir={out}",
+                f"--max_updates={updates}",
+                *["--resume"] * (i > 0),
+                cwd=folder,
+            )
             assert result.returncode == 0, result.stderr
-    whole, resumed = (found_in(folder / "run" / f"{variant}_{name}") for name in ("whole", "resumed"))
+    whole, resumed = (
+        found_in(folder / "run" / f"{variant}_{name}") for name in ("whole", "resumed")
+    )
     for name, value in whole.items():
         if name.startswith(("/model", "/averaged", "/moments")):
             assert torch.equal(value, resumed[name]), f"{variant}: {name} of a resumed run differs"
@@ -88,7 +117,9 @@ def main():
             assert before.keys() == found.keys(), before.keys() ^ found.keys()
             by_name = {name: difference(value, found[name]) for name, value in before.items()}
             worst = max(by_name, key=by_name.get)
-            print(f"{variant}: {len(by_name)} values, largest relative difference {by_name[worst]:.3g} in {worst}")
+            print(
+                f"{variant}: {len(by_name)} values, largest relative difference {by_name[worst]:.3g} in {worst}"
+            )
 
 
 if __name__ == "__main__":

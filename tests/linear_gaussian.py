@@ -1,6 +1,6 @@
 """A linear-Gaussian state-space model with the VRNN's interface, and its exact likelihood.
 
-    z_t = a z_{t-1} + N(0, s^2),  x_t = c z_t + N(0, r^2),  z_0 = 0,  all scalar
+z_t = a z_{t-1} + N(0, s^2),  x_t = c z_t + N(0, r^2),  z_0 = 0,  all scalar
 """
 
 import math
@@ -17,7 +17,9 @@ def kalman_log_likelihood(x_TBX):
     mean, variance, total = torch.zeros_like(x_TBX[0]), 0.0, 0.0
     for x in x_TBX:
         mean, variance = A * mean, A * A * variance + S * S
-        total = total + gaussian_log_density(x, C * mean, torch.full_like(x, math.sqrt(C * C * variance + R * R)))
+        total = total + gaussian_log_density(
+            x, C * mean, torch.full_like(x, math.sqrt(C * C * variance + R * R))
+        )
         gain = variance * C / (C * C * variance + R * R)
         mean, variance = mean + gain * (x - C * mean), (1 - gain * C) * variance
     return total
@@ -43,13 +45,13 @@ class LinearGaussian:
         """Precision and its product with the mean that the x seen by the proposal add to z_t, for every t."""
         precision, shift, evidence = 0.0, torch.zeros_like(x_TBX[0]), []
         for x in x_TBX.flip(0):
-            precision, shift = precision + C * C / R ** 2, shift + C * x / R ** 2
+            precision, shift = precision + C * C / R**2, shift + C * x / R**2
             evidence.append((precision, shift))
-            total = 1 / S ** 2 + precision  # integrate z_t out, for the proposal at t - 1
-            shift = A * shift / (S ** 2 * total)
-            precision = A * A / S ** 2 - A * A / (S ** 4 * total)
+            total = 1 / S**2 + precision  # integrate z_t out, for the proposal at t - 1
+            shift = A * shift / (S**2 * total)
+            precision = A * A / S**2 - A * A / (S**4 * total)
         if self.proposal == "filtering":
-            return [(C * C / R ** 2, C * x / R ** 2) for x in x_TBX]
+            return [(C * C / R**2, C * x / R**2) for x in x_TBX]
         if self.proposal == "prior":
             return [(0.0, torch.zeros_like(x)) for x in x_TBX]
         return evidence[::-1]
@@ -60,16 +62,28 @@ class LinearGaussian:
         by_time = []
         for x, (precision, shift), eps in zip(x_TBX, self.evidence(x_TBX), noise):
             prior_mean, prior_sigma = A * z, torch.full_like(z, S)
-            total = 1 / S ** 2 + precision
-            q_mean = (prior_mean / S ** 2 + shift.repeat_interleave(k, 0)) / total
+            total = 1 / S**2 + precision
+            q_mean = (prior_mean / S**2 + shift.repeat_interleave(k, 0)) / total
             q_sigma = torch.full_like(z, 1 / math.sqrt(total))
             z = q_mean + q_sigma * eps
             x_mean, x_sigma = C * z, torch.full_like(z, R)
             log_px = gaussian_log_density(x.repeat_interleave(k, 0), x_mean, x_sigma)
-            log_w = log_px + gaussian_log_density(z, prior_mean, prior_sigma) - gaussian_log_density(z, q_mean, q_sigma)
+            log_w = (
+                log_px
+                + gaussian_log_density(z, prior_mean, prior_sigma)
+                - gaussian_log_density(z, q_mean, q_sigma)
+            )
             kl = gaussian_kl(q_mean, q_sigma, prior_mean, prior_sigma)
-            by_time.append((-log_px, kl, log_w, q_mean, q_sigma, prior_mean, prior_sigma, x_mean, x_sigma))
+            by_time.append(
+                (-log_px, kl, log_w, q_mean, q_sigma, prior_mean, prior_sigma, x_mean, x_sigma)
+            )
         nll, kl, log_w, *parameters = map(torch.stack, zip(*by_time))
         by_particle = (frames, batch, k)
-        return Rollout(nll.view(by_particle), kl.view(by_particle), log_w.view(by_particle), *parameters, state=(z,),
-                       phi_x=None)
+        return Rollout(
+            nll.view(by_particle),
+            kl.view(by_particle),
+            log_w.view(by_particle),
+            *parameters,
+            state=(z,),
+            phi_x=None,
+        )

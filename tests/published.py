@@ -15,10 +15,19 @@ def published_names(model):
     def stack(ours, unit, first_layer, last_layer, first_index, inputs):
         for n in range(first_layer, last_layer + 1):
             source = inputs if n == 1 else f"{unit}_{n - 1}"
-            layer(f"{ours}.{first_index + 2 * (n - first_layer)}", f"W_{source}__{unit}_{n}", biases=[f"b_{unit}_{n}"])
+            layer(
+                f"{ours}.{first_index + 2 * (n - first_layer)}",
+                f"W_{source}__{unit}_{n}",
+                biases=[f"b_{unit}_{n}"],
+            )
 
     def head(ours, unit):
-        layer(ours, f"W_{unit}_4__{unit}_mu", f"W_{unit}_4__{unit}_sig", biases=[f"b_{unit}_mu", f"b_{unit}_sig"])
+        layer(
+            ours,
+            f"W_{unit}_4__{unit}_mu",
+            f"W_{unit}_4__{unit}_sig",
+            biases=[f"b_{unit}_mu", f"b_{unit}_sig"],
+        )
 
     stack("phi_x", "x", 1, 4, 0, "x_t")
     stack("phi_z", "z", 1, 4, 0, "z_t")
@@ -40,8 +49,10 @@ def published_names(model):
 
 def from_published(model, arrays):
     """{our parameter: array (out, in)} from arrays under the published names, stored (in, out)."""
-    return {ours: np.concatenate([np.asarray(arrays[name]).T for name in theirs])
-            for ours, theirs in published_names(model).items()}
+    return {
+        ours: np.concatenate([np.asarray(arrays[name]).T for name in theirs])
+        for ours, theirs in published_names(model).items()
+    }
 
 
 @torch.no_grad()
@@ -54,5 +65,7 @@ def load_published_parameters(model, arrays):
     parameters = dict(model.named_parameters())
     for ours, array in from_published(model, arrays).items():
         if parameters[ours].shape != array.shape:
-            raise ValueError(f"{ours} has shape {tuple(parameters[ours].shape)}, the published array {array.shape}")
+            raise ValueError(
+                f"{ours} has shape {tuple(parameters[ours].shape)}, the published array {array.shape}"
+            )
         parameters[ours].copy_(torch.as_tensor(array))

@@ -13,20 +13,34 @@ RESULTS = ROOT / "data/results"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints") / "speech_like.h5"
-    prepare_blizzard.convert_files([ROOT / "tests/reference/speech_like.npz"], out, valid=0.25, test=0.25)
+    prepare_blizzard.convert_files(
+        [ROOT / "tests/reference/speech_like.npz"], out, valid=0.25, test=0.25
+    )
     return out
 
 
 @pytest.mark.usefixtures("short_samples")
-@pytest.mark.parametrize("run, expected", (
-    ("objectives/vrnn_long-0", dict(elbo=52.973, iwae_5=53.870, smc_5=56.702)),
-    ("likelihood/vrnn_long_ar_16-0", dict(elbo=253.101, iwae_5=254.214, smc_5=257.827)),
-))
-def test_a_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(data, tmp_path, run, expected):
+@pytest.mark.parametrize(
+    "run, expected",
+    (
+        ("objectives/vrnn_long-0", dict(elbo=52.973, iwae_5=53.870, smc_5=56.702)),
+        ("likelihood/vrnn_long_ar_16-0", dict(elbo=253.101, iwae_5=254.214, smc_5=257.827)),
+    ),
+)
+def test_a_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(
+    data, tmp_path, run, expected
+):
     checkpoint = RESULTS / run / "best.pt"
     assert checkpoint.stat().st_size < 3e6
-    main_of("vrnn_gauss", f"--evaluate={checkpoint}", f"--data={data}", f"--out_dir={tmp_path / 'out'}", "--eval_k=5",
-            "--eval_recordings=1", "--device=cpu")
+    main_of(
+        "vrnn_gauss",
+        f"--evaluate={checkpoint}",
+        f"--data={data}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--eval_k=5",
+        "--eval_recordings=1",
+        "--device=cpu",
+    )
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert (found["windows"], found["update"]) == (4, 12_500)
     bounds = {name: found["bounds"][name]["nats_per_frame"] for name in expected}

@@ -40,15 +40,19 @@ def recordings(count=12, samples=5_000):
 def convert(folder, tmp_path, **options):
     """The file that a folder becomes, and why recordings were skipped."""
     out = tmp_path / "out.h5"
-    skipped, _ = prepare_blizzard.convert_files([folder], out, **dict(dict(valid=0.2, test=0.2), **options))
+    skipped, _ = prepare_blizzard.convert_files(
+        [folder], out, **dict(dict(valid=0.2, test=0.2), **options)
+    )
     return out, skipped
 
 
 def sizes(path):
     """{split: (recordings, samples)} of a converted file."""
     corpus = common.open_corpus(path)
-    return {split: (len(getattr(corpus, split).offsets) - 1, len(getattr(corpus, split).audio))
-            for split in common.SPLITS}
+    return {
+        split: (len(getattr(corpus, split).offsets) - 1, len(getattr(corpus, split).audio))
+        for split in common.SPLITS
+    }
 
 
 def count(path):
@@ -62,7 +66,9 @@ def read_back(path):
         for split in common.SPLITS:
             group = file[split]
             splits[split] = [name.decode() for name in group["names"]]
-            for name, start, end in zip(splits[split], group["offsets"][:-1], group["offsets"][1:], strict=True):
+            for name, start, end in zip(
+                splits[split], group["offsets"][:-1], group["offsets"][1:], strict=True
+            ):
                 audio[name] = group["audio"][start:end]
     return audio, splits
 
@@ -92,19 +98,29 @@ def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
         np.testing.assert_array_equal(audio[name], array)
     assert sum(map(len, splits.values())) == len(stored)
     for names in splits.values():
-        assert names == sorted(names, key=lambda name: [int(number) for number in re.findall("[0-9]+", name)])
+        assert names == sorted(
+            names, key=lambda name: [int(number) for number in re.findall("[0-9]+", name)]
+        )
     assert splits["train"][0] == "data_9/data_9_0"
 
 
 def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples(tmp_path):
     lengths = dict(a=40_000, b=10_000, c=10_000, d=30_000, e=10_000, f=32_000)
     items = [(f"file of {name}", name, [noise(length)]) for name, length in lengths.items()]
-    damaged = ("file of g", "g", (noise(9_000) if i == 0 else [][0] for i in range(2)))  # fails after its first block
+    damaged = (
+        "file of g",
+        "g",
+        (noise(9_000) if i == 0 else [][0] for i in range(2)),
+    )  # fails after its first block
     skipped = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
     assert skipped == ["file of g: it cannot be read (list index out of range)"]
     assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
-    assert read_back(tmp_path / "out.h5")[1] == dict(train=["a", "f"], valid=["b", "d"], test=["c", "e"])
-    assert sizes(tmp_path / "out.h5") == dict(train=(2, 72_000), valid=(2, 40_000), test=(2, 20_000))
+    assert read_back(tmp_path / "out.h5")[1] == dict(
+        train=["a", "f"], valid=["b", "d"], test=["c", "e"]
+    )
+    assert sizes(tmp_path / "out.h5") == dict(
+        train=(2, 72_000), valid=(2, 40_000), test=(2, 20_000)
+    )
 
 
 def test_splits_follow_their_shares_and_repeat(tmp_path):
@@ -129,29 +145,56 @@ def test_statistics_are_those_of_train_alone(tmp_path):
         train = file["train/audio"][:].astype(float)
         assert file.attrs["mean"] == pytest.approx(train.mean(), rel=1e-12)
         assert file.attrs["std"] == pytest.approx(train.std(), rel=1e-12)
-        assert (file.attrs["format"], file.attrs["version"], file.attrs["sample_rate"]) == ("vrnn-audio", 1, 16000)
+        assert (file.attrs["format"], file.attrs["version"], file.attrs["sample_rate"]) == (
+            "vrnn-audio",
+            1,
+            16000,
+        )
 
 
 def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
     x = noise(200_000)
     x[:2] = -32768, 32767
-    same = [x, x.astype(">i2"), x.astype(np.int32), x.astype(np.int64), x.astype(np.float32), x / 32768.0,
-            (x / 32768.0).astype(np.float32), x.astype(np.int32) * 65536, np.stack([x, x[::-1]], 1),
-            np.asfortranarray(np.stack([x, x[::-1]], 1)), x[:, None]]
+    same = [
+        x,
+        x.astype(">i2"),
+        x.astype(np.int32),
+        x.astype(np.int64),
+        x.astype(np.float32),
+        x / 32768.0,
+        (x / 32768.0).astype(np.float32),
+        x.astype(np.int32) * 65536,
+        np.stack([x, x[::-1]], 1),
+        np.asfortranarray(np.stack([x, x[::-1]], 1)),
+        x[:, None],
+    ]
     for array in same:
         np.testing.assert_array_equal(converted_array(tmp_path, array), x)
 
 
-@pytest.mark.parametrize("array, reason", (
-    (np.zeros(0, np.int16), "no samples"), (np.zeros((2, 3, 4), np.int16), "shape"), (np.int16(3), "shape"),
-    (np.zeros((2, 5000), np.int16), "transpose"), (np.zeros(9, complex), "not audio"),
-    (np.array(["a"] * 9), "not audio"),
-    (np.array([0.0, np.nan]), "NaN or infinity"), (np.array([0.0, np.inf]), "NaN or infinity"),
-    (np.array([0.5, 70.2]), "peak"), (np.array([2 ** 40]), "peak"), (np.zeros(9, bool), "not audio"),
-    (np.zeros(9, [("a", "i2")]), "not audio"), (np.full(9, 32768, np.uint16), "not audio"),
-    (np.arange(9, dtype=np.int8), "not audio"), (np.arange(9, dtype=np.uint8), "not audio"),
-    (np.full(9, 1 << 20), "peak"), (np.array([1, 32_769]), "peak"), (np.zeros((5000, 1025), np.int16), "channels"),
-))
+@pytest.mark.parametrize(
+    "array, reason",
+    (
+        (np.zeros(0, np.int16), "no samples"),
+        (np.zeros((2, 3, 4), np.int16), "shape"),
+        (np.int16(3), "shape"),
+        (np.zeros((2, 5000), np.int16), "transpose"),
+        (np.zeros(9, complex), "not audio"),
+        (np.array(["a"] * 9), "not audio"),
+        (np.array([0.0, np.nan]), "NaN or infinity"),
+        (np.array([0.0, np.inf]), "NaN or infinity"),
+        (np.array([0.5, 70.2]), "peak"),
+        (np.array([2**40]), "peak"),
+        (np.zeros(9, bool), "not audio"),
+        (np.zeros(9, [("a", "i2")]), "not audio"),
+        (np.full(9, 32768, np.uint16), "not audio"),
+        (np.arange(9, dtype=np.int8), "not audio"),
+        (np.arange(9, dtype=np.uint8), "not audio"),
+        (np.full(9, 1 << 20), "peak"),
+        (np.array([1, 32_769]), "peak"),
+        (np.zeros((5000, 1025), np.int16), "channels"),
+    ),
+)
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
     skipped = converted_array(tmp_path, array)
     assert isinstance(skipped, str) and reason in skipped and "it.npy" in skipped
@@ -166,7 +209,9 @@ def ragged(arrays):
 def save_pickled(path, array, pickler=pickle._Pickler):
     """An array of objects as .npy, or as a member `a` of .npz."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, dict(descr="|O", fortran_order=False, shape=array.shape))
+    np.lib.format.write_array_header_1_0(
+        file, dict(descr="|O", fortran_order=False, shape=array.shape)
+    )
     pickler(file, protocol=2).dump(array)
     if path.suffix == ".npy":
         path.write_bytes(file.getvalue())
@@ -178,8 +223,12 @@ def save_pickled(path, array, pickler=pickle._Pickler):
 class AsPython2(pickle._Pickler):
     """Writes bytes as the str of Python 2, which wrote the 2015 Blizzard files."""
 
-    dispatch = {**pickle._Pickler.dispatch, bytes: lambda self, data: self.write(
-        pickle.BINSTRING + struct.pack("<I", len(data)) + data)}
+    dispatch = {
+        **pickle._Pickler.dispatch,
+        bytes: lambda self, data: self.write(
+            pickle.BINSTRING + struct.pack("<I", len(data)) + data
+        ),
+    }
 
 
 @pytest.mark.parametrize("pickler", (pickle._Pickler, AsPython2))
@@ -188,7 +237,12 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "good.npz", **recordings())
-    arrays = [noise(2_900), noise(3_000, 1), noise(3_100, 2).astype(np.float32) / 32768, np.array(["not audio"])]
+    arrays = [
+        noise(2_900),
+        noise(3_000, 1),
+        noise(3_100, 2).astype(np.float32) / 32768,
+        np.array(["not audio"]),
+    ]
     save_pickled(folder / f"it.{suffix}", ragged(arrays), pickler)
     out, skipped = convert(folder, tmp_path)
     assert len(skipped) == 1 and f"it.{suffix}" in skipped[0] and "--allow_pickle" in skipped[0]
@@ -197,7 +251,9 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
     out, skipped = convert(folder, tmp_path, force=True, allow_pickle=True)
     audio, name = read_back(out)[0], "it" if suffix == "npy" else "it/a"
     assert len(audio) == 15
-    assert skipped == [f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; save int16, int32 or floats"]
+    assert skipped == [
+        f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; save int16, int32 or floats"
+    ]
     for index, samples in enumerate([*arrays[:2], noise(3_100, 2)]):
         np.testing.assert_array_equal(audio[f"{name}/{index}"], samples)
 
@@ -205,10 +261,14 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
 def test_an_element_that_is_no_array_is_skipped_alone(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(folder / "it.npz", **recordings(), a=ragged([noise(2_900), [[1, 2], [3]], noise(3_000, 1)]))
+    np.savez(
+        folder / "it.npz", **recordings(), a=ragged([noise(2_900), [[1, 2], [3]], noise(3_000, 1)])
+    )
     out, skipped = convert(folder, tmp_path, allow_pickle=True)
     assert {"it/a/0", "it/a/2"} <= read_back(out)[0].keys() and len(read_back(out)[0]) == 14
-    assert len(skipped) == 1 and skipped[0].startswith(f"{folder}/it.npz (it/a/1): it cannot be read (")
+    assert len(skipped) == 1 and skipped[0].startswith(
+        f"{folder}/it.npz (it/a/1): it cannot be read ("
+    )
 
 
 class Exploit:
@@ -228,7 +288,9 @@ def test_nothing_that_a_file_says_is_executed_without_allow_pickle(tmp_path, suf
     evil = folder / f"evil.{suffix}"
     save_pickled(evil, ragged([Exploit(str(harm)), noise(100)]))
     if header == "damaged":
-        evil.write_bytes(pickle.dumps(Exploit(str(harm))))  # numpy.load takes a file without a header for a pickle
+        evil.write_bytes(
+            pickle.dumps(Exploit(str(harm)))
+        )  # numpy.load takes a file without a header for a pickle
     _, skipped = convert(folder, tmp_path)
     assert len(skipped) == 1 and str(evil) in skipped[0]
     assert not harm.exists()
@@ -252,10 +314,18 @@ def test_names_that_are_no_unicode_are_no_obstacle(tmp_path):
     np.savez(tmp_path / "good.npz", **recordings())
     for name in (b"caf\xe9.wav", b"notes.\xe9"):
         soundfile.write(os.fsencode(tmp_path) + b"/" + name, noise(3_000), RATE, format="WAV")
-    result = subprocess.run(command("prepare_blizzard", ".", "--valid=.2", "--test=.2"), cwd=tmp_path, text=True,
-                            capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    result = subprocess.run(
+        command("prepare_blizzard", ".", "--valid=.2", "--test=.2"),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
     assert result.returncode == 0, result.stderr
-    assert r"ignored, of other types: 1 .\udce9" in result.stdout and count(tmp_path / "data/blizzard.h5") == 13
+    assert (
+        r"ignored, of other types: 1 .\udce9" in result.stdout
+        and count(tmp_path / "data/blizzard.h5") == 13
+    )
 
 
 def test_an_mp3_of_varying_rate_is_read_as_in_one_piece(tmp_path):
@@ -273,13 +343,16 @@ def test_floats_far_above_full_scale_are_refused_in_a_sound_file_as_in_an_array(
     np.savez(folder / "good.npz", **recordings())
     soundfile.write(folder / "loud.wav", noise(9_000).astype(np.float32), RATE, subtype="FLOAT")
     _, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and re.search("loud.wav: its peak is .* times full scale; scale it", skipped[0])
+    assert len(skipped) == 1 and re.search(
+        "loud.wav: its peak is .* times full scale; scale it", skipped[0]
+    )
 
 
 def test_the_splits_depend_on_names_alone(tmp_path):
     """Not on the order of arguments, or in which a folder is listed or an archive holds its members."""
     assert sorted(["a_1", "a_01", "a_001"], key=common.natural_order) == sorted(
-        ["a_001", "a_01", "a_1"], key=common.natural_order)
+        ["a_001", "a_01", "a_1"], key=common.natural_order
+    )
     for name in ("a_10", "a_2", "a_02"):
         np.save(tmp_path / f"{name}.npy", noise(3_000))
     paths = [tmp_path / f"{name}.npy" for name in ("a_10", "a_2", "a_02")]
@@ -293,9 +366,12 @@ def test_sound_files_are_resampled_to_16_khz_mono(tmp_path, suffix):
     rate, hertz = 44_100, 440.0
     tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
     soundfile.write(tmp_path / f"tone.{suffix}", np.stack([tone, 0 * tone], 1), rate)
-    audio = np.concatenate(list(prepare_blizzard.sound_file_blocks(tmp_path / f"tone.{suffix}"))) / 32768
+    audio = (
+        np.concatenate(list(prepare_blizzard.sound_file_blocks(tmp_path / f"tone.{suffix}")))
+        / 32768
+    )
     assert len(audio) == pytest.approx(2 * RATE, abs=0.1 * RATE if suffix == "mp3" else 2)
-    middle = audio[RATE // 2:RATE // 2 + RATE]
+    middle = audio[RATE // 2 : RATE // 2 + RATE]
     assert np.argmax(np.abs(np.fft.rfft(middle))) == hertz
     assert middle.std() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
 
@@ -313,7 +389,9 @@ def test_the_first_of_two_channels_at_16_khz_is_taken_exactly(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(6):
-        soundfile.write(folder / f"{i}.wav", np.stack([noise(9_000, i), noise(9_000, 9)], axis=1), RATE)
+        soundfile.write(
+            folder / f"{i}.wav", np.stack([noise(9_000, i), noise(9_000, 9)], axis=1), RATE
+        )
     out, skipped = convert(folder, tmp_path)
     audio, _ = read_back(out)
     assert not skipped and len(audio) == 6
@@ -334,7 +412,11 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
     (folder / ".hidden.wav").write_text("no audio")
     out, skipped = convert(folder, tmp_path)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}
-    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in skipped] == ["b.npy", "c.wav", "d.npz"]
+    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in skipped] == [
+        "b.npy",
+        "c.wav",
+        "d.npz",
+    ]
     assert prepare_blizzard.find_audio([folder])[2] == {".txt": 1}
     with pytest.raises(common.UserError, match="b.npy: it cannot be read .mmap length.*--strict"):
         convert(folder, tmp_path, force=True, strict=True)
@@ -352,7 +434,10 @@ def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tm
     os.mkfifo(folder / "fifo.wav")
     out, skipped = convert(folder, tmp_path)
     assert count(out) == 12
-    assert [why.split(": ")[0] for why in skipped] == [str(folder / "dangling.wav"), str(folder / "fifo.wav")]
+    assert [why.split(": ")[0] for why in skipped] == [
+        str(folder / "dangling.wav"),
+        str(folder / "fifo.wav"),
+    ]
     with pytest.raises(common.UserError, match="dangling.wav.*without --strict"):
         convert(folder, tmp_path, force=True, strict=True)
 
@@ -369,15 +454,23 @@ def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
 def test_constant_recordings_are_skipped(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(folder / "a.npz", silence=np.zeros(4_000, np.int16), offset=np.full(5_000, 7, np.int16), **recordings(),
-             none=noise(0), none_either=np.zeros(0))
+    np.savez(
+        folder / "a.npz",
+        silence=np.zeros(4_000, np.int16),
+        offset=np.full(5_000, 7, np.int16),
+        **recordings(),
+        none=noise(0),
+        none_either=np.zeros(0),
+    )
     soundfile.write(folder / "b.wav", noise(0), RATE)
     _, skipped = convert(folder, tmp_path)
-    assert skipped == [f"{folder}/a.npz (a/none): it holds no samples",
-                       f"{folder}/a.npz (a/none_either): it holds no samples",
-                       f"{folder}/a.npz (a/offset): all of its 5,000 samples are the same",
-                       f"{folder}/a.npz (a/silence): all of its 4,000 samples are the same",
-                       f"{folder}/b.wav: it holds no samples"]
+    assert skipped == [
+        f"{folder}/a.npz (a/none): it holds no samples",
+        f"{folder}/a.npz (a/none_either): it holds no samples",
+        f"{folder}/a.npz (a/offset): all of its 5,000 samples are the same",
+        f"{folder}/a.npz (a/silence): all of its 4,000 samples are the same",
+        f"{folder}/b.wav: it holds no samples",
+    ]
 
 
 def crash(path, target):
@@ -397,8 +490,12 @@ def meet_a_full_disk(error, path, target):
     raise error("No space left")
 
 
-@pytest.mark.parametrize("decode, lost", ((prepare_blizzard.decode, []), (crash, ["13", "14"]), (crash_once, [])))
-def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_its_own_file(tmp_path, monkeypatch, decode, lost):
+@pytest.mark.parametrize(
+    "decode, lost", ((prepare_blizzard.decode, []), (crash, ["13", "14"]), (crash_once, []))
+)
+def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_its_own_file(
+    tmp_path, monkeypatch, decode, lost
+):
     folder = tmp_path / "in"
     folder.mkdir()
     lengths = {str(i): 2 * common.BLOCK if i == 0 else 2_000 + i for i in range(40)}
@@ -410,7 +507,10 @@ def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_its_own_fi
     assert skipped == [f"{folder}/{name}.wav: it crashes its decoder" for name in lost]
     audio, splits = read_back(out)
     np.testing.assert_array_equal(audio.pop("5b/rec_0"), recordings(1)["rec_0"])
-    assert all(names == sorted(names, key=lambda name: int(name.split("b")[0])) for names in splits.values())
+    assert all(
+        names == sorted(names, key=lambda name: int(name.split("b")[0]))
+        for names in splits.values()
+    )
     assert audio.keys() == lengths.keys() - set(lost)
     for name, samples in audio.items():
         np.testing.assert_array_equal(samples, noise(lengths[name], int(name)))
@@ -448,7 +548,10 @@ def test_conversion_ends_before_the_disk_is_full_and_leaves_no_file(tmp_path, mo
 
 
 def processes_below(pid):
-    children = [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+    children = [
+        int(child)
+        for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()
+    ]
     return children + [pid for child in children for pid in processes_below(child)]
 
 
@@ -460,21 +563,28 @@ def runs(pid):
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
-def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_again(tmp_path, number):
+def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_again(
+    tmp_path, number
+):
     folder = tmp_path / "in"
     folder.mkdir()
     soundfile.write(folder / "0.wav", np.tile(noise(44_100), 60), 44_100)
     for i in range(1, 400):
         os.link(folder / "0.wav", folder / f"{i}.wav")
     with open(folder / "errors.txt", "w") as errors:
-        conversion = subprocess.Popen(command("prepare_blizzard", folder, f"--out={tmp_path}/out.h5"), stderr=errors,
-                                      start_new_session=True)
+        conversion = subprocess.Popen(
+            command("prepare_blizzard", folder, f"--out={tmp_path}/out.h5"),
+            stderr=errors,
+            start_new_session=True,
+        )
     while not list(tmp_path.glob("out.h5.decoded/1*")):
         assert conversion.poll() is None, (folder / "errors.txt").read_text()
         time.sleep(0.05)
     decoders = processes_below(conversion.pid)
     assert len(decoders) >= min(2, os.cpu_count())
-    (os.killpg if number == signal.SIGINT else os.kill)(conversion.pid, number)  # Ctrl-C reaches every process
+    (os.killpg if number == signal.SIGINT else os.kill)(
+        conversion.pid, number
+    )  # Ctrl-C reaches every process
     conversion.wait(60)
     deadline = time.monotonic() + 20
     while any(map(runs, decoders)) and time.monotonic() < deadline:
@@ -504,7 +614,9 @@ def test_two_conversions_cannot_write_the_same_file(tmp_path):
     np.savez(tmp_path / "in/a.npz", **recordings())
     (tmp_path / "out.h5.partial").touch()
     other = common.lock(tmp_path / "out.h5.partial")
-    with pytest.raises(common.UserError, match="out.h5.partial is being written by another process"):
+    with pytest.raises(
+        common.UserError, match="out.h5.partial is being written by another process"
+    ):
         convert(tmp_path / "in", tmp_path)
     os.close(other)
     convert(tmp_path / "in", tmp_path)
@@ -514,19 +626,28 @@ def test_a_recording_named_twice_is_taken_once(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings())
-    prepare_blizzard.convert_files([folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2)
+    prepare_blizzard.convert_files(
+        [folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2
+    )
     assert count(tmp_path / "out.h5") == 12
 
 
-@pytest.mark.parametrize("header", (
-    "{'descr': '<i2', 'shape': (", "{[]: 1}", "{'descr': '<i2', 'fortran_order': False, 'shape': (1099511627776, 9), }",
-))
+@pytest.mark.parametrize(
+    "header",
+    (
+        "{'descr': '<i2', 'shape': (",
+        "{[]: 1}",
+        "{'descr': '<i2', 'fortran_order': False, 'shape': (1099511627776, 9), }",
+    ),
+)
 def test_a_hostile_header_costs_its_own_file_only(tmp_path, header):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "good.npz", **recordings())
     text = header.encode().ljust(117) + b"\n"
-    (folder / "it\u00b2.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    (folder / "it\u00b2.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    )
     _, skipped = convert(folder, tmp_path)
     assert len(skipped) == 1 and "it\u00b2.npy" in skipped[0]
 
@@ -557,16 +678,25 @@ def write_corpus(path, change=lambda file: None):
     return path
 
 
-@pytest.mark.parametrize("change, reason", (
-    (lambda file: file.attrs.update(format="other"), "not of format vrnn-audio"),
-    (lambda file: file.attrs.update(version=2), "not of .* version 1"),
-    (lambda file: file.attrs.update(std=0.0), "mean and std"),
-    (lambda file: file.attrs.update(sample_rate=44_100), "not of .* sample_rate 16000"),
-    (lambda file: file.attrs.__delitem__("sample_rate"), "not of .* sample_rate 16000"),
-    (lambda file: file.__delitem__("test"), "not a readable HDF5 file .*test"),
-    (lambda file: file["valid/offsets"].write_direct(np.array([0, 400, 900])), "inconsistent offsets"),
-    (lambda file: file["valid/offsets"].write_direct(np.array([0, 1_400, 1_000])), "inconsistent offsets"),
-))
+@pytest.mark.parametrize(
+    "change, reason",
+    (
+        (lambda file: file.attrs.update(format="other"), "not of format vrnn-audio"),
+        (lambda file: file.attrs.update(version=2), "not of .* version 1"),
+        (lambda file: file.attrs.update(std=0.0), "mean and std"),
+        (lambda file: file.attrs.update(sample_rate=44_100), "not of .* sample_rate 16000"),
+        (lambda file: file.attrs.__delitem__("sample_rate"), "not of .* sample_rate 16000"),
+        (lambda file: file.__delitem__("test"), "not a readable HDF5 file .*test"),
+        (
+            lambda file: file["valid/offsets"].write_direct(np.array([0, 400, 900])),
+            "inconsistent offsets",
+        ),
+        (
+            lambda file: file["valid/offsets"].write_direct(np.array([0, 1_400, 1_000])),
+            "inconsistent offsets",
+        ),
+    ),
+)
 def test_an_inconsistent_hdf5_file_is_refused_by_name(tmp_path, change, reason):
     path = write_corpus(tmp_path / "x.h5", change)
     with pytest.raises(common.UserError, match=reason) as error:
@@ -585,8 +715,14 @@ class InMemory:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=20), batch=st.integers(1, 4), epoch=st.integers(0, 3))
-def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_and_epoch_alone(lengths, batch, epoch):
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=20),
+    batch=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
+def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_and_epoch_alone(
+    lengths, batch, epoch
+):
     x_dim, frames, reset_freq = 5, 3, 2
     samples = x_dim * frames * reset_freq
     if sum(length // samples for length in lengths) < batch:
@@ -601,7 +737,9 @@ def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_an
     for i in reversed(range(len(groups))):
         assert torch.equal(again.batch(first + i), groups[i])
 
-    runs = torch.cat(groups, dim=2).permute(2, 0, 1, 3).flatten(1)  # (excerpts, samples), windows back in order
+    runs = (
+        torch.cat(groups, dim=2).permute(2, 0, 1, 3).flatten(1)
+    )  # (excerpts, samples), windows back in order
     assert groups[0].shape == (reset_freq, frames, batch, x_dim)
     assert (runs.diff(dim=1) == 1).all()
     recording = np.searchsorted(split.offsets, runs.numpy(), side="right")
@@ -611,7 +749,10 @@ def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_an
 
 def test_epochs_differ_in_order_and_offset():
     excerpts = common.Excerpts(InMemory([1_000, 1_017]), 5, 3, 2, 4, seed=0)
-    starts = [excerpts.batch(epoch * excerpts.batches_per_epoch)[0, 0, :, 0].tolist() for epoch in range(3)]
+    starts = [
+        excerpts.batch(epoch * excerpts.batches_per_epoch)[0, 0, :, 0].tolist()
+        for epoch in range(3)
+    ]
     assert starts[0] != starts[1] != starts[2]
     assert {s % 30 for s in starts[0]} != {s % 30 for s in starts[1]}
 
@@ -646,7 +787,9 @@ def test_demo_speech_is_the_same_every_time_and_sounds_and_pauses(tmp_path):
 
 
 def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1))
+    monkeypatch.setattr(
+        prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1)
+    )
     prepare_blizzard.make_demo_data(tmp_path / "demo.h5", tmp_path / "demo", seed=3)
     assert count(tmp_path / "demo.h5") == 12
     created_by = common.open_corpus(tmp_path / "demo.h5").created_by
@@ -655,7 +798,9 @@ def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch
 
 def test_the_splits_of_demo_data_have_the_shares_that_are_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1))
+    monkeypatch.setattr(
+        prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1)
+    )
     for flags, shares in (("", (9, 2, 1)), ("--valid=.25 --test=.5 --force", (3, 3, 6))):
         monkeypatch.setattr(sys, "argv", ["prepare_blizzard.py", "--demo", *flags.split()])
         prepare_blizzard.main()
@@ -663,9 +808,15 @@ def test_the_splits_of_demo_data_have_the_shares_that_are_asked_for(tmp_path, mo
         assert tuple(len(getattr(corpus, split).offsets) - 1 for split in common.SPLITS) == shares
 
 
-def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(tmp_path, monkeypatch, capsys):
+def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    arrays = [*recordings().values(), noise(31_999), noise(32_000)]  # a training excerpt has 32,000 samples
+    arrays = [
+        *recordings().values(),
+        noise(31_999),
+        noise(32_000),
+    ]  # a training excerpt has 32,000 samples
     save_pickled(tmp_path / "it.npy", ragged(arrays))
     (tmp_path / "notes.txt").touch()
 
@@ -681,12 +832,25 @@ def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_senten
     status, output, errors = outcome("--help")
     assert not status and "executes what the file says" in " ".join(output.split())
     status, output, errors = outcome("it.npy", *split)
-    assert status == 2 and output == "" and re.fullmatch("error: 0 usable .*it.npy: .*--allow_pickle .*\n", errors)
+    assert (
+        status == 2
+        and output == ""
+        and re.fullmatch("error: 0 usable .*it.npy: .*--allow_pickle .*\n", errors)
+    )
     status, output, errors = outcome(".", *split, "--allow_pickle")
     assert not status and "skipped: 0" in output and re.search("total +14 .* 126,441\n", output)
-    assert "of 2 s: 13 recordings, 5.90 s\n" in output and "ignored, of other types: 1 .txt\n" in output
+    assert (
+        "of 2 s: 13 recordings, 5.90 s\n" in output
+        and "ignored, of other types: 1 .txt\n" in output
+    )
     assert len(read_back(tmp_path / "data/blizzard.h5")[0]) == 14
-    for flags in (["nowhere"], ["it.npy", "--demo"], [], ["it.npy", "--allow_pickles"], ["it.npy", "--valid=half"],
-                  ["it.npy", "--allow_pickle", *split]):
+    for flags in (
+        ["nowhere"],
+        ["it.npy", "--demo"],
+        [],
+        ["it.npy", "--allow_pickles"],
+        ["it.npy", "--valid=half"],
+        ["it.npy", "--allow_pickle", *split],
+    ):
         status, output, errors = outcome(*flags)
         assert status == 2 and output == "" and re.fullmatch("error: [^\n]+\n", errors), flags

@@ -23,9 +23,20 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     write_tiny_data(folder / "tiny.h5")
     write_louder_data(folder)
-    for script, name, *flags in *zip(SCRIPTS, SCRIPTS), ("vrnn_gauss_iwae", "dreg", "--dreg", "--seq_frames=6"):
-        main_of(script, *SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={folder / 'runs' / name}",
-                "--max_updates=6", "--monitor_every=3", "--eval_recordings=1", *flags)
+    for script, name, *flags in (
+        *zip(SCRIPTS, SCRIPTS),
+        ("vrnn_gauss_iwae", "dreg", "--dreg", "--seq_frames=6"),
+    ):
+        main_of(
+            script,
+            *SIZES,
+            f"--data={folder / 'tiny.h5'}",
+            f"--out_dir={folder / 'runs' / name}",
+            "--max_updates=6",
+            "--monitor_every=3",
+            "--eval_recordings=1",
+            *flags,
+        )
     return folder
 
 
@@ -33,7 +44,9 @@ def write_louder_data(folder):
     """Recordings of three times the standard deviation, and fewer."""
     random = np.random.default_rng(1)
     (folder / "loud").mkdir()
-    np.savez(folder / "loud/loud.npz", **{f"rec_{i}": 3 * smooth_noise(random, 2_500) for i in range(8)})
+    np.savez(
+        folder / "loud/loud.npz", **{f"rec_{i}": 3 * smooth_noise(random, 2_500) for i in range(8)}
+    )
     result = run("prepare_blizzard", "loud", "--out=loud.h5", "--valid=.2", "--test=.2", cwd=folder)
     assert result.returncode == 0, result.stderr
 
@@ -57,10 +70,15 @@ def test_best_pt_on_the_data_of_its_run_has_the_bounds_of_its_run(folder, tmp_pa
     found = evaluated(checkpoint, tmp_path / "again", script=script)
     assert found == before | dict(checkpoint=str(checkpoint))
     for path in (checkpoint.parent / "windows.csv", *(checkpoint.parent / "samples").iterdir()):
-        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(checkpoint.parent)).read_bytes()
+        assert (
+            path.read_bytes()
+            == (tmp_path / "again" / path.relative_to(checkpoint.parent)).read_bytes()
+        )
 
 
-def test_an_evaluation_makes_no_log_and_no_checkpoint_and_names_checkpoint_and_data(folder, tmp_path):
+def test_an_evaluation_makes_no_log_and_no_checkpoint_and_names_checkpoint_and_data(
+    folder, tmp_path
+):
     checkpoint = folder / "runs/vrnn_gauss/best.pt"
     found = evaluated(checkpoint, tmp_path / "loud", f"--data={folder / 'loud.h5'}")
     assert contents(tmp_path / "loud") == {"config.json", "eval.json", "windows.csv", "samples"}
@@ -77,14 +95,21 @@ def test_no_update_is_made_and_no_window_of_training_is_read(folder, tmp_path, m
 
 def test_other_data_are_normalised_as_the_training_was(folder, tmp_path):
     checkpoint = folder / "runs/vrnn_gauss/best.pt"
-    trained, corpus = torch.load(checkpoint, weights_only=True), common.open_corpus(str(folder / "loud.h5"))
+    trained, corpus = (
+        torch.load(checkpoint, weights_only=True),
+        common.open_corpus(str(folder / "loud.h5")),
+    )
     assert corpus.std > 2 * trained["std"]
-    found = evaluated(checkpoint, tmp_path / "loud", f"--data={folder / 'loud.h5'}", "--eval_recordings=0")
+    found = evaluated(
+        checkpoint, tmp_path / "loud", f"--data={folder / 'loud.h5'}", "--eval_recordings=0"
+    )
     sizes = [trained["config"][name] for name in common.SIZES]
     model = common.VRNN(*sizes)
     model.load_state_dict(trained["model"])
     corpus.mean, corpus.std = trained["mean"], trained["std"]
-    expected = common.summarise(common.window_bounds(model, corpus, corpus.test, (2, 6), 5, smc=6), 5, 20, corpus)
+    expected = common.summarise(
+        common.window_bounds(model, corpus, corpus.test, (2, 6), 5, smc=6), 5, 20, corpus
+    )
     assert found["bounds"] == expected
     nats, bits = (expected["elbo"][unit] for unit in ("nats_per_frame", "bits_per_sample"))
     assert bits == pytest.approx((np.log(trained["std"]) - nats / 20) / np.log(2))
@@ -101,7 +126,10 @@ def test_last_pt_has_the_weights_of_the_last_update_and_best_pt_their_average(fo
     last = torch.load(folder / "runs/vrnn_gauss/last.pt", weights_only=True)
     best = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
     assert last["update"] == best["update"] == 6
-    found = [evaluated(folder / f"runs/vrnn_gauss/{name}.pt", tmp_path / name)["bounds"] for name in ("last", "best")]
+    found = [
+        evaluated(folder / f"runs/vrnn_gauss/{name}.pt", tmp_path / name)["bounds"]
+        for name in ("last", "best")
+    ]
     for name, weights, expected in zip(("raw", "averaged"), ("model", "averaged"), found):
         torch.save({**best, "model": last[weights]}, tmp_path / f"{name}.pt")
         assert evaluated(tmp_path / f"{name}.pt", tmp_path / name)["bounds"] == expected
@@ -118,8 +146,15 @@ def test_a_checkpoint_of_another_script_is_welcome_and_keeps_its_name(folder, tm
 
 
 def test_what_belongs_to_the_training_stays_as_the_checkpoint_has_it(folder, tmp_path):
-    evaluated(folder / "runs/dreg/best.pt", tmp_path / "out", "--k=9", "--no-dreg", "--seed=3", "--seq_frames=7",
-              script="vrnn_gauss_iwae")
+    evaluated(
+        folder / "runs/dreg/best.pt",
+        tmp_path / "out",
+        "--k=9",
+        "--no-dreg",
+        "--seed=3",
+        "--seq_frames=7",
+        script="vrnn_gauss_iwae",
+    )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["k"], config["dreg"], config["seed"], config["seq_frames"]) == (5, True, 0, 7)
 
@@ -129,7 +164,10 @@ def test_unknown_names_in_the_configuration_of_a_checkpoint_are_ignored(folder, 
     checkpoint["config"] |= dict(beta=0.5, script="mine", name="my objective")
     torch.save(checkpoint, tmp_path / "mine.pt")
     found = evaluated(tmp_path / "mine.pt", tmp_path / "out")
-    assert found["bounds"] == of_run(folder, "vrnn_gauss")["bounds"] and found["name"] == "my objective"
+    assert (
+        found["bounds"] == of_run(folder, "vrnn_gauss")["bounds"]
+        and found["name"] == "my objective"
+    )
 
 
 def refusal(*arguments, script="vrnn_gauss"):
@@ -140,7 +178,9 @@ def refusal(*arguments, script="vrnn_gauss"):
 
 @pytest.mark.parametrize("flag", [f"--{name}=20" for name in common.SIZES])
 def test_sizes_beside_a_checkpoint_are_refused(folder, tmp_path, flag):
-    text = refusal(f"--evaluate={folder / 'runs/vrnn_gauss/best.pt'}", f"--out_dir={tmp_path / 'out'}", flag)
+    text = refusal(
+        f"--evaluate={folder / 'runs/vrnn_gauss/best.pt'}", f"--out_dir={tmp_path / 'out'}", flag
+    )
     assert flag.split("=")[0] in text and not (tmp_path / "out").exists()
 
 
@@ -150,18 +190,38 @@ def test_what_cannot_be_evaluated_is_refused_by_name(folder, tmp_path):
     assert "missing.pt does not exist" in refusal("--evaluate=missing.pt", out)
     assert "missing.h5 does not exist" in refusal(f"--evaluate={best}", out, "--data=missing.h5")
     (tmp_path / "text.pt").write_text("text")
-    assert "text.pt is not a usable checkpoint" in refusal(f"--evaluate={tmp_path / 'text.pt'}", out)
+    assert "text.pt is not a usable checkpoint" in refusal(
+        f"--evaluate={tmp_path / 'text.pt'}", out
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("part, value", (
-    ("config", None), ("config", [1]), ("mean", "1"), ("mean", float("nan")), ("std", 0.0), ("std", -1.0),
-    ("update", None), ("update", -1), ("model", {}), ("model", None), ("config", {"odd": torch.zeros(2)}),
-    ("config", {"k": "x"}), ("config", {"seq_frames": -1}), ("config", {"eval_k": [None]}),
-))
-def test_a_checkpoint_with_a_senseless_part_is_refused_in_one_sentence(folder, tmp_path, part, value):
+@pytest.mark.parametrize(
+    "part, value",
+    (
+        ("config", None),
+        ("config", [1]),
+        ("mean", "1"),
+        ("mean", float("nan")),
+        ("std", 0.0),
+        ("std", -1.0),
+        ("update", None),
+        ("update", -1),
+        ("model", {}),
+        ("model", None),
+        ("config", {"odd": torch.zeros(2)}),
+        ("config", {"k": "x"}),
+        ("config", {"seq_frames": -1}),
+        ("config", {"eval_k": [None]}),
+    ),
+)
+def test_a_checkpoint_with_a_senseless_part_is_refused_in_one_sentence(
+    folder, tmp_path, part, value
+):
     checkpoint = torch.load(folder / "runs/vrnn_gauss/best.pt", weights_only=True)
-    checkpoint[part] = checkpoint["config"] | value if part == "config" and type(value) is dict else value
+    checkpoint[part] = (
+        checkpoint["config"] | value if part == "config" and type(value) is dict else value
+    )
     torch.save(checkpoint, tmp_path / "odd.pt")
     text = refusal(f"--evaluate={tmp_path / 'odd.pt'}", f"--out_dir={tmp_path / 'out'}")
     assert "\n" not in text and not (tmp_path / "out").exists()
@@ -177,7 +237,9 @@ def test_a_folder_that_holds_a_run_or_an_evaluation_is_refused(folder, tmp_path,
 
 def test_a_run_is_not_trained_into_the_folder_of_an_evaluation(folder, tmp_path):
     evaluated(folder / "runs/vrnn_gauss/best.pt", tmp_path / "out")
-    assert "already holds" in refusal(*SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={tmp_path / 'out'}")
+    assert "already holds" in refusal(
+        *SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={tmp_path / 'out'}"
+    )
 
 
 def test_a_checkpoint_of_a_foreign_model_gets_one_sentence_and_status_2(folder, tmp_path):

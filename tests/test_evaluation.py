@@ -32,6 +32,7 @@ def corpus(data):
 
 # ---- bounds and their summaries ----
 
+
 class GivenWeights:
     """Whose particles have these nll, kl and log w, (T, B, K), whatever x and z are."""
 
@@ -41,7 +42,9 @@ class GivenWeights:
         self.given = nll_TBK, kl_TBK, log_w_TBK
 
     def __call__(self, x_TBX, state, noise, k):
-        return common.Rollout(*(part[:, :, :k] for part in self.given), *[None] * 6, state=(), phi_x=None)
+        return common.Rollout(
+            *(part[:, :, :k] for part in self.given), *[None] * 6, state=(), phi_x=None
+        )
 
 
 def test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand():
@@ -52,12 +55,18 @@ def test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand():
     bounds = common.estimate_bounds(model, torch.zeros(2, 2, 1), (2, 5), torch.Generator())
     log = math.log
     expected = dict(
-        elbo=[-11 * (2 + 12), -11 * (7 + 17)], kl=[10 * (2 + 12), 10 * (7 + 17)],
+        elbo=[-11 * (2 + 12), -11 * (7 + 17)],
+        kl=[10 * (2 + 12), 10 * (7 + 17)],
         elbo_5=[log(120) / 5, log(8) / 5],
         log_w_std=[np.std(np.log([1, 2, 3, 4, 5])), log(8) * math.sqrt(1 / 5 - 1 / 25)],
-        iwae_2=[(log(3 / 2) + log(7 / 2)) / 2, (log(9 / 2) + log(2 / 2)) / 2],  # the fifth is left out
+        iwae_2=[
+            (log(3 / 2) + log(7 / 2)) / 2,
+            (log(9 / 2) + log(2 / 2)) / 2,
+        ],  # the fifth is left out
         ess_iwae_2=[(9 / 5 + 49 / 25) / 2, (81 / 65 + 4 / 2) / 2],
-        iwae_5=[log(15 / 5), log(12 / 5)], ess_iwae_5=[225 / 55, 144 / 68])
+        iwae_5=[log(15 / 5), log(12 / 5)],
+        ess_iwae_5=[225 / 55, 144 / 68],
+    )
     assert list(bounds) == list(expected)
     for name, values in expected.items():
         assert bounds[name].tolist() == pytest.approx(values, rel=1e-12), name
@@ -65,7 +74,9 @@ def test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand():
 
 def test_summaries_of_three_windows_equal_those_computed_by_hand(corpus):
     values = torch.tensor([10.0, 20.0, 60.0], dtype=torch.float64)  # deviations -20, -10, 30
-    found = common.summarise(dict.fromkeys(("elbo", "kl", "log_w_std", "iwae_2", "ess_iwae_2"), values), 5, 20, corpus)
+    found = common.summarise(
+        dict.fromkeys(("elbo", "kl", "log_w_std", "iwae_2", "ess_iwae_2"), values), 5, 20, corpus
+    )
     stderr = math.sqrt((400 + 100 + 900) / 2) / math.sqrt(3)
     bound = pytest.approx(dict(nats_per_frame=6, nats_per_sequence=30, stderr=stderr / 5))
     assert found["kl"] == found["log_w_std"] == bound
@@ -78,13 +89,25 @@ def test_summaries_of_three_windows_equal_those_computed_by_hand(corpus):
 
 
 def test_the_table_of_windows_holds_bounds_alone_in_nats_per_frame():
-    by_window = {name: torch.tensor([first, -2.5]) for name, first in dict(
-        elbo=10.0, kl=1.0, log_w_std=9.0, iwae_2=11.0, ess_iwae_2=9.0, smc_6=12.3456, ess_smc_6=9.0).items()}
+    by_window = {
+        name: torch.tensor([first, -2.5])
+        for name, first in dict(
+            elbo=10.0,
+            kl=1.0,
+            log_w_std=9.0,
+            iwae_2=11.0,
+            ess_iwae_2=9.0,
+            smc_6=12.3456,
+            ess_smc_6=9.0,
+        ).items()
+    }
     assert common.windows_table(by_window, 5) == (
-        "elbo,kl,iwae_2,smc_6\n2.000,0.200,2.200,2.469\n-0.500,-0.500,-0.500,-0.500\n")
+        "elbo,kl,iwae_2,smc_6\n2.000,0.200,2.200,2.469\n-0.500,-0.500,-0.500,-0.500\n"
+    )
 
 
 # ---- what the model is given ----
+
 
 class Listener(nn.Module):
     """Keeps x and noise. Its log w is minus the sum over the samples of a frame of their 16-bit values."""
@@ -99,7 +122,9 @@ class Listener(nn.Module):
         self.heard.append((x_TBX, noise))
         pcm_TBX = (x_TBX.double() * self.corpus.std + self.corpus.mean).round()
         nll_TBK = pcm_TBX.sum(2, keepdim=True).expand(-1, -1, k)
-        return common.Rollout(nll_TBK, 0 * nll_TBK, -nll_TBK, *[None] * 6, state=(noise[0],), phi_x=None)
+        return common.Rollout(
+            nll_TBK, 0 * nll_TBK, -nll_TBK, *[None] * 6, state=(noise[0],), phi_x=None
+        )
 
 
 def audio_of(path, split):
@@ -112,12 +137,15 @@ def test_every_batch_of_windows_is_dequantised_with_noise_of_its_own(data, corpu
     monkeypatch.setattr(common, "EVAL_BATCH", 3)
     model = Listener(corpus)
     bounds = common.window_bounds(model, corpus, corpus.valid, (2, 6), seq_frames=5)
-    windows = [audio[start:start + 100].reshape(5, 20) for audio in audio_of(data, "valid")
-               for start in range(0, len(audio) - 99, 100)]
+    windows = [
+        audio[start : start + 100].reshape(5, 20)
+        for audio in audio_of(data, "valid")
+        for start in range(0, len(audio) - 99, 100)
+    ]
     assert len(windows) == 5 and len(model.heard) == 2
     for batch, (x_TBX, noise) in enumerate(model.heard):
         generator = torch.Generator().manual_seed(2015 + batch)
-        pcm_TBX = torch.from_numpy(np.stack(windows[3 * batch:3 * batch + 3], axis=1))
+        pcm_TBX = torch.from_numpy(np.stack(windows[3 * batch : 3 * batch + 3], axis=1))
         uniform = torch.rand(pcm_TBX.shape, generator=generator)
         expected = (pcm_TBX + uniform - 0.5 - corpus.mean) / corpus.std
         torch.testing.assert_close(x_TBX.double(), expected, rtol=0, atol=1e-6)
@@ -127,29 +155,44 @@ def test_every_batch_of_windows_is_dequantised_with_noise_of_its_own(data, corpu
 
 def test_the_particle_filter_of_a_window_counts_all_of_its_frames(data, corpus):
     bounds = common.window_bounds(Listener(corpus), corpus, corpus.valid, (2,), seq_frames=5, smc=6)
-    assert bounds["smc_6"].tolist() == pytest.approx(bounds["iwae_2"].tolist())  # the same for all particles
+    assert bounds["smc_6"].tolist() == pytest.approx(
+        bounds["iwae_2"].tolist()
+    )  # the same for all particles
     assert bounds["ess_smc_6"].tolist() == pytest.approx([6] * 5)
 
 
 @pytest.mark.parametrize("at_most, chosen", ((10, [0, 1, 2, 3, 4]), (3, [0, 2, 4])))
 def test_the_standard_error_over_recordings_is_that_of_a_ratio(data, corpus, at_most, chosen):
-    found = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, k=4, at_most=at_most)["smc_4"]
+    found = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, k=4, at_most=at_most)[
+        "smc_4"
+    ]
     recordings = [audio_of(data, "test")[i] for i in chosen]
     frames = np.array([len(audio) // 20 for audio in recordings])
-    nats = np.array([-audio[:20 * n].sum() for audio, n in zip(recordings, frames)])
+    nats = np.array([-audio[: 20 * n].sum() for audio, n in zip(recordings, frames)])
     ratio, count = nats.sum() / frames.sum(), len(chosen)
     stderr = math.sqrt(((nats - ratio * frames) ** 2).sum() / (count - 1) / count) / frames.mean()
     bits = (math.log(corpus.std) - ratio / 20) / math.log(2)
-    assert found == pytest.approx(dict(recordings=count, frames=frames.sum(), nats_per_frame=ratio, stderr=stderr,
-                                       bits_per_sample=bits, ess=4))
+    assert found == pytest.approx(
+        dict(
+            recordings=count,
+            frames=frames.sum(),
+            nats_per_frame=ratio,
+            stderr=stderr,
+            bits_per_sample=bits,
+            ess=4,
+        )
+    )
     alone = common.evaluate_recordings(Listener(corpus), corpus, corpus.test, 4, 1)["smc_4"]
     assert stderr > 0.1 and alone["stderr"] is None
 
 
 # ---- with whose weights ----
 
+
 def main(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["vrnn_gauss", *SIZES, "--lr=0.01", "--ema=0.5", *map(str, flags)])
+    monkeypatch.setattr(
+        sys, "argv", ["vrnn_gauss", *SIZES, "--lr=0.01", "--ema=0.5", *map(str, flags)]
+    )
     vrnn_gauss.main()
 
 
@@ -172,13 +215,25 @@ def are_equal(parameters, others):
     return all(map(torch.equal, parameters.values(), others.values()))
 
 
-def test_the_bounds_in_the_log_are_those_of_the_averaged_weights(data, corpus, tmp_path, monkeypatch):
+def test_the_bounds_in_the_log_are_those_of_the_averaged_weights(
+    data, corpus, tmp_path, monkeypatch
+):
     monkeypatch.setattr(common.Training, "finish", lambda training: None)
-    main(monkeypatch, f"--data={data}", f"--out_dir={tmp_path / 'run'}", "--max_updates=4", "--monitor_every=2",
-         "--monitor_windows=3")
+    main(
+        monkeypatch,
+        f"--data={data}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--max_updates=4",
+        "--monitor_every=2",
+        "--monitor_windows=3",
+    )
     logged = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["valid"]
-    averaged, raw = (evaluated(parameters_in(tmp_path / "run/last.pt", part), corpus, corpus.valid, (2,), at_most=3)
-                     for part in ("averaged", "model"))
+    averaged, raw = (
+        evaluated(
+            parameters_in(tmp_path / "run/last.pt", part), corpus, corpus.valid, (2,), at_most=3
+        )
+        for part in ("averaged", "model")
+    )
     assert logged == averaged
     assert abs(logged["elbo"]["nats_per_frame"] - raw["elbo"]["nats_per_frame"]) > 1e-3
 
@@ -190,7 +245,10 @@ def run(data, tmp_path_factory):
     By the elbo its update 4 would be the best.
     """
     folder, monitored, generated = tmp_path_factory.mktemp("runs") / "run", [], []
-    scripted, window_bounds = iter(zip([1.0, 3.0, 2.0, 2.5], [1.0, 2.0, 3.0, 4.0])), common.window_bounds
+    scripted, window_bounds = (
+        iter(zip([1.0, 3.0, 2.0, 2.5], [1.0, 2.0, 3.0, 4.0])),
+        common.window_bounds,
+    )
 
     def scripted_bounds(model, corpus, split, ks, *others, **options):
         if split is not corpus.valid:
@@ -198,17 +256,23 @@ def run(data, tmp_path_factory):
         assert ks == (2,)
         monitored.append(copy.deepcopy(model.state_dict()))
         iwae, elbo = next(scripted)
-        return {name: torch.tensor([5 * value]) for name, value in dict(iwae_2=iwae, elbo=elbo, kl=0.0).items()}
+        return {
+            name: torch.tensor([5 * value])
+            for name, value in dict(iwae_2=iwae, elbo=elbo, kl=0.0).items()
+        }
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "window_bounds", scripted_bounds)
-        patch.setattr(common, "write_samples", lambda model, *others: generated.append(model.state_dict()))
+        patch.setattr(
+            common, "write_samples", lambda model, *others: generated.append(model.state_dict())
+        )
         main(patch, f"--data={data}", f"--out_dir={folder}", "--max_updates=4", "--monitor_every=1")
     return folder, monitored, generated
 
 
 class Counting(common.VRNN):
     """Of a user, with what differs in training, and a buffer."""
+
     def __init__(self):
         super().__init__(20, 4, 12, 8, 8, 8, 8, 8)
         self.register_buffer("seen", torch.zeros(1))

@@ -16,20 +16,38 @@ import vrnn_gauss
 import vrnn_gauss_alt_nll
 import vrnn_gauss_iwae
 
-FIELDS = ("nll_TBK", "kl_TBK", "log_w_TBK", "q_mean", "q_sigma", "prior_mean", "prior_sigma", "x_mean", "x_sigma")
+FIELDS = (
+    "nll_TBK",
+    "kl_TBK",
+    "log_w_TBK",
+    "q_mean",
+    "q_sigma",
+    "prior_mean",
+    "prior_sigma",
+    "x_mean",
+    "x_sigma",
+)
 X, BATCH, FRAMES = 5, 3, 6
 
 
-@pytest.fixture(params=[(3, 1, 1), (3, 3, 1), (3, 3, 4), (3, 12, 1), (3, 12, 4), (0, 0, 1), (0, 12, 1)],
-                ids=lambda sizes: "z_dim={}, P={}, K={}".format(*sizes))
+@pytest.fixture(
+    params=[(3, 1, 1), (3, 3, 1), (3, 3, 4), (3, 12, 1), (3, 12, 4), (0, 0, 1), (0, 12, 1)],
+    ids=lambda sizes: "z_dim={}, P={}, K={}".format(*sizes),
+)
 def case(request):
     """(model, x_TBX, state of particles that have seen the same x, noise, k)"""
     z_dim, order, k = request.param
     torch.manual_seed(0)
     model = common.VRNN(X, z_dim, 8, 7, 6, 9, 10, 4, order).double()
-    torch.nn.init.normal_(model.decoder[-1].weight)  # as training leaves it: no filter is there at the start
+    torch.nn.init.normal_(
+        model.decoder[-1].weight
+    )  # as training leaves it: no filter is there at the start
     h, c = torch.randn(2, BATCH * k, 8, dtype=torch.float64).tanh()
-    recent = [torch.randn(BATCH, order, dtype=torch.float64).repeat_interleave(k, dim=0)] if order else []
+    recent = (
+        [torch.randn(BATCH, order, dtype=torch.float64).repeat_interleave(k, dim=0)]
+        if order
+        else []
+    )
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     return model, draw(FRAMES, BATCH, X), (h, c, *recent), draw(FRAMES, BATCH * k, z_dim), k
 
@@ -55,7 +73,9 @@ def test_windows_in_sequence_equal_one_long_one(case, frames_at_once):
         parts.append(model(x, state, eps, k))
         state = parts[-1].state
     for field in FIELDS:
-        torch.testing.assert_close(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
+        torch.testing.assert_close(
+            torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)
+        )
     torch.testing.assert_close(state, whole.state)
 
 
@@ -73,8 +93,12 @@ def assert_same_at_fixed_z(model, x_TBX, state, noise, k):
 
 def test_particles_that_are_resampled_still_remember_the_samples_of_their_sequence(case):
     model, x_TBX, state, noise, k = case
-    uniform_TB = torch.rand(FRAMES, BATCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    filtering = common.particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=True)
+    uniform_TB = torch.rand(
+        FRAMES, BATCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    filtering = common.particle_filter(
+        model, x_TBX, state, noise, uniform_TB, k, resample_last=True
+    )
     assert k == 1 or (filtering.ess_TB < k / 2).any()
     torch.testing.assert_close(filtering.state[2:], model(x_TBX, state, noise, k).state[2:])
 
@@ -108,14 +132,18 @@ def joint(parameters, recent):
     eye = torch.eye(frames * X, dtype=torch.float64)
     solve = torch.linalg.solve_triangular(eye - filters[:, order:], eye, upper=False)
     scale = solve @ sigma.flatten().diag()
-    return MultivariateNormal(solve @ (mean.flatten() + filters[:, :order] @ recent), scale_tril=scale)
+    return MultivariateNormal(
+        solve @ (mean.flatten() + filters[:, :order] @ recent), scale_tril=scale
+    )
 
 
 def of_frames(order, rows, frames=2):
     """A likelihood, and parameters of (frames, rows, .) with strong filters."""
     torch.manual_seed(0)
     likelihood = common.FrameLikelihood(X, order)
-    return likelihood, likelihood.parameters(torch.randn(frames, rows, likelihood.units, dtype=torch.float64))
+    return likelihood, likelihood.parameters(
+        torch.randn(frames, rows, likelihood.units, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("order", (1, 3, 12))
@@ -123,7 +151,9 @@ def test_the_density_of_frames_is_the_gaussian_that_the_filters_imply(order):
     k, batch = 2, 3
     likelihood, parameters = of_frames(order, batch * k)
     x_TBX, recent = torch.randn(2, batch, X).double(), torch.randn(batch, order).double()
-    log_px, (after,) = likelihood.log_density(x_TBX, parameters, (recent.repeat_interleave(k, dim=0),), k)
+    log_px, (after,) = likelihood.log_density(
+        x_TBX, parameters, (recent.repeat_interleave(k, dim=0),), k
+    )
     for row in range(batch * k):
         b, j = divmod(row, k)
         expected = joint([part[:, row] for part in parameters], recent[b])
@@ -140,12 +170,14 @@ def test_samples_have_the_mean_and_covariance_that_the_filters_imply(order):
     recent = torch.randn(order, dtype=torch.float64)
     memory, x = (recent.expand(draws, -1),), []
     for frame in range(2):
-        x_frame, memory = likelihood.sample([part[frame].expand(draws, -1) for part in parameters], memory)
+        x_frame, memory = likelihood.sample(
+            [part[frame].expand(draws, -1) for part in parameters], memory
+        )
         x.append(x_frame)
     x = torch.cat(x, dim=1)
     expected = joint([part[:, 0] for part in parameters], recent)
     whitened = torch.linalg.solve(expected.scale_tril, (x - expected.mean).T)
-    assert whitened.mean(1).abs().max() < 5 / draws ** 0.5
+    assert whitened.mean(1).abs().max() < 5 / draws**0.5
     assert (whitened.cov() - torch.eye(2 * X)).abs().max() < 5 * (2 / draws) ** 0.5
 
 
@@ -154,12 +186,17 @@ def test_a_frame_is_drawn_as_if_sample_by_sample(order):
     likelihood, parameters = of_frames(order, 4)
     parameters = [part if part is None else part[0] for part in parameters]
     recent = torch.randn(4, order, dtype=torch.float64)
-    x, after = likelihood.sample(parameters, (recent,) if order else (), torch.Generator().manual_seed(0))
+    x, after = likelihood.sample(
+        parameters, (recent,) if order else (), torch.Generator().manual_seed(0)
+    )
     drawn = common.sample_gaussian(*parameters[:2], torch.Generator().manual_seed(0))
     samples = list(recent.T)
     for n in range(X):
-        samples.append(drawn[:, n] + sum(a_i * samples[-i] for i, a_i in enumerate(parameters[2].T, start=1))
-                       if order else drawn[:, n])
+        samples.append(
+            drawn[:, n] + sum(a_i * samples[-i] for i, a_i in enumerate(parameters[2].T, start=1))
+            if order
+            else drawn[:, n]
+        )
     torch.testing.assert_close(x, torch.stack(samples[order:], dim=1))
     if order:
         torch.testing.assert_close(after, (torch.stack(samples[-order:], dim=1),))
@@ -182,7 +219,9 @@ def test_reflection_coefficients_stay_below_one_and_poles_inside_the_unit_circle
         assert 0.1 < largest_pole_and_filter(heads)[0] < 1
     _, a = largest_pole_and_filter(1e3 * signs)
     assert a.isfinite().all()
-    assert (a[:, -1].abs() < 1).all()  # it is the last reflection coefficient, of as many as there are
+    assert (
+        a[:, -1].abs() < 1
+    ).all()  # it is the last reflection coefficient, of as many as there are
     torch.testing.assert_close(a[:, -1], 0.9999 * signs[:, -1])
 
 
@@ -196,7 +235,7 @@ def test_it_starts_without_a_filter_and_learns_one():
         expected = common.gaussian_log_density(x_TBX, rollout.x_mean, rollout.x_sigma)
         torch.testing.assert_close(-rollout.nll_TBK.squeeze(2), expected)
         vrnn_gauss.objective(rollout).backward()
-        assert model.decoder[-1].weight.grad[2 * X:].any(dim=1).all()
+        assert model.decoder[-1].weight.grad[2 * X :].any(dim=1).all()
 
 
 def test_without_latent_variables_every_bound_is_the_likelihood():
@@ -204,7 +243,11 @@ def test_without_latent_variables_every_bound_is_the_likelihood():
     model = common.VRNN(X, 0, 8, 8, 8, 8, 8, 8, ar_order=3).double()
     model.mirror()
     torch.nn.init.normal_(model.decoder[-1].weight)
-    assert not [name for name, _ in model.named_parameters() if "z" in name or name.startswith(("posterior", "prior"))]
+    assert not [
+        name
+        for name, _ in model.named_parameters()
+        if "z" in name or name.startswith(("posterior", "prior"))
+    ]
     x_TBX = torch.randn(FRAMES, BATCH, X, dtype=torch.float64)
     rollout = model(x_TBX)
     exact = -rollout.nll_TBK.sum((0, 2))
@@ -213,7 +256,11 @@ def test_without_latent_variables_every_bound_is_the_likelihood():
     smc, ess = common.estimate_smc(model, x_TBX, 7, generator)
     for bound in (*(bounds[name] for name in ("elbo", "elbo_7", "iwae_2", "iwae_7")), smc[-1]):
         torch.testing.assert_close(bound, exact)
-    assert not bounds["kl"].any() and (bounds["ess_iwae_7"] - 7).abs().max() < 1e-9 and (ess == 7).all()
+    assert (
+        not bounds["kl"].any()
+        and (bounds["ess_iwae_7"] - 7).abs().max() < 1e-9
+        and (ess == 7).all()
+    )
     for script in (vrnn_gauss, vrnn_gauss_alt_nll, vrnn_gauss_iwae):
         torch.testing.assert_close(script.objective(rollout), -exact.mean() / FRAMES)
     torch.testing.assert_close(model(x_TBX, k=2).log_w_TBK, rollout.log_w_TBK.expand(-1, -1, 2))
@@ -225,24 +272,33 @@ def test_another_distribution_about_the_prediction_replaces_two_functions():
             return torch.distributions.Laplace(mean, scale).log_prob(x).sum(-1)
 
         def draw(self, mean, scale, generator):
-            return mean + scale * (torch.rand((2, *mean.shape), generator=generator).log() * torch.tensor(
-                [[[1.0]], [[-1.0]]])).sum(0)
+            return mean + scale * (
+                torch.rand((2, *mean.shape), generator=generator).log()
+                * torch.tensor([[[1.0]], [[-1.0]]])
+            ).sum(0)
 
     class LaplaceVRNN(common.VRNN):
         Likelihood = Laplace
 
     torch.manual_seed(0)
     model = LaplaceVRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=2).double()
-    x_TBX, noise = torch.randn(FRAMES, BATCH, X).double(), torch.randn(FRAMES, 2 * BATCH, 3).double()
+    x_TBX, noise = (
+        torch.randn(FRAMES, BATCH, X).double(),
+        torch.randn(FRAMES, 2 * BATCH, 3).double(),
+    )
     assert_same_at_fixed_z(model, x_TBX, model.zero_state(2 * BATCH), noise, 2)
     x_TBX = model.generate(100, 100, torch.Generator().manual_seed(0))
-    assert 5.5 < (x_TBX - x_TBX.mean()).pow(4).mean() / x_TBX.var() ** 2 < 6.5  # 3 of a Gaussian, 6 of this one
+    assert (
+        5.5 < (x_TBX - x_TBX.mean()).pow(4).mean() / x_TBX.var() ** 2 < 6.5
+    )  # 3 of a Gaussian, 6 of this one
 
 
 def test_what_is_generated_goes_on_from_a_state(case):
     model, x_TBX, state, _, k = case
-    whole, start, goes_on = (model.generate(4, BATCH * k, torch.Generator().manual_seed(0), before)
-                             for before in (None, model.zero_state(BATCH * k), state))
+    whole, start, goes_on = (
+        model.generate(4, BATCH * k, torch.Generator().manual_seed(0), before)
+        for before in (None, model.zero_state(BATCH * k), state)
+    )
     assert torch.equal(whole, start) and (whole[0] - goes_on[0]).abs().max() > 1e-3
 
 
@@ -270,28 +326,52 @@ def runs(tmp_path_factory):
     """A run of each script at ar_order 3, that of vrnn_gauss.py without latent variables."""
     folder = tmp_path_factory.mktemp("likelihood")
     write_tiny_data(folder / "tiny.h5")
-    for script, *flags in (("vrnn_gauss", "--z_dim=0"), ("vrnn_gauss_alt_nll",), ("vrnn_gauss_iwae", "--dreg")):
-        main_of(script, *SIZES, f"--data={folder / 'tiny.h5'}", f"--out_dir={folder / 'runs' / script}",
-                "--max_updates=40", "--monitor_every=20", "--eval_recordings=2", "--ar_order=3", "--lr=0.01", *flags)
+    for script, *flags in (
+        ("vrnn_gauss", "--z_dim=0"),
+        ("vrnn_gauss_alt_nll",),
+        ("vrnn_gauss_iwae", "--dreg"),
+    ):
+        main_of(
+            script,
+            *SIZES,
+            f"--data={folder / 'tiny.h5'}",
+            f"--out_dir={folder / 'runs' / script}",
+            "--max_updates=40",
+            "--monitor_every=20",
+            "--eval_recordings=2",
+            "--ar_order=3",
+            "--lr=0.01",
+            *flags,
+        )
     return folder / "runs"
 
 
 def test_scripts_learn_a_filter_evaluate_and_generate_with_it(runs):
     for run in runs.iterdir():
-        bounds = [json.loads(line)["valid"]["iwae_2"] for line in (run / "log.jsonl").read_text().splitlines()[1:]]
+        bounds = [
+            json.loads(line)["valid"]["iwae_2"]
+            for line in (run / "log.jsonl").read_text().splitlines()[1:]
+        ]
         assert bounds[0]["nats_per_frame"] < bounds[1]["nats_per_frame"]
         model = torch.load(run / "best.pt", weights_only=True)["model"]
-        assert model["decoder.7.weight"].shape == (2 * 20 + 3, 8) and model["decoder.7.bias"][40:].all()
+        assert (
+            model["decoder.7.weight"].shape == (2 * 20 + 3, 8)
+            and model["decoder.7.bias"][40:].all()
+        )
         assert (run / "samples/resynthesised_1.wav").exists()
 
 
 def test_a_run_without_latent_variables_reports_every_bound_and_all_are_equal(runs):
     evaluation = json.loads((runs / "vrnn_gauss/eval.json").read_text())
-    bounds, others = (json.loads((runs / run / "eval.json").read_text())["bounds"]
-                      for run in ("vrnn_gauss", "vrnn_gauss_iwae"))
+    bounds, others = (
+        json.loads((runs / run / "eval.json").read_text())["bounds"]
+        for run in ("vrnn_gauss", "vrnn_gauss_iwae")
+    )
     assert list(bounds) == list(others)
     for name in ("elbo_6", "iwae_2", "iwae_6", "smc_6"):
-        assert bounds[name]["nats_per_frame"] == pytest.approx(bounds["elbo"]["nats_per_frame"], rel=1e-6)
+        assert bounds[name]["nats_per_frame"] == pytest.approx(
+            bounds["elbo"]["nats_per_frame"], rel=1e-6
+        )
     assert bounds["kl"]["nats_per_frame"] == 0 and bounds["ess_smc_6"]["mean"] == 6
     assert evaluation["whole_recordings"]["smc_6"]["ess"] == 6
 
@@ -299,8 +379,15 @@ def test_a_run_without_latent_variables_reports_every_bound_and_all_are_equal(ru
 def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkeypatch, capsys):
     for script in ("vrnn_gauss", "vrnn_gauss_iwae"):
         best = runs / script / "best.pt"
-        main_of("vrnn_gauss_alt_nll", f"--evaluate={best}", f"--out_dir={tmp_path / script}", "--device=cpu")
-        evaluations = [json.loads((out / "eval.json").read_text()) for out in (best.parent, tmp_path / script)]
+        main_of(
+            "vrnn_gauss_alt_nll",
+            f"--evaluate={best}",
+            f"--out_dir={tmp_path / script}",
+            "--device=cpu",
+        )
+        evaluations = [
+            json.loads((out / "eval.json").read_text()) for out in (best.parent, tmp_path / script)
+        ]
         assert evaluations[1] == evaluations[0] | dict(checkpoint=str(best))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -309,7 +396,9 @@ def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkey
     assert len(rows) == 4 + len(plot_recon.YARDSTICKS) and (tmp_path / "recon.png").exists()
 
 
-def test_a_checkpoint_from_before_there_was_a_filter_is_evaluated_whatever_the_script_says(runs, tmp_path):
+def test_a_checkpoint_from_before_there_was_a_filter_is_evaluated_whatever_the_script_says(
+    runs, tmp_path
+):
     out, h = tmp_path / "old", ["--max_updates=2", "--monitor_every=2", "--eval_recordings=0"]
     main_of("vrnn_gauss", *SIZES, f"--data={runs.parent / 'tiny.h5'}", f"--out_dir={out}", *h)
     best = torch.load(out / "best.pt", weights_only=True)

@@ -6,7 +6,17 @@ import common
 import vrnn_gauss_iwae
 
 SIZES = dict(x_dim=5, z_dim=3, rnn_dim=8, q_z_dim=7, p_z_dim=6, p_x_dim=9, x2s_dim=10, z2s_dim=4)
-FIELDS = ("nll_TBK", "kl_TBK", "log_w_TBK", "q_mean", "q_sigma", "prior_mean", "prior_sigma", "x_mean", "x_sigma")
+FIELDS = (
+    "nll_TBK",
+    "kl_TBK",
+    "log_w_TBK",
+    "q_mean",
+    "q_sigma",
+    "prior_mean",
+    "prior_sigma",
+    "x_mean",
+    "x_sigma",
+)
 
 
 @pytest.fixture
@@ -18,7 +28,11 @@ def model():
 def inputs(frames=6, batch=4, k=1):
     random = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
-    return draw(frames, batch, 5), (draw(batch * k, 8).tanh(), draw(batch * k, 8)), draw(frames, batch * k, 3)
+    return (
+        draw(frames, batch, 5),
+        (draw(batch * k, 8).tanh(), draw(batch * k, 8)),
+        draw(frames, batch * k, 3),
+    )
 
 
 def test_the_faster_product_equals_the_plain_one_with_its_gradients():
@@ -27,7 +41,7 @@ def test_the_faster_product_equals_the_plain_one_with_its_gradients():
     assert common.by_onednn(6 * 40, layer.weight)
     results = []
     for y in (layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)):
-        results.append((y, *torch.autograd.grad((y ** 2).sum(), (x, layer.weight, layer.bias))))
+        results.append((y, *torch.autograd.grad((y**2).sum(), (x, layer.weight, layer.bias))))
     for faster, plain in zip(*results):
         assert (faster - plain).norm() < 1e-6 * plain.norm()
 
@@ -55,10 +69,16 @@ def test_rollout_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding
         rollout = model(x_TBX, None, noise, k)
         assert all(getattr(rollout, field).dtype == torch.float32 for field in FIELDS)
         losses.append(vrnn_gauss_iwae.objective(rollout))
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], list(model.parameters()))]))
+        gradients.append(
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(losses[-1], list(model.parameters()))]
+            )
+        )
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)
-    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()  # autocast of the plain one differs by 0.05
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[
+        0
+    ].norm()  # autocast of the plain one differs by 0.05
 
 
 def test_without_z_too_products_are_in_bfloat16():
@@ -75,10 +95,12 @@ def test_state_carried_over_windows_equals_one_long_window(model, k):
     whole = model(x_TBX, state, noise, k)
     parts = []
     for first in (0, 4, 8):
-        parts.append(model(x_TBX[first:first + 4], state, noise[first:first + 4], k))
+        parts.append(model(x_TBX[first : first + 4], state, noise[first : first + 4], k))
         state = parts[-1].state
     for field in FIELDS:
-        torch.testing.assert_close(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
+        torch.testing.assert_close(
+            torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)
+        )
     torch.testing.assert_close(parts[-1].state, whole.state)
 
 
@@ -86,9 +108,9 @@ def test_particles_of_a_sequence_are_adjacent_rows(model):
     x_TBX, _, noise = inputs(k=3)
     together = model(x_TBX, None, noise, 3)
     for b in range(4):
-        alone = model(x_TBX[:, b:b + 1], None, noise[:, 3 * b:3 * b + 3], 3)
-        torch.testing.assert_close(together.log_w_TBK[:, b:b + 1], alone.log_w_TBK)
-        torch.testing.assert_close(together.x_mean[:, 3 * b:3 * b + 3], alone.x_mean)
+        alone = model(x_TBX[:, b : b + 1], None, noise[:, 3 * b : 3 * b + 3], 3)
+        torch.testing.assert_close(together.log_w_TBK[:, b : b + 1], alone.log_w_TBK)
+        torch.testing.assert_close(together.x_mean[:, 3 * b : 3 * b + 3], alone.x_mean)
 
 
 def test_generation_is_the_prior_and_decoder_that_training_scores(model):
@@ -117,8 +139,16 @@ def test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width():
     torch.manual_seed(0)
     spread = []
     for width in (32, 600):
-        model = common.VRNN(x_dim=200, z_dim=16, rnn_dim=64, q_z_dim=width, p_z_dim=width, p_x_dim=width, x2s_dim=width,
-                            z2s_dim=width)
+        model = common.VRNN(
+            x_dim=200,
+            z_dim=16,
+            rnn_dim=64,
+            q_z_dim=width,
+            p_z_dim=width,
+            p_x_dim=width,
+            x2s_dim=width,
+            z2s_dim=width,
+        )
         largest = model.phi_x[2].weight.abs().max().item()
         assert largest == pytest.approx(0.08 * (600 / width) ** 0.5, rel=0.02)
         spread.append(model.phi_x(torch.randn(1000, 200)).std(0).mean().item())
@@ -145,5 +175,7 @@ def test_mirrored_layers_start_as_linear_maps_that_keep_x_apart(odd):
     assert spread[-1] > 0.2 * spread[0], "some directions of x are lost"
     sigma = model(one, noise=zeros).q_sigma
     assert 0.15 < sigma.mean() < 0.25
-    norms = torch.cat([layer.weight.norm(dim=1) for layer in model.modules() if isinstance(layer, common.Linear)])
+    norms = torch.cat(
+        [layer.weight.norm(dim=1) for layer in model.modules() if isinstance(layer, common.Linear)]
+    )
     assert odd or norms.max() < 1.9365, "the first update would shrink it"

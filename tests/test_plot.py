@@ -10,20 +10,46 @@ from tiny import main_of
 
 import common
 
-CONFIG = dict(script="vrnn_gauss", name="vrnn_gauss", data="data/a.h5", out_dir="x", seed=0, device="cpu", x_dim=200,
-              seq_frames=40, k=5, eval_k=[5, 100], init_from="", rnn_dim=128)
-DATA = dict(file="a.h5", created_by="prepare_blizzard.py", mean=0.0, std=2000.0,
-            samples=dict(train=1_920_000, valid=96_000, test=96_000))
+CONFIG = dict(
+    script="vrnn_gauss",
+    name="vrnn_gauss",
+    data="data/a.h5",
+    out_dir="x",
+    seed=0,
+    device="cpu",
+    x_dim=200,
+    seq_frames=40,
+    k=5,
+    eval_k=[5, 100],
+    init_from="",
+    rnn_dim=128,
+)
+DATA = dict(
+    file="a.h5",
+    created_by="prepare_blizzard.py",
+    mean=0.0,
+    std=2000.0,
+    samples=dict(train=1_920_000, valid=96_000, test=96_000),
+)
 BOUNDS = dict(elbo=100.0, iwae_5=101.0, iwae_100=102.0, smc_100=110.0, kl=40.0)
 
 
 def write_evaluation(folder, shift, data, config, bounds, windows=4, **more):
     folder.mkdir(parents=True, exist_ok=True)
     bounds = {name: bound + shift * (name != "kl") for name, bound in bounds.items()}
-    evaluation = dict(split="test", update=30, windows=windows, frames=config["seq_frames"], data=data, **more,
-                      bounds={name: dict(nats_per_frame=bound, stderr=1.0) for name, bound in bounds.items()})
+    evaluation = dict(
+        split="test",
+        update=30,
+        windows=windows,
+        frames=config["seq_frames"],
+        data=data,
+        **more,
+        bounds={name: dict(nats_per_frame=bound, stderr=1.0) for name, bound in bounds.items()},
+    )
     (folder / "eval.json").write_text(json.dumps(evaluation))
-    rows = [",".join(f"{bound + window:.3f}" for bound in bounds.values()) for window in range(windows)]
+    rows = [
+        ",".join(f"{bound + window:.3f}" for bound in bounds.values()) for window in range(windows)
+    ]
     (folder / "windows.csv").write_text("\n".join([",".join(bounds), *rows]) + "\n")
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -33,11 +59,16 @@ def write_run(folder, shift=0.0, data=DATA, bounds=BOUNDS, **config):
     config = CONFIG | config
     write_evaluation(folder, shift, data, config, bounds, checkpoint="best.pt")
     header = dict(config=config, data=data)
-    lines = [dict(update=10 * i, sequences=10 * i, valid=dict(iwae_5=dict(nats_per_frame=50.0 + i))) for i in (1, 2, 3)]
+    lines = [
+        dict(update=10 * i, sequences=10 * i, valid=dict(iwae_5=dict(nats_per_frame=50.0 + i)))
+        for i in (1, 2, 3)
+    ]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [header, *lines])) + "\n")
 
 
-def evaluation_of(folder, shift=0.0, data=DATA, bounds=BOUNDS, windows=4, checkpoint="runs/x/best.pt", **config):
+def evaluation_of(
+    folder, shift=0.0, data=DATA, bounds=BOUNDS, windows=4, checkpoint="runs/x/best.pt", **config
+):
     """What --evaluate leaves: no log."""
     write_evaluation(folder, shift, data, CONFIG | config, bounds, windows, checkpoint=checkpoint)
 
@@ -50,43 +81,91 @@ def plot(tmp_path, monkeypatch, capsys):
     def plot(*arguments):
         main_of("plot_recon", *(arguments or ["runs"]))
         lines = capsys.readouterr().out.splitlines()
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in lines
+            if line.startswith("| ")
+        ]
         return [row for row in rows if row[0] != "objective"]
+
     return plot
 
 
 def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, plot):
     iwae = dict(script="vrnn_gauss_iwae", name="vrnn_gauss_iwae")
     runs = dict(
-        a=dict(script="mine", name="my objective"), b=dict(script="other", name="other"),
-        c=dict(iwae, dreg=True), d=dict(iwae, as_published=True, corrections="sign"), e=dict(iwae, resample=True, k=7),
-        f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True), g=dict(init_from="x.pt"),
-        h=dict(name="changed"), i=dict(z_dim=0, ar_order=16))
+        a=dict(script="mine", name="my objective"),
+        b=dict(script="other", name="other"),
+        c=dict(iwae, dreg=True),
+        d=dict(iwae, as_published=True, corrections="sign"),
+        e=dict(iwae, resample=True, k=7),
+        f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True),
+        g=dict(init_from="x.pt"),
+        h=dict(name="changed"),
+        i=dict(z_dim=0, ar_order=16),
+    )
     for name, config in runs.items():
         write_run(tmp_path / "runs" / name, **config)
     assert [row[0] for row in plot()] == [
-        "changed", "VRNN warm", "VAE_5 as published", "IWAE_5 as published but for sign", "IWAE_5 DReG",
-        "IWAE_7 resampled", "LSTM AR-16", "my objective", "other"]
+        "changed",
+        "VRNN warm",
+        "VAE_5 as published",
+        "IWAE_5 as published but for sign",
+        "IWAE_5 DReG",
+        "IWAE_7 resampled",
+        "LSTM AR-16",
+        "my objective",
+        "other",
+    ]
 
 
-def test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike(tmp_path, plot):
-    iwae = dict(script="vrnn_gauss_iwae", name="vrnn_gauss_iwae", as_published=True, corrections="", batch_size=8)
-    vae = dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True, batch_size=8)
-    runs = dict(a=dict(grad_clip=640.0, max_updates=5000, lr_updates=4000), b=dict(grad_clip=0.0, max_updates=5000),
-                c=dict(grad_clip=640.0, max_updates=12500, lr_updates=10000), d=dict(iwae, grad_clip=40.0),
-                e=dict(iwae, grad_clip=5120.0), f=dict(vae, grad_clip=640.0), g=dict(vae, grad_clip=128.0))
+def test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike(
+    tmp_path, plot
+):
+    iwae = dict(
+        script="vrnn_gauss_iwae",
+        name="vrnn_gauss_iwae",
+        as_published=True,
+        corrections="",
+        batch_size=8,
+    )
+    vae = dict(
+        script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True, batch_size=8
+    )
+    runs = dict(
+        a=dict(grad_clip=640.0, max_updates=5000, lr_updates=4000),
+        b=dict(grad_clip=0.0, max_updates=5000),
+        c=dict(grad_clip=640.0, max_updates=12500, lr_updates=10000),
+        d=dict(iwae, grad_clip=40.0),
+        e=dict(iwae, grad_clip=5120.0),
+        f=dict(vae, grad_clip=640.0),
+        g=dict(vae, grad_clip=128.0),
+    )
     for name, config in runs.items():
         write_run(tmp_path / ("runs" if name in "adf" else "others") / name, **config)
     assert [row[0] for row in plot("runs", "others")] == [
-        "VRNN, clipped at 640, 5,000 updates", "VAE_5 as published, clipped at 3200",
-        "IWAE_5 as published, clipped at 5", "VRNN, clipped at 640, 12,500 updates", "VRNN, not clipped, 5,000 updates",
-        "VAE_5 as published, clipped at 640", "IWAE_5 as published, clipped at 640"]
+        "VRNN, clipped at 640, 5,000 updates",
+        "VAE_5 as published, clipped at 3200",
+        "IWAE_5 as published, clipped at 5",
+        "VRNN, clipped at 640, 12,500 updates",
+        "VRNN, not clipped, 5,000 updates",
+        "VAE_5 as published, clipped at 640",
+        "IWAE_5 as published, clipped at 640",
+    ]
 
 
-def test_runs_that_differ_only_in_what_another_setting_stands_for_are_told_apart_all_the_same(tmp_path, plot):
-    for name, config in dict(a=dict(rnn_dim=128, z_dim=8), b=dict(rnn_dim=256, z_dim=8), c=dict(z_dim=9)).items():
+def test_runs_that_differ_only_in_what_another_setting_stands_for_are_told_apart_all_the_same(
+    tmp_path, plot
+):
+    for name, config in dict(
+        a=dict(rnn_dim=128, z_dim=8), b=dict(rnn_dim=256, z_dim=8), c=dict(z_dim=9)
+    ).items():
         write_run(tmp_path / "runs" / name, **config)
-    assert [row[0] for row in plot()] == ["VRNN, 128 units, z_dim 8", "VRNN, 128 units, z_dim 9", "VRNN, 256 units"]
+    assert [row[0] for row in plot()] == [
+        "VRNN, 128 units, z_dim 8",
+        "VRNN, 128 units, z_dim 9",
+        "VRNN, 256 units",
+    ]
 
 
 def test_intervals_are_those_of_student_and_differences_are_paired_by_seed(tmp_path, plot):
@@ -96,16 +175,22 @@ def test_intervals_are_those_of_student_and_differences_are_paired_by_seed(tmp_p
     write_run(tmp_path / "runs/b9", shift=50.0, seed=9, script="mine", name="mine")
     vrnn, mine = plot()
     assert vrnn[:3] == ["VRNN", "3", "102.00 ± 4.97"] and vrnn[-1] == ""  # 4.303 times 2 / sqrt(3)
-    assert mine[:2] == ["mine", "4"] and mine[-1] == "2.67 ± 5.17"        # of 1, 2 and 5
+    assert mine[:2] == ["mine", "4"] and mine[-1] == "2.67 ± 5.17"  # of 1, 2 and 5
 
 
-def test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood(tmp_path, plot):
+def test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood(
+    tmp_path, plot
+):
     write_run(tmp_path / "first/a")
     write_run(tmp_path / "second/b", shift=3.0, init_from="x.pt")
     for name, shift, config in (("c", 100.0, {}), ("d", 104.0, dict(init_from="x.pt"))):
         write_run(tmp_path / "third" / name, shift=shift, ar_order=16, **config)
     assert [(row[0], row[-1]) for row in plot("first", "second", "third")] == [
-        ("VRNN", ""), ("VRNN warm", "3.00"), ("VRNN AR-16", ""), ("VRNN warm AR-16", "4.00")]
+        ("VRNN", ""),
+        ("VRNN warm", "3.00"),
+        ("VRNN AR-16", ""),
+        ("VRNN warm AR-16", "4.00"),
+    ]
 
 
 def test_a_log_without_names_is_drawn_by_its_script(tmp_path, plot):
@@ -126,7 +211,9 @@ def test_runs_of_two_scripts_with_one_name_are_told_apart(tmp_path, plot):
 def test_an_evaluation_is_a_row_that_names_its_checkpoint_and_its_data(tmp_path, plot):
     other = DATA | dict(file="b.h5")
     write_run(tmp_path / "runs/a")
-    evaluation_of(tmp_path / "runs/b", shift=3.0, script="vrnn_gauss_iwae", name="vrnn_gauss_iwae", dreg=True)
+    evaluation_of(
+        tmp_path / "runs/b", shift=3.0, script="vrnn_gauss_iwae", name="vrnn_gauss_iwae", dreg=True
+    )
     evaluation_of(tmp_path / "runs/c", shift=5.0, data=other, windows=6, checkpoint="last.pt")
     run, of_other, same = plot()
     assert run[0] == "VRNN" and run[-1] == ""
@@ -135,16 +222,27 @@ def test_an_evaluation_is_a_row_that_names_its_checkpoint_and_its_data(tmp_path,
     assert (tmp_path / "recon.png").exists()
 
 
-@pytest.mark.parametrize("what", (
-    dict(data=DATA | dict(std=1000.0)), dict(data=DATA | dict(file="b.h5")), dict(windows=5), dict(seq_frames=80),
-    dict(data=DATA | dict(samples=DATA["samples"] | dict(test=1))), dict(seed=1),
-))
-def test_no_difference_is_formed_on_other_windows_in_another_unit_or_between_seeds(tmp_path, plot, what):
+@pytest.mark.parametrize(
+    "what",
+    (
+        dict(data=DATA | dict(std=1000.0)),
+        dict(data=DATA | dict(file="b.h5")),
+        dict(windows=5),
+        dict(seq_frames=80),
+        dict(data=DATA | dict(samples=DATA["samples"] | dict(test=1))),
+        dict(seed=1),
+    ),
+)
+def test_no_difference_is_formed_on_other_windows_in_another_unit_or_between_seeds(
+    tmp_path, plot, what
+):
     write_run(tmp_path / "runs/a")
     evaluation_of(tmp_path / "runs/b", shift=3.0, **what)
     evaluation_of(tmp_path / "runs/c", shift=4.0, checkpoint="last.pt")
     assert {row[0].split(", ")[1]: row[-1] for row in plot()[1:]} == {
-        f"best.pt on {what.get('data', DATA)['file']}": "", "last.pt on a.h5": "4.00"}
+        f"best.pt on {what.get('data', DATA)['file']}": "",
+        "last.pt on a.h5": "4.00",
+    }
 
 
 def test_bits_of_an_evaluation_are_in_the_unit_of_its_training(tmp_path, plot):
@@ -156,22 +254,34 @@ def test_evaluations_alone_are_a_table_without_a_picture(tmp_path, plot):
     evaluation_of(tmp_path / "runs/a")
     evaluation_of(tmp_path / "runs/b", shift=1.0, seed=1)
     evaluation_of(tmp_path / "runs/c", shift=1.0, checkpoint="last.pt")
-    assert [row[:2] for row in plot()] == [["VRNN, best.pt on a.h5", "2"], ["VRNN, last.pt on a.h5", "1"]]
+    assert [row[:2] for row in plot()] == [
+        ["VRNN, best.pt on a.h5", "2"],
+        ["VRNN, last.pt on a.h5", "1"],
+    ]
     assert not (tmp_path / "recon.png").exists()
 
 
 def test_evaluations_on_files_of_one_name_and_by_other_particles_are_told_apart(tmp_path, plot):
     for name, config in (("a", dict(data="x/a.h5")), ("b", dict(data="y/a.h5", seed=1))):
-        write_evaluation(tmp_path / "runs" / name, 0.0, DATA, CONFIG | config, BOUNDS, checkpoint="best.pt")
-    assert [row[0] for row in plot()] == ["VRNN, best.pt on a.h5, data x/a.h5", "VRNN, best.pt on a.h5, data y/a.h5"]
+        write_evaluation(
+            tmp_path / "runs" / name, 0.0, DATA, CONFIG | config, BOUNDS, checkpoint="best.pt"
+        )
+    assert [row[0] for row in plot()] == [
+        "VRNN, best.pt on a.h5, data x/a.h5",
+        "VRNN, best.pt on a.h5, data y/a.h5",
+    ]
     few = dict(elbo=1.0, iwae_3=2.0, smc_3=3.0, kl=4.0)
     evaluation_of(tmp_path / "few/a", bounds=few, eval_k=[3])
     evaluation_of(tmp_path / "few/b")
-    assert [row[0] for row in plot("few")] == ["VRNN, best.pt on a.h5, eval_k [3]",
-                                               "VRNN, best.pt on a.h5, eval_k [5, 100]"]
+    assert [row[0] for row in plot("few")] == [
+        "VRNN, best.pt on a.h5, eval_k [3]",
+        "VRNN, best.pt on a.h5, eval_k [5, 100]",
+    ]
 
 
-def test_runs_from_before_the_class_of_the_model_was_noted_are_of_one_label_with_later_ones(tmp_path, plot):
+def test_runs_from_before_the_class_of_the_model_was_noted_are_of_one_label_with_later_ones(
+    tmp_path, plot
+):
     write_run(tmp_path / "runs/old")
     write_run(tmp_path / "runs/new", seed=1, model_class="VRNN")
     assert [row[:2] for row in plot()] == [["VRNN", "2"]]
@@ -195,7 +305,9 @@ def test_runs_without_a_finite_bound_are_named(tmp_path, plot):
     write_run(tmp_path / "unfinished/b")
     log = tmp_path / "unfinished/b/log.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
-    with pytest.raises(common.UserError, match="^no finite held-out bound yet in b; .* leave the folder out"):
+    with pytest.raises(
+        common.UserError, match="^no finite held-out bound yet in b; .* leave the folder out"
+    ):
         plot("runs", "unfinished")
 
 
@@ -214,8 +326,17 @@ def test_the_picture_of_generated_speech_is_drawn_beside_it(tmp_path, plot):
     for run, length in (("a", 8_000), ("b", 100)):
         samples = tmp_path / "runs" / run / "samples"
         samples.mkdir()
-        for name, scale in (("real_0", 1000), ("sample_0", 500), ("sample_1", 20), ("continued_0", 0)):
-            soundfile.write(samples / f"{name}.wav", (scale * random.normal(size=length)).astype(np.int16), 16_000)
+        for name, scale in (
+            ("real_0", 1000),
+            ("sample_0", 500),
+            ("sample_1", 20),
+            ("continued_0", 0),
+        ):
+            soundfile.write(
+                samples / f"{name}.wav",
+                (scale * random.normal(size=length)).astype(np.int16),
+                16_000,
+            )
     plot()
     pictures = sorted(tmp_path.glob("runs/*/samples/samples.png"))
     assert [path.parts[-3] for path in pictures] == ["a", "b"]
@@ -227,13 +348,21 @@ def test_yardsticks_are_rows_below_the_runs_in_the_unit_of_their_data(tmp_path, 
     other = DATA | dict(file="b.h5", std=500.0)
     write_run(tmp_path / "runs/old")
     write_run(tmp_path / "runs/new", seed=1)
-    damage(tmp_path / "runs/new/eval.json", '"split"', f'"yardsticks": {json.dumps(yardsticks)}, "split"')
+    damage(
+        tmp_path / "runs/new/eval.json",
+        '"split"',
+        f'"yardsticks": {json.dumps(yardsticks)}, "split"',
+    )
     _, flac, histogram = plot()
     bits = [f"{(np.log(2000.0) - nats / 200) / np.log(2):.3f}" for nats in (280, -170)]
     assert flac == ["FLAC", "", "", "", "", "280.00", "", bits[0], ""]
     assert histogram == ["histogram", "", "", "", "", "-170.00", "", bits[1], ""]
     evaluation_of(tmp_path / "runs/other", data=other)
-    damage(tmp_path / "runs/other/eval.json", '"split"', f'"yardsticks": {json.dumps(yardsticks)}, "split"')
+    damage(
+        tmp_path / "runs/other/eval.json",
+        '"split"',
+        f'"yardsticks": {json.dumps(yardsticks)}, "split"',
+    )
     rows = {row[0]: row[-2] for row in plot()}
     assert rows["FLAC on a.h5"] == bits[0]
     assert rows["FLAC on b.h5"] == f"{(np.log(500.0) - 280 / 200) / np.log(2):.3f}"
@@ -251,32 +380,55 @@ def damage(path, text, instead):
     path.write_text(before.replace(text, instead, 1))
 
 
-@pytest.mark.parametrize("file, text, instead, words", (
-    ("log.jsonl", '{"update": 30', "", "--resume"), ("log.jsonl", '"nats_per_frame": 5', '"nats": 5', "--resume"),
-    ("log.jsonl", '"seed"', '"sead"', "header"), ("log.jsonl", '"std"', '"sd"', "header"),
-    ("log.jsonl", '"std": ', '"std": -', "header"), ("log.jsonl", '"script"', '"scrip"', "header"),
-    ("log.jsonl", '{"config"', '[{"config"', "header"), ("log.jsonl", '"eval_k": [5, 100]', '"eval_k": []', "header"),
-    ("eval.json", '"elbo": {', '"elbow": {', "anew"), ("eval.json", '"windows": 4', '"windows": "x"', "anew"),
-    ("eval.json", "{", "", "anew"), ("windows.csv", "elbo", "elbo,x", "anew"), ("windows.csv", ".000", "x", "anew"),
-    ("windows.csv", "\n", "\n1,2,3,4,5\n", "anew"),
-))
-def test_a_damaged_file_of_a_run_is_named_with_a_remedy_that_fits(tmp_path, plot, file, text, instead, words):
+@pytest.mark.parametrize(
+    "file, text, instead, words",
+    (
+        ("log.jsonl", '{"update": 30', "", "--resume"),
+        ("log.jsonl", '"nats_per_frame": 5', '"nats": 5', "--resume"),
+        ("log.jsonl", '"seed"', '"sead"', "header"),
+        ("log.jsonl", '"std"', '"sd"', "header"),
+        ("log.jsonl", '"std": ', '"std": -', "header"),
+        ("log.jsonl", '"script"', '"scrip"', "header"),
+        ("log.jsonl", '{"config"', '[{"config"', "header"),
+        ("log.jsonl", '"eval_k": [5, 100]', '"eval_k": []', "header"),
+        ("eval.json", '"elbo": {', '"elbow": {', "anew"),
+        ("eval.json", '"windows": 4', '"windows": "x"', "anew"),
+        ("eval.json", "{", "", "anew"),
+        ("windows.csv", "elbo", "elbo,x", "anew"),
+        ("windows.csv", ".000", "x", "anew"),
+        ("windows.csv", "\n", "\n1,2,3,4,5\n", "anew"),
+    ),
+)
+def test_a_damaged_file_of_a_run_is_named_with_a_remedy_that_fits(
+    tmp_path, plot, file, text, instead, words
+):
     write_run(tmp_path / "runs/damaged")
     damage(tmp_path / "runs/damaged" / file, text, instead)
-    with pytest.raises(common.UserError, match=f"^runs/damaged holds no readable {file} .*{words}") as error:
+    with pytest.raises(
+        common.UserError, match=f"^runs/damaged holds no readable {file} .*{words}"
+    ) as error:
         plot()
     assert "\n" not in str(error.value) and ("torn" in str(error.value)) == (words == "--resume")
 
 
-@pytest.mark.parametrize("file, text, instead", (
-    ("eval.json", '"checkpoint"', '"point"'), ("eval.json", '"data": {', '"date": {'), ("eval.json", "{", ""),
-    ("config.json", '"seed"', '"sead"'), ("config.json", "{", "["), ("windows.csv", "elbo", "elbo,x"),
-    ("eval.json", '"file": "a.h5", ', ""),
-))
+@pytest.mark.parametrize(
+    "file, text, instead",
+    (
+        ("eval.json", '"checkpoint"', '"point"'),
+        ("eval.json", '"data": {', '"date": {'),
+        ("eval.json", "{", ""),
+        ("config.json", '"seed"', '"sead"'),
+        ("config.json", "{", "["),
+        ("windows.csv", "elbo", "elbo,x"),
+        ("eval.json", '"file": "a.h5", ', ""),
+    ),
+)
 def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, plot, file, text, instead):
     evaluation_of(tmp_path / "runs/damaged")
     damage(tmp_path / "runs/damaged" / file, text, instead)
-    with pytest.raises(common.UserError, match=f"^runs/damaged holds no readable {file} .*--evaluate") as error:
+    with pytest.raises(
+        common.UserError, match=f"^runs/damaged holds no readable {file} .*--evaluate"
+    ) as error:
         plot()
     assert "\n" not in str(error.value) and "torn" not in str(error.value)
 

@@ -29,8 +29,14 @@ def environment():
 
 
 def started(folder, script, *flags):
-    return subprocess.Popen(command(script, *flags), cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(script, *flags),
+        cwd=folder,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finished(process):
@@ -49,8 +55,11 @@ def folder(tmp_path_factory):
     shutil.copy(ROOT / "tests/examples/stochastic_gru.py", folder)
     ours = run("vrnn_gauss", *FLAGS, cwd=folder)
     assert ours.returncode == 0, ours.stderr
-    runs = [started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"), started(folder, "stochastic_gru", *FLAGS),
-            started(folder, "laplace_vrnn", *FLAGS, "--ar_order=3")]
+    runs = [
+        started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"),
+        started(folder, "stochastic_gru", *FLAGS),
+        started(folder, "laplace_vrnn", *FLAGS, "--ar_order=3"),
+    ]
     for process in runs:
         finished(process)
     kill_and_resume(folder, folder / "killed/stochastic_gru")
@@ -73,10 +82,21 @@ def test_every_table_and_every_measured_number_is_in_the_logs():
     assert check_readme.problems() == []
 
 
-@pytest.mark.parametrize("text, instead, problem", (
-    ("| FLAC |  | 284.26 |", "| FLAC |  | 284.27 |", "README.md: table front is not what the logs say"),
-    ("## Limits", "VRNN gains 123.45 nats.\n\n## Limits", "README.md: 123.45 is in no table and not in OTHERS"),
-))
+@pytest.mark.parametrize(
+    "text, instead, problem",
+    (
+        (
+            "| FLAC |  | 284.26 |",
+            "| FLAC |  | 284.27 |",
+            "README.md: table front is not what the logs say",
+        ),
+        (
+            "## Limits",
+            "VRNN gains 123.45 nats.\n\n## Limits",
+            "README.md: 123.45 is in no table and not in OTHERS",
+        ),
+    ),
+)
 def test_what_is_not_in_the_logs_is_noticed(tmp_path, monkeypatch, text, instead, problem):
     for name in check_readme.FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +108,9 @@ def test_what_is_not_in_the_logs_is_noticed(tmp_path, monkeypatch, text, instead
     found = check_readme.problems()
     assert len(found) == 1 and problem in found[0]
     check_readme.problems(write=True)
-    assert (check_readme.problems() == []) == (instead.startswith("| FLAC"))  # only tables can be written anew
+    assert (check_readme.problems() == []) == (
+        instead.startswith("| FLAC")
+    )  # only tables can be written anew
 
 
 def test_the_readme_is_read_in_two_minutes():
@@ -96,8 +118,10 @@ def test_the_readme_is_read_in_two_minutes():
 
 
 def test_the_readme_prints_two_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
-    scripts = {name: len([line for line in source.splitlines()[1:] if line])
-               for name, source in PRINTED.findall((ROOT / "README.md").read_text())}
+    scripts = {
+        name: len([line for line in source.splitlines()[1:] if line])
+        for name, source in PRINTED.findall((ROOT / "README.md").read_text())
+    }
     assert list(scripts) == ["beta_vrnn.py", "laplace_vrnn.py"] and max(scripts.values()) <= 22
 
 
@@ -131,36 +155,63 @@ def test_a_printed_hyperparameter_has_its_flag_and_its_comment_as_help(folder, p
     assert json.loads((folder / "runs/beta_vrnn/config.json").read_text())["beta"] == 0.7
 
 
-def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate_and_all_runs_are_drawn_by_name(folder):
+def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate_and_all_runs_are_drawn_by_name(
+    folder,
+):
     shutil.copytree(folder / "runs", folder / "drawn", dirs_exist_ok=True)
-    finished(started(folder, "stochastic_gru", "--evaluate=runs/stochastic_gru/best.pt", "--out_dir=drawn/again"))
-    first, again = (json.loads((folder / f"drawn/{run}/eval.json").read_text()) for run in ("stochastic_gru", "again"))
+    finished(
+        started(
+            folder,
+            "stochastic_gru",
+            "--evaluate=runs/stochastic_gru/best.pt",
+            "--out_dir=drawn/again",
+        )
+    )
+    first, again = (
+        json.loads((folder / f"drawn/{run}/eval.json").read_text())
+        for run in ("stochastic_gru", "again")
+    )
     assert again == first | dict(checkpoint="runs/stochastic_gru/best.pt")
     result = run("plot_recon", "drawn", cwd=folder)
     assert result.returncode == 0, result.stderr
     rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| VRNN", "| beta-VRNN", "| Laplace VRNN", "| stochastic GRU",
-                                        "| stochastic GRU, best.pt on tiny.h5", "| FLAC",
-                                        "| linear prediction, order 16", "| histogram"]
+    assert [row[0] for row in rows] == [
+        "| VRNN",
+        "| beta-VRNN",
+        "| Laplace VRNN",
+        "| stochastic GRU",
+        "| stochastic GRU, best.pt on tiny.h5",
+        "| FLAC",
+        "| linear prediction, order 16",
+        "| histogram",
+    ]
     assert rows[3][2:] == rows[4][2:]
     for row, name in zip(rows, ("vrnn_gauss", "beta_vrnn", "laplace_vrnn", "stochastic_gru")):
         bounds = json.loads((folder / f"runs/{name}/eval.json").read_text())["bounds"]
         assert row[2] == f"{bounds['elbo']['nats_per_frame']:.2f}"
-    assert (folder / "recon.png").exists() and (folder / "drawn/beta_vrnn/samples/samples.png").exists()
+    assert (folder / "recon.png").exists() and (
+        folder / "drawn/beta_vrnn/samples/samples.png"
+    ).exists()
     assert (folder / "drawn/laplace_vrnn/samples/continued_1.wav").exists()
     assert not (folder / "drawn/stochastic_gru/samples").exists()  # it cannot generate
 
 
 def test_with_beta_one_the_printed_objective_is_that_of_ours(folder, printed):
     printed("beta_vrnn", *FLAGS, "--beta=1", "--out_dir=one")
-    ours, theirs = (json.loads((folder / out / "eval.json").read_text()) for out in ("runs/vrnn_gauss", "one"))
+    ours, theirs = (
+        json.loads((folder / out / "eval.json").read_text()) for out in ("runs/vrnn_gauss", "one")
+    )
     assert ours["bounds"] == theirs["bounds"]
 
 
-def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script(folder, printed):
-    for script, other, model in (("vrnn_gauss", "stochastic_gru", "VRNN"),
-                                 ("vrnn_gauss", "laplace_vrnn", "VRNN, a LaplaceVRNN"),  # of the same parameters
-                                 ("stochastic_gru", "vrnn_gauss", "StochasticGRU")):
+def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script(
+    folder, printed
+):
+    for script, other, model in (
+        ("vrnn_gauss", "stochastic_gru", "VRNN"),
+        ("vrnn_gauss", "laplace_vrnn", "VRNN, a LaplaceVRNN"),  # of the same parameters
+        ("stochastic_gru", "vrnn_gauss", "StochasticGRU"),
+    ):
         with pytest.raises(common.UserError, match=f"holds another model than this {model}"):
             printed(script, f"--evaluate=runs/{other}/best.pt", "--out_dir=no")
     assert not (folder / "no").exists()
@@ -168,5 +219,8 @@ def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ou
 
 def test_a_checkpoint_of_a_users_script_with_a_vrnn_is_evaluated_by_ours(folder, printed):
     printed("vrnn_gauss", "--evaluate=runs/beta_vrnn/best.pt", "--out_dir=by_ours", "--device=cpu")
-    ours, theirs = (json.loads((folder / out / "eval.json").read_text()) for out in ("by_ours", "runs/beta_vrnn"))
+    ours, theirs = (
+        json.loads((folder / out / "eval.json").read_text())
+        for out in ("by_ours", "runs/beta_vrnn")
+    )
     assert ours == theirs | dict(checkpoint="runs/beta_vrnn/best.pt")

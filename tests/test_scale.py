@@ -18,8 +18,14 @@ HOURS_283 = 283 * 3600 * common.SAMPLE_RATE
 
 
 def torchrun(processes, *arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-            *command(*arguments)[1:]]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *command(*arguments)[1:],
+    ]
 
 
 def finished(arguments):
@@ -29,7 +35,15 @@ def finished(arguments):
 
 
 def flags(data, out, *more):
-    return ["vrnn_gauss_iwae", *SIZES, "--k=3", "--ar_order=3", f"--data={data}", f"--out_dir={out}", *more]
+    return [
+        "vrnn_gauss_iwae",
+        *SIZES,
+        "--k=3",
+        "--ar_order=3",
+        f"--data={data}",
+        f"--out_dir={out}",
+        *more,
+    ]
 
 
 def state(out):
@@ -40,15 +54,33 @@ def state(out):
 def test_two_processes_compute_the_gradient_of_one(data, tmp_path, ar_order):
     """In float64: matrix products of another number of rows round otherwise."""
     script = tmp_path / "double.py"
-    script.write_text("import sys\n" f"sys.path.insert(0, {str(ROOT)!r})\n" "import torch\n"
-                      "torch.set_default_dtype(torch.float64)\n" "import vrnn_gauss_iwae\n" "vrnn_gauss_iwae.main()\n")
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "import vrnn_gauss_iwae\n"
+        "vrnn_gauss_iwae.main()\n"
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     first_update = ["--max_updates=1", "--grad_clip=0", f"--ar_order={ar_order}"]
     jobs = command(*flags(data, one, *first_update)), torchrun(2, *flags(data, two, *first_update))
     for job in jobs:
-        finished([str(script) if argument.endswith("vrnn_gauss_iwae.py") else argument for argument in job])
-    gradients = [torch.cat([moments["exp_avg"].flatten() * 10 for moments in state(out)["optimiser"]["state"].values()])
-                 for out in (one, two)]
+        finished(
+            [
+                str(script) if argument.endswith("vrnn_gauss_iwae.py") else argument
+                for argument in job
+            ]
+        )
+    gradients = [
+        torch.cat(
+            [
+                moments["exp_avg"].flatten() * 10
+                for moments in state(out)["optimiser"]["state"].values()
+            ]
+        )
+        for out in (one, two)
+    ]
     assert gradients[0].norm() > 1
     assert gradients[0].dtype == torch.float64
     assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[0].norm()
@@ -57,8 +89,15 @@ def test_two_processes_compute_the_gradient_of_one(data, tmp_path, ar_order):
 
 
 def test_what_was_published_runs_in_one_process(data, tmp_path):
-    job = subprocess.run(torchrun(2, *flags(data, tmp_path / "run", "--as_published")), capture_output=True, text=True)
-    assert job.returncode != 0 and "error: --as_published: what the 2016 scripts did runs in one" in job.stderr
+    job = subprocess.run(
+        torchrun(2, *flags(data, tmp_path / "run", "--as_published")),
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        job.returncode != 0
+        and "error: --as_published: what the 2016 scripts did runs in one" in job.stderr
+    )
 
 
 def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
@@ -75,24 +114,39 @@ def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
 
 def start_job(data, out):
     """A job of two processes that has saved its state, and the processes."""
-    job = subprocess.Popen(torchrun(2, *flags(data, out, "--max_updates=100_000", "--monitor_every=20")),
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        torchrun(2, *flags(data, out, "--max_updates=100_000", "--monitor_every=20")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (out / "last.pt").exists():
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True
+    ).stdout.split()
     return job, [int(pid) for pid in children]
 
 
-def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_resumed(data, tmp_path):
+def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_resumed(
+    data, tmp_path
+):
     out = tmp_path / "run"
     job, processes = start_job(data, out)
     os.kill(processes[-1], signal.SIGKILL)
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0
-    assert sum(line.startswith("error: process 0 of 2 lost the others") for line in errors.splitlines()) == 1
+    assert (
+        sum(
+            line.startswith("error: process 0 of 2 lost the others") for line in errors.splitlines()
+        )
+        == 1
+    )
     last = state(out)["progress"]["updates"]
-    finished(command(*flags(data, out, f"--max_updates={last + 20}", "--monitor_every=20", "--resume")))
+    finished(
+        command(*flags(data, out, f"--max_updates={last + 20}", "--monitor_every=20", "--resume"))
+    )
     assert [line["update"] for line in log_of(out)[1:]] == list(range(20, last + 21, 20))
 
 
@@ -116,14 +170,22 @@ def write_corpus(path, samples):
             settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             group = file.create_group(split)
-            h5py.h5d.create(group.id, b"audio", h5py.h5t.NATIVE_INT16, h5py.h5s.create_simple((length,)), settings)
+            h5py.h5d.create(
+                group.id,
+                b"audio",
+                h5py.h5t.NATIVE_INT16,
+                h5py.h5s.create_simple((length,)),
+                settings,
+            )
             file[f"{split}/audio"][:160_000] = np.random.default_rng(0).normal(0, 1_000, 160_000)
             group["offsets"] = np.arange(0, length + 1, 160_000)
 
 
 # a small process in between, because a child's peak begins with that of its parent
-PEAK = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr); " \
-       "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+PEAK = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
 
 
 def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
@@ -131,11 +193,25 @@ def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
     for name, samples in dict(minutes=160_000 * 100, hours=HOURS_283 // 160_000 * 160_000).items():
         write_corpus(tmp_path / f"{name}.h5", samples)
         published_excerpts = ["--x_dim=200", "--seq_frames=40", "--reset_freq=4", "--batch_size=32"]
-        jobs = [command(*flags(tmp_path / f"{name}.h5", tmp_path / f"{name}{n}", *published_excerpts,
-                               "--max_updates=40", "--monitor_every=20")) for n in range(2)]
-        peaks.append(min(int(finished([sys.executable, "-c", PEAK, *job]).stdout) for job in jobs))  # threads may meet
+        jobs = [
+            command(
+                *flags(
+                    tmp_path / f"{name}.h5",
+                    tmp_path / f"{name}{n}",
+                    *published_excerpts,
+                    "--max_updates=40",
+                    "--monitor_every=20",
+                )
+            )
+            for n in range(2)
+        ]
+        peaks.append(
+            min(int(finished([sys.executable, "-c", PEAK, *job]).stdout) for job in jobs)
+        )  # threads may meet
     assert (tmp_path / "hours.h5").stat().st_size > 2 * 16e9
-    print(f"peak memory: {peaks[0] / 1024:.0f} MB with 17 minutes, {peaks[1] / 1024:.0f} MB with 283 hours")
+    print(
+        f"peak memory: {peaks[0] / 1024:.0f} MB with 17 minutes, {peaks[1] / 1024:.0f} MB with 283 hours"
+    )
     assert peaks[1] < 1.05 * peaks[0]
 
 

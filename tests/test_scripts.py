@@ -37,7 +37,15 @@ import vrnn_gauss
 import vrnn_gauss_iwae
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-RUN_FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "eval.json", "windows.csv", "samples"}
+RUN_FILES = {
+    "config.json",
+    "log.jsonl",
+    "last.pt",
+    "best.pt",
+    "eval.json",
+    "windows.csv",
+    "samples",
+}
 
 
 def trained(script, *arguments, cwd):
@@ -51,7 +59,9 @@ def folder(tmp_path_factory):
     """A working folder with data/tiny.h5, converted by the script from smooth noise in data/in."""
     folder = tmp_path_factory.mktemp("work")
     write_recordings(folder / "data/in")
-    result = run("prepare_blizzard", "data/in", "--out=data/tiny.h5", "--valid=.2", "--test=.2", cwd=folder)
+    result = run(
+        "prepare_blizzard", "data/in", "--out=data/tiny.h5", "--valid=.2", "--test=.2", cwd=folder
+    )
     assert result.returncode == 0, result.stderr
     assert "total           12" in result.stdout
     return folder
@@ -61,8 +71,15 @@ def folder(tmp_path_factory):
 def runs(folder):
     """A folder with a run of each script."""
     for script in SCRIPTS:
-        trained(script, "--data=data/tiny.h5", f"--out_dir=runs/{script}", "--max_updates=30", "--monitor_every", "10",
-                cwd=folder)
+        trained(
+            script,
+            "--data=data/tiny.h5",
+            f"--out_dir=runs/{script}",
+            "--max_updates=30",
+            "--monitor_every",
+            "10",
+            cwd=folder,
+        )
     return folder / "runs"
 
 
@@ -71,11 +88,24 @@ def check_run(out):
     header, *lines = log_of(out)
     assert [line["update"] for line in lines] == [10, 20, 30]
     assert [line["sequences"] for line in lines] == [40, 80, 120]
-    assert lines[-1]["valid"]["iwae_2"]["nats_per_frame"] > lines[0]["valid"]["iwae_2"]["nats_per_frame"]
+    assert (
+        lines[-1]["valid"]["iwae_2"]["nats_per_frame"]
+        > lines[0]["valid"]["iwae_2"]["nats_per_frame"]
+    )
     evaluation = json.loads((out / "eval.json").read_text())
     bounds = evaluation["bounds"]
-    assert list(bounds) == ["elbo", "kl", "elbo_6", "log_w_std", "iwae_2", "ess_iwae_2", "iwae_6", "ess_iwae_6",
-                            "smc_6", "ess_smc_6"]
+    assert list(bounds) == [
+        "elbo",
+        "kl",
+        "elbo_6",
+        "log_w_std",
+        "iwae_2",
+        "ess_iwae_2",
+        "iwae_6",
+        "ess_iwae_6",
+        "smc_6",
+        "ess_smc_6",
+    ]
     nats = [bounds[name]["nats_per_frame"] for name in ("elbo_6", "iwae_2", "iwae_6")]
     assert nats == sorted(nats)
     assert 1 <= bounds["ess_iwae_6"]["mean"] <= 6 and 1 <= bounds["ess_smc_6"]["mean"] <= 6
@@ -89,13 +119,19 @@ def check_run(out):
     elbo = bounds["elbo"]
     assert elbo["nats_per_sequence"] == pytest.approx(5 * elbo["nats_per_frame"])
     assert elbo["bits_per_sample"] == pytest.approx(
-        (np.log(header["data"]["std"]) - elbo["nats_per_frame"] / 20) / np.log(2))
+        (np.log(header["data"]["std"]) - elbo["nats_per_frame"] / 20) / np.log(2)
+    )
     audio, rate = soundfile.read(out / "samples/sample_0.wav", dtype="int16")
     assert rate == 16_000 and len(audio) == 800 * 20 and audio.std() > 0
     assert {path.name for path in (out / "samples").iterdir()} == {
-        f"{kind}_{i}.wav" for kind in ("real", "sample", "continued", "resynthesised") for i in range(2)}
+        f"{kind}_{i}.wav"
+        for kind in ("real", "sample", "continued", "resynthesised")
+        for i in range(2)
+    }
     real, rate = soundfile.read(out / "samples/real_0.wav", dtype="int16")
-    assert rate == 16_000 and len(real) == 2_980 and real.std() > 0  # whole frames of a recording of 2,993 samples
+    assert (
+        rate == 16_000 and len(real) == 2_980 and real.std() > 0
+    )  # whole frames of a recording of 2,993 samples
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -106,16 +142,33 @@ def test_a_script_trains_evaluates_and_generates(runs, script):
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_a_script_trains_as_published(folder, script):
     out = folder / "published" / script
-    trained(script, "--data=data/tiny.h5", f"--out_dir={out}", "--max_updates=30", "--monitor_every=10",
-            "--as_published", "--ema=0", cwd=folder)
+    trained(
+        script,
+        "--data=data/tiny.h5",
+        f"--out_dir={out}",
+        "--max_updates=30",
+        "--monitor_every=10",
+        "--as_published",
+        "--ema=0",
+        cwd=folder,
+    )
     check_run(out)
 
 
-@pytest.mark.parametrize("flags", ("--dreg", "--resample", "--as_published --corrections=sign,time"))
+@pytest.mark.parametrize(
+    "flags", ("--dreg", "--resample", "--as_published --corrections=sign,time")
+)
 def test_variants_of_iwae_train_and_evaluate(folder, flags):
     out = folder / f"variant{flags.split()[0]}"
-    trained("vrnn_gauss_iwae", "--data=data/tiny.h5", f"--out_dir={out}", "--max_updates=30", "--monitor_every=10",
-            *flags.split(), cwd=folder)
+    trained(
+        "vrnn_gauss_iwae",
+        "--data=data/tiny.h5",
+        f"--out_dir={out}",
+        "--max_updates=30",
+        "--monitor_every=10",
+        *flags.split(),
+        cwd=folder,
+    )
     check_run(out)
 
 
@@ -126,13 +179,22 @@ def test_recon_png_and_the_table_are_made_from_logs_alone(folder, runs):
     assert all(script in result.stdout for script in SCRIPTS)
     for script, name in zip(SCRIPTS, ("VRNN", "VAE_5", "IWAE_5")):
         bounds = json.loads((runs / script / "eval.json").read_text())["bounds"]
-        row = [f"{bounds[bound]['nats_per_frame']:.2f}" for bound in ("elbo", "iwae_2", "iwae_6", "smc_6", "kl")]
+        row = [
+            f"{bounds[bound]['nats_per_frame']:.2f}"
+            for bound in ("elbo", "iwae_2", "iwae_6", "smc_6", "kl")
+        ]
         assert f"| {name} | 1 | " in result.stdout and " | ".join(row) in result.stdout
 
 
 def test_the_table_tells_runs_apart_and_averages_those_of_one_kind(folder, runs, tmp_path):
-    elbo = json.loads((runs / "vrnn_gauss/eval.json").read_text())["bounds"]["elbo"]["nats_per_frame"]
-    for name, setting, better in (("one", dict(seed=0), 0), ("two", dict(seed=1), 2), ("wide", dict(rnn_dim=24), 0)):
+    elbo = json.loads((runs / "vrnn_gauss/eval.json").read_text())["bounds"]["elbo"][
+        "nats_per_frame"
+    ]
+    for name, setting, better in (
+        ("one", dict(seed=0), 0),
+        ("two", dict(seed=1), 2),
+        ("wide", dict(rnn_dim=24), 0),
+    ):
         out = tmp_path / "three" / name
         shutil.copytree(runs / "vrnn_gauss", out)
         header, *lines = (out / "log.jsonl").read_text().splitlines()
@@ -152,25 +214,45 @@ def test_runs_of_two_folders_are_compared_though_their_labels_are_equal(runs, tm
         shutil.copytree(runs / "vrnn_gauss", tmp_path / folder / "vrnn")
         windows = tmp_path / folder / "vrnn/windows.csv"
         names, *rows = windows.read_text().splitlines()
-        windows.write_text("\n".join([names, *(",".join(str(float(cell) + better) for cell in row.split(","))
-                                               for row in rows)]))
+        windows.write_text(
+            "\n".join(
+                [
+                    names,
+                    *(
+                        ",".join(str(float(cell) + better) for cell in row.split(","))
+                        for row in rows
+                    ),
+                ]
+            )
+        )
     result = run("plot_recon", "one", "two", cwd=tmp_path)
     one, two = (line for line in result.stdout.splitlines() if line.startswith("| VRNN |"))
     assert one.endswith("|  |") and two.endswith("| 3.00 |")
 
 
-@pytest.mark.parametrize("file, text, instead", (
-    ("eval.json", '"elbo": {', '"elbow": {'), ("eval.json", '"windows": ', '"windows": 1'),
-    ("log.jsonl", '"seed"', '"sead"'), ("log.jsonl", '"std"', '"sd"'), ("log.jsonl", '"std": ', '"std": -'),
-    ("log.jsonl", '"update": 30', ""), ("windows.csv", "elbo", "elbo,x"),
-))
+@pytest.mark.parametrize(
+    "file, text, instead",
+    (
+        ("eval.json", '"elbo": {', '"elbow": {'),
+        ("eval.json", '"windows": ', '"windows": 1'),
+        ("log.jsonl", '"seed"', '"sead"'),
+        ("log.jsonl", '"std"', '"sd"'),
+        ("log.jsonl", '"std": ', '"std": -'),
+        ("log.jsonl", '"update": 30', ""),
+        ("windows.csv", "elbo", "elbo,x"),
+    ),
+)
 def test_a_damaged_run_is_named_by_the_plot_in_one_sentence(runs, tmp_path, file, text, instead):
     shutil.copytree(runs / "vrnn_gauss", tmp_path / "runs/damaged")
     damaged = tmp_path / "runs/damaged" / file
     assert text in damaged.read_text()
     damaged.write_text(damaged.read_text().replace(text, instead, 1))
     result = run("plot_recon", "runs", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "runs/damaged holds no" in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "runs/damaged holds no" in result.stderr
+    )
 
 
 def test_the_bound_of_a_model_does_not_depend_on_the_script(folder, runs):
@@ -178,15 +260,31 @@ def test_the_bound_of_a_model_does_not_depend_on_the_script(folder, runs):
     found = []
     for script in SCRIPTS:
         out = folder / "same" / script
-        trained(script, "--data=data/tiny.h5", f"--out_dir={out}", f"--init_from={best}", "--max_updates=1",
-                "--lr=1e-30", cwd=folder)
+        trained(
+            script,
+            "--data=data/tiny.h5",
+            f"--out_dir={out}",
+            f"--init_from={best}",
+            "--max_updates=1",
+            "--lr=1e-30",
+            cwd=folder,
+        )
         found.append(json.loads((out / "eval.json").read_text())["bounds"])
-    assert found[0] == found[1] == found[2] == json.loads((best.parent / "eval.json").read_text())["bounds"]
+    assert (
+        found[0]
+        == found[1]
+        == found[2]
+        == json.loads((best.parent / "eval.json").read_text())["bounds"]
+    )
 
 
-@pytest.mark.parametrize("script, flags", (
-    ("vrnn_gauss_iwae", []), ("vrnn_gauss_alt_nll", ["--as_published", "--k=3"]),
-))
+@pytest.mark.parametrize(
+    "script, flags",
+    (
+        ("vrnn_gauss_iwae", []),
+        ("vrnn_gauss_alt_nll", ["--as_published", "--k=3"]),
+    ),
+)
 def test_stopping_and_resuming_equals_never_stopping(folder, script, flags):
     common_flags = [script, "--data=data/tiny.h5", "--monitor_every=7", *flags]
     whole, parts = folder / f"whole-{script}", folder / f"parts-{script}"
@@ -194,7 +292,10 @@ def test_stopping_and_resuming_equals_never_stopping(folder, script, flags):
     trained(*common_flags, "--max_updates=7", f"--out_dir={parts}", cwd=folder)
     trained(*common_flags, "--max_updates=21", f"--out_dir={parts}", "--resume", cwd=folder)
     assert_same_run(whole, parts)
-    configs = [json.loads((out / "log.jsonl").read_text().splitlines()[0])["config"] for out in (whole, parts)]
+    configs = [
+        json.loads((out / "log.jsonl").read_text().splitlines()[0])["config"]
+        for out in (whole, parts)
+    ]
     assert configs[0] == configs[1] | dict(out_dir=str(whole))
     assert configs[1] == json.loads((parts / "config.json").read_text())
 
@@ -205,30 +306,45 @@ def copy_of_a_run(runs, tmp_path):
     return tmp_path / "copy", flags.split()
 
 
-@pytest.mark.parametrize("damage", (
-    lambda log: log + '{"update": 31, "sequ', lambda log: log + '{"update": 31}\n', lambda log: "", lambda log: "{}\n",
-))
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda log: log + '{"update": 31, "sequ',
+        lambda log: log + '{"update": 31}\n',
+        lambda log: "",
+        lambda log: "{}\n",
+    ),
+)
 def test_a_damaged_log_is_made_whole_on_resume(folder, runs, tmp_path, damage):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     before = log_of(folder_copy)
     (folder_copy / "log.jsonl").write_text(damage((folder_copy / "log.jsonl").read_text()))
     trained("vrnn_gauss", *flags, cwd=folder)
     *seen, last = log_of(folder_copy)
-    assert seen == before and [line["update"] for line in seen[1:]] == [10, 20, 30] and last["update"] == 40
+    assert (
+        seen == before
+        and [line["update"] for line in seen[1:]] == [10, 20, 30]
+        and last["update"] == 40
+    )
 
 
 def flip_a_bit(state):
     """In the middle of a tensor."""
     middle = len(state) // 2
-    return state[:middle] + bytes([state[middle] ^ 1]) + state[middle + 1:]
+    return state[:middle] + bytes([state[middle] ^ 1]) + state[middle + 1 :]
 
 
-@pytest.mark.parametrize("file, damage", (
-    ("last.pt", lambda out: b"no checkpoint"),
-    ("last.pt", lambda out: (out / "best.pt").read_bytes()),
-    ("last.pt", lambda out: flip_a_bit((out / "last.pt").read_bytes())),
-))
-def test_damaged_run_files_are_refused_on_resume_with_a_remedy(folder, runs, tmp_path, file, damage):
+@pytest.mark.parametrize(
+    "file, damage",
+    (
+        ("last.pt", lambda out: b"no checkpoint"),
+        ("last.pt", lambda out: (out / "best.pt").read_bytes()),
+        ("last.pt", lambda out: flip_a_bit((out / "last.pt").read_bytes())),
+    ),
+)
+def test_damaged_run_files_are_refused_on_resume_with_a_remedy(
+    folder, runs, tmp_path, file, damage
+):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     (folder_copy / file).write_bytes(damage(folder_copy))
     result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
@@ -239,12 +355,21 @@ def test_damaged_run_files_are_refused_on_resume_with_a_remedy(folder, runs, tmp
 def test_a_state_of_another_run_is_refused_by_name(folder, runs, tmp_path):
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     state = torch.load(folder_copy / "last.pt", weights_only=True)
-    for part, value in (("states", {}), ("counts", {}), ("generator", torch.zeros(3)), ("log", []), ("log", [{}]),
-                        ("progress", dict(updates="x", seconds=0.0, best=0.0)), ("update", -30),
-                        ("progress", dict(updates=-30, seconds=0.0, best=0.0))):
+    for part, value in (
+        ("states", {}),
+        ("counts", {}),
+        ("generator", torch.zeros(3)),
+        ("log", []),
+        ("log", [{}]),
+        ("progress", dict(updates="x", seconds=0.0, best=0.0)),
+        ("update", -30),
+        ("progress", dict(updates=-30, seconds=0.0, best=0.0)),
+    ):
         torch.save(dict(state, **{part: value}), folder_copy / "last.pt")
         result = run("vrnn_gauss", *SIZES, *flags, cwd=folder)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
+        assert (
+            result.returncode == 2 and result.stderr.count("\n") == 1 and "last.pt" in result.stderr
+        )
 
 
 def test_a_run_that_goes_on_has_no_evaluation_of_what_it_was(folder, runs, tmp_path):
@@ -258,8 +383,13 @@ def test_a_run_is_not_resumed_to_fewer_updates_than_it_has_made(folder, runs, tm
     folder_copy, flags = copy_of_a_run(runs, tmp_path)
     before = (folder_copy / "config.json").read_text()
     result = run("vrnn_gauss", *SIZES, *flags, "--max_updates=29", cwd=folder)
-    assert result.returncode == 2 and result.stderr == "error: --max_updates=29: 30 are made; give no fewer\n"
-    assert (folder_copy / "config.json").read_text() == before and (folder_copy / "eval.json").exists()
+    assert (
+        result.returncode == 2
+        and result.stderr == "error: --max_updates=29: 30 are made; give no fewer\n"
+    )
+    assert (folder_copy / "config.json").read_text() == before and (
+        folder_copy / "eval.json"
+    ).exists()
 
 
 def test_a_run_without_its_best_checkpoint_is_told_so(folder, runs, tmp_path):
@@ -271,8 +401,12 @@ def test_a_run_without_its_best_checkpoint_is_told_so(folder, runs, tmp_path):
 
 def test_a_held_out_split_without_a_window_is_refused_before_the_training(tmp_path):
     write_quiet_data(tmp_path / "it.h5", train=[3_000] * 8, valid=[3_000], test=[99])
-    result = run("vrnn_gauss", *SIZES, "--data=it.h5", "--out_dir=out", "--max_updates=9", cwd=tmp_path)
-    assert result.returncode == 2 and "no recording of the split test holds a window" in result.stderr
+    result = run(
+        "vrnn_gauss", *SIZES, "--data=it.h5", "--out_dir=out", "--max_updates=9", cwd=tmp_path
+    )
+    assert (
+        result.returncode == 2 and "no recording of the split test holds a window" in result.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -298,6 +432,7 @@ def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkey
     def disk_full(checkpoint, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(torch, "save", disk_full)
     run_folder = common.RunFolder(SimpleNamespace(out_dir=folder_copy, resume=True, evaluate=""))
     with pytest.raises(common.UserError, match="last.pt cannot be written"):
@@ -311,8 +446,11 @@ def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
 
 
 def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
-    result = subprocess.run([sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=150", "--seed=1"],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=150", "--seed=1"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -332,7 +470,9 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     if not whole.exists():
         assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
     arguments = command("vrnn_gauss", *flags, f"--out_dir={stopped}")
-    process = subprocess.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while not (stopped / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
@@ -344,33 +484,41 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("arguments, words", (
-    (["--rnn_dim=abc"], ["--rnn_dim", "abc"]),
-    (["--rnn_dims=3"], ["--rnn_dims", "did you mean --rnn_dim?"]),
-    (["--qqq"], ["--qqq", "--help"]),
-    (["--data=missing.h5"], ["missing.h5", "does not exist", "prepare_blizzard.py"]),
-    (["--data=other.h5"], ["other.h5", "not of format"]),
-    (["--data=text.h5"], ["text.h5", "not a readable HDF5 file"]),
-    (["--k=0"], ["--k=0", "at least 1"]),
-    (["--lr=nan"], ["--lr=nan"]),
-    (["--eval_k=5,0"], ["--eval_k"]),
-    (["--batch_size=9999"], ["--batch_size=9999", "smaller"]),
-    (["--device=cuda:99"], ["--device=cuda:99", "--device=cpu"]),
-    (["--init_from=missing.pt"], ["--init_from", "missing.pt"]),
-    (["--resume"], ["--resume", "last.pt"]),
-    (["--out_dir=runs/vrnn_gauss"], ["runs/vrnn_gauss", "--resume"]),
-    (["--out_dir=runs/vrnn_gauss", "--resume", "--rnn_dim=13"], ["--rnn_dim was 12 and is now 13"]),
-    (["--out_dir=runs/vrnn_gauss", "--resume", "--eval_k=3"], ["--eval_k was", "is now"]),
-    (["--seed=1e30"], ["--seed", "at most"]),
-    (["--device=meta"], ["--device=meta", "--device=cpu"]),
-    (["--device=hpu"], ["--device=hpu", "--device=cpu"]),
-    (["--out_dir="], ["--out_dir is empty"]),
-))
+@pytest.mark.parametrize(
+    "arguments, words",
+    (
+        (["--rnn_dim=abc"], ["--rnn_dim", "abc"]),
+        (["--rnn_dims=3"], ["--rnn_dims", "did you mean --rnn_dim?"]),
+        (["--qqq"], ["--qqq", "--help"]),
+        (["--data=missing.h5"], ["missing.h5", "does not exist", "prepare_blizzard.py"]),
+        (["--data=other.h5"], ["other.h5", "not of format"]),
+        (["--data=text.h5"], ["text.h5", "not a readable HDF5 file"]),
+        (["--k=0"], ["--k=0", "at least 1"]),
+        (["--lr=nan"], ["--lr=nan"]),
+        (["--eval_k=5,0"], ["--eval_k"]),
+        (["--batch_size=9999"], ["--batch_size=9999", "smaller"]),
+        (["--device=cuda:99"], ["--device=cuda:99", "--device=cpu"]),
+        (["--init_from=missing.pt"], ["--init_from", "missing.pt"]),
+        (["--resume"], ["--resume", "last.pt"]),
+        (["--out_dir=runs/vrnn_gauss"], ["runs/vrnn_gauss", "--resume"]),
+        (
+            ["--out_dir=runs/vrnn_gauss", "--resume", "--rnn_dim=13"],
+            ["--rnn_dim was 12 and is now 13"],
+        ),
+        (["--out_dir=runs/vrnn_gauss", "--resume", "--eval_k=3"], ["--eval_k was", "is now"]),
+        (["--seed=1e30"], ["--seed", "at most"]),
+        (["--device=meta"], ["--device=meta", "--device=cpu"]),
+        (["--device=hpu"], ["--device=hpu", "--device=cpu"]),
+        (["--out_dir="], ["--out_dir is empty"]),
+    ),
+)
 def test_bad_input_gets_one_sentence_and_status_2(folder, runs, arguments, words):
     (folder / "text.h5").write_text("not HDF5")
     with h5py.File(folder / "other.h5", "w") as file:
         file["audio"] = np.zeros(9)
-    result = run("vrnn_gauss", *SIZES, "--data=data/tiny.h5", "--out_dir=new", *arguments, cwd=folder)
+    result = run(
+        "vrnn_gauss", *SIZES, "--data=data/tiny.h5", "--out_dir=new", *arguments, cwd=folder
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     for word in words:
@@ -378,13 +526,20 @@ def test_bad_input_gets_one_sentence_and_status_2(folder, runs, arguments, words
     assert not (folder / "new").exists()
 
 
-@pytest.mark.parametrize("script, arguments, words", (
-    ("prepare_blizzard", ["data/in", "--out=data/tiny.h5"], ["data/tiny.h5", "already exists", "--force"]),
-    ("prepare_blizzard", ["nowhere"], ["nowhere", "does not exist"]),
-    ("prepare_blizzard", [], ["--demo"]),
-    ("plot_recon", ["nowhere"], ["nowhere", "no runs"]),
-    ("plot_recon", ["runs", "--out=nowhere/x.png"], ["nowhere/x.png"]),
-))
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    (
+        (
+            "prepare_blizzard",
+            ["data/in", "--out=data/tiny.h5"],
+            ["data/tiny.h5", "already exists", "--force"],
+        ),
+        ("prepare_blizzard", ["nowhere"], ["nowhere", "does not exist"]),
+        ("prepare_blizzard", [], ["--demo"]),
+        ("plot_recon", ["nowhere"], ["nowhere", "no runs"]),
+        ("plot_recon", ["runs", "--out=nowhere/x.png"], ["nowhere/x.png"]),
+    ),
+)
 def test_other_scripts_refuse_in_one_sentence(folder, runs, script, arguments, words):
     result = run(script, *arguments, cwd=folder)
     assert result.returncode == 2
@@ -397,11 +552,18 @@ def test_other_scripts_refuse_in_one_sentence(folder, runs, script, arguments, w
 def test_help_shows_every_hyperparameter_with_its_comment_and_the_published_default(script):
     result = run(script, "--help", cwd=ROOT)
     text = " ".join(result.stdout.split())
-    for name in ("data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim ar_order k "
-                 "seq_frames reset_freq batch_size lr max_updates monitor_every grad_clip weight_norm dequantize "
-                 "init_from resume demo").split() + ["as_published"] * (script != "vrnn_gauss"):
+    for name in (
+        "data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim ar_order k "
+        "seq_frames reset_freq batch_size lr max_updates monitor_every grad_clip weight_norm dequantize "
+        "init_from resume demo"
+    ).split() + ["as_published"] * (script != "vrnn_gauss"):
         assert f"--{name}" in text
-    for shown in ("LSTM units (default: 1000)", "(default: 0.0003)", "(default: 128)", "--no-dequantize"):
+    for shown in (
+        "LSTM units (default: 1000)",
+        "(default: 0.0003)",
+        "(default: 128)",
+        "--no-dequantize",
+    ):
         assert shown in text
 
 
@@ -415,7 +577,9 @@ def test_importing_a_script_does_nothing(script, tmp_path, monkeypatch):
 @pytest.fixture
 def training(folder, tmp_path):
     """A function from flags to the Training of vrnn_gauss.py."""
-    return lambda *flags: tiny_training(vrnn_gauss, folder / "data/tiny.h5", tmp_path / "run", *flags)[1]
+    return lambda *flags: tiny_training(
+        vrnn_gauss, folder / "data/tiny.h5", tmp_path / "run", *flags
+    )[1]
 
 
 def parameters_of(model):
@@ -446,28 +610,45 @@ def test_restoring_leaves_a_training_and_its_progress_in_place(training):
     progress, before = training.progress, copy.deepcopy(training.checkpoint())
 
     def tensors():
-        return [*vars(training.counts).values(), training.pcm, *training.state, *training.next_state]
+        return [
+            *vars(training.counts).values(),
+            training.pcm,
+            *training.state,
+            *training.next_state,
+        ]
 
     places = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     make_updates(training, update_with(training, vrnn_gauss.objective), 3)
     assert progress["updates"] == 3 and progress["best"] > -math.inf
     training.restore(before)
-    assert training.progress is progress and progress == dict(updates=0, seconds=0.0, best=-math.inf)
+    assert training.progress is progress and progress == dict(
+        updates=0, seconds=0.0, best=-math.inf
+    )
     for part, model in dict(model=training.model, averaged=training.averaged).items():
         assert all(map(torch.equal, before[part].values(), model.state_dict().values()))
-    assert all(torch.equal(before["counts"][name], count) for name, count in vars(training.counts).items())
+    assert all(
+        torch.equal(before["counts"][name], count) for name, count in vars(training.counts).items()
+    )
     assert all(map(torch.equal, before["states"].values(), [*training.state, *training.next_state]))
     assert torch.equal(training.generator.get_state(), before["generator"])
     now = [*training.model.parameters(), *training.averaged.parameters(), *tensors()]
     assert all(a is b for a, b in zip(places, now, strict=True))
-    assert all(state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
-               for state in training.optimiser.state.values())
+    assert all(
+        state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+        for state in training.optimiser.state.values()
+    )
 
 
 def test_training_stops_with_a_sentence_after_many_steps_that_are_not_finite(training):
     training = training()
-    with pytest.raises(common.UserError, match="not finite in 10 updates in a row, up to update 10;"):
-        make_updates(training, update_with(training, lambda rollout: rollout.nll_TBK.mean() * float("nan")), 100)
+    with pytest.raises(
+        common.UserError, match="not finite in 10 updates in a row, up to update 10;"
+    ):
+        make_updates(
+            training,
+            update_with(training, lambda rollout: rollout.nll_TBK.mean() * float("nan")),
+            100,
+        )
 
 
 def test_noise_on_x_fades_to_a_hundredth_and_ends(training):
@@ -477,29 +658,39 @@ def test_noise_on_x_fades_to_a_hundredth_and_ends(training):
         training.counts.updates.fill_(updates)
         noise_TBX = training.window() - common.normalise(training.pcm, training.corpus)
         found.append(noise_TBX.mean().item())
-    assert found == pytest.approx([0.5, 0.05, 0.5 * 0.01 ** 0.99, 0, 0])
+    assert found == pytest.approx([0.5, 0.05, 0.5 * 0.01**0.99, 0, 0])
 
 
-@pytest.mark.parametrize("updates, expected", [(0, 0.02), (50, 0.01), (99, 0.0002), (100, 0.0002), (1000, 0.0002)])
+@pytest.mark.parametrize(
+    "updates, expected", [(0, 0.02), (50, 0.01), (99, 0.0002), (100, 0.0002), (1000, 0.0002)]
+)
 def test_the_learning_rate_falls_to_a_hundredth(training, updates, expected):
     training = training("--lr=0.02", "--lr_updates=100", "--weight_norm=0")
     training.counts.updates.fill_(updates)
     (before,) = parameters_of(training.model.decoder[-1])[1:]
     make_updates(training, update_with(training, vrnn_gauss.objective), 1)
     (after,) = parameters_of(training.model.decoder[-1])[1:]
-    moved = (after - before).abs()  # the first step of Adam has the length of the learning rate in every direction
+    moved = (
+        after - before
+    ).abs()  # the first step of Adam has the length of the learning rate in every direction
     assert moved.median().item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_averaged_weights_follow_the_trained_ones(training):
     training = training("--ema=0.5")
-    update, expected = update_with(training, lambda rollout: rollout.nll_TBK.mean()), parameters_of(training.model)
+    update, expected = (
+        update_with(training, lambda rollout: rollout.nll_TBK.mean()),
+        parameters_of(training.model),
+    )
 
     def update_and_average():
         update()
         done = training.progress["updates"]
         decay = min(0.5, (1 + done) / (10 + done))
-        expected[:] = [decay * old + (1 - decay) * new for old, new in zip(expected, training.model.parameters())]
+        expected[:] = [
+            decay * old + (1 - decay) * new
+            for old, new in zip(expected, training.model.parameters())
+        ]
 
     make_updates(training, update_and_average, 20)
     for averaged, p in zip(training.averaged.parameters(), expected):
@@ -511,13 +702,22 @@ def test_averaged_weights_follow_the_trained_ones(training):
 def test_updates_of_the_cuda_graph_equal_updates_launched_one_by_one(folder, tmp_path, objective):
     trainings = []
     for captures in (False, True):
-        h, training = tiny_training(vrnn_gauss_iwae, folder / "data/tiny.h5", tmp_path / f"captured-{captures}",
-                                    "--device=cuda", "--k=3", "--grad_clip=2", "--lr_updates=30")
+        h, training = tiny_training(
+            vrnn_gauss_iwae,
+            folder / "data/tiny.h5",
+            tmp_path / f"captured-{captures}",
+            "--device=cuda",
+            "--k=3",
+            "--grad_clip=2",
+            "--lr_updates=30",
+        )
         update = update_with(training, objective)
         before = parameters_of(training.model)
         captured = training.captured(update) if captures else update
         assert (captured.__name__ == "replay") == captures
-        assert all(map(torch.equal, before, training.model.parameters())), "to capture it was an update"
+        assert all(map(torch.equal, before, training.model.parameters())), (
+            "to capture it was an update"
+        )
         make_updates(training, captured, 20)
         assert training.counts.updates == 20 and training.counts.skipped == 0
         trainings.append(training)

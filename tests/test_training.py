@@ -21,8 +21,10 @@ from torch.distributions import Normal
 
 import common
 
-LIMITS = ("--weight_norm=0.9 --ema=0.3 --x_noise=0.3 --x_noise_updates=4 --lr=0.01 --lr_updates=10 --monitor_every=2 "
-          "--monitor_windows=2 --seed=1 --k=3").split()
+LIMITS = (
+    "--weight_norm=0.9 --ema=0.3 --x_noise=0.3 --x_noise_updates=4 --lr=0.01 --lr_updates=10 --monitor_every=2 "
+    "--monitor_windows=2 --seed=1 --k=3"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def data(tmp_path_factory):
 
 
 # ---- the losses, written out: (loss in nats per frame, state after the window) ----
+
 
 def vrnn(model, x, state, noise, k, uniform):
     rollout = plain_rollout(model, x, state, noise, k)
@@ -67,9 +70,9 @@ def dreg(model, x, state, noise, k, uniform):
     z, v_BK = rollout.q_mean + rollout.q_sigma * noise, rollout.log_w_TBK.sum(0).softmax(1).detach()
     fixed = z.detach().requires_grad_()
     log_p_BK, log_q_BK = at_fixed_z(model, x, state, fixed, k)
-    d_z, = torch.autograd.grad((log_p_BK - log_q_BK).sum(), fixed, retain_graph=True)
+    (d_z,) = torch.autograd.grad((log_p_BK - log_q_BK).sum(), fixed, retain_graph=True)
     through_z_BK = (d_z * z).sum((0, 2)).view_as(v_BK)
-    gradient_only = per_frame((v_BK * log_p_BK + v_BK ** 2 * through_z_BK).sum(1), x)
+    gradient_only = per_frame((v_BK * log_p_BK + v_BK**2 * through_z_BK).sum(1), x)
     loss = per_frame(log_mean(rollout.log_w_TBK.sum(0)), x)
     return loss.detach() + gradient_only - gradient_only.detach(), rollout.state
 
@@ -92,13 +95,19 @@ def resampled(model, x, state, noise, k, uniform):
         rows = slice(b * k, b * k + k)
         own, log_w, bound = [part[rows] for part in state], 0.0, 0.0
         for t in range(len(x)):
-            rollout = plain_rollout(model, x[t:t + 1, b:b + 1], own, noise[t:t + 1, rows], k)
+            rollout = plain_rollout(model, x[t : t + 1, b : b + 1], own, noise[t : t + 1, rows], k)
             own, log_w = rollout.state, log_w + rollout.log_w_TBK[0, 0]
             w = log_w.detach().softmax(0)
-            if 1 / (w ** 2).sum() < k / 2 or t == len(x) - 1:
+            if 1 / (w**2).sum() < k / 2 or t == len(x) - 1:
                 points = [(j + uniform[t, b].item()) / k for j in range(k)]
-                ancestors = [sum(passed < point for passed in w.cumsum(0).tolist()) for point in points]
-                own, log_w, bound = [part[ancestors] for part in own], 0.0, bound + log_w.exp().mean().log()
+                ancestors = [
+                    sum(passed < point for passed in w.cumsum(0).tolist()) for point in points
+                ]
+                own, log_w, bound = (
+                    [part[ancestors] for part in own],
+                    0.0,
+                    bound + log_w.exp().mean().log(),
+                )
                 early += t < len(x) - 1
         bounds.append(bound)
         states.append(own)
@@ -117,6 +126,7 @@ def per_frame(bound_B, x):
 
 # ---- the loop ----
 
+
 def excerpts_of_epoch(data, h, epoch):
     """The excerpts of an epoch, (reset_freq, T, X) each, in the order of training."""
     samples = h.reset_freq * h.seq_frames * h.x_dim
@@ -125,16 +135,28 @@ def excerpts_of_epoch(data, h, epoch):
     random, lengths = np.random.default_rng((h.seed, epoch)), np.diff(offsets)
     order = random.permutation((lengths // samples).sum())
     shift = random.integers(0, lengths % samples, endpoint=True)
-    starts = [offset + first + i * samples for offset, length, first in zip(offsets, lengths, shift)
-              for i in range(length // samples)]
-    return [audio[start:start + samples].reshape(h.reset_freq, h.seq_frames, h.x_dim) for start in
-            np.array(starts)[order]]
+    starts = [
+        offset + first + i * samples
+        for offset, length, first in zip(offsets, lengths, shift)
+        for i in range(length // samples)
+    ]
+    return [
+        audio[start : start + samples].reshape(h.reset_freq, h.seq_frames, h.x_dim)
+        for start in np.array(starts)[order]
+    ]
 
 
 def windows_of_training(data, h):
     """(T, B, X) each: the windows of a batch of excerpts, then those of the next, of which an epoch has two."""
-    excerpts = [excerpt for epoch in (0, 1) for excerpt in excerpts_of_epoch(data, h, epoch)[:2 * h.batch_size]]
-    batches = [np.stack(excerpts[first:first + h.batch_size], axis=2) for first in range(0, 12, h.batch_size)]
+    excerpts = [
+        excerpt
+        for epoch in (0, 1)
+        for excerpt in excerpts_of_epoch(data, h, epoch)[: 2 * h.batch_size]
+    ]
+    batches = [
+        np.stack(excerpts[first : first + h.batch_size], axis=2)
+        for first in range(0, 12, h.batch_size)
+    ]
     return [torch.from_numpy(window).double() for batch in batches for window in batch]
 
 
@@ -145,7 +167,9 @@ def mean_and_std(data):
 
 def numbers_in(flags):
     """What flags such as --lr=0.01 say."""
-    pairs = [flag.removeprefix("--").split("=") for flag in flags if re.fullmatch(r"--\w+=[0-9.]+", flag)]
+    pairs = [
+        flag.removeprefix("--").split("=") for flag in flags if re.fullmatch(r"--\w+=[0-9.]+", flag)
+    ]
     return SimpleNamespace(**{name: json.loads(value) for name, value in pairs})
 
 
@@ -156,8 +180,17 @@ def plain_run(h, windows, mean_and_std, loss_of):
     model.mirror()
     parameters = list(model.double().parameters())
     first, second, averaged = ([p.detach() * scale for p in parameters] for scale in (0, 0, 1))
-    run = SimpleNamespace(model=model, parameters=parameters, first=first, second=second, averaged=averaged, losses=[],
-                          norms=[], is_clipped=[], too_long=[])
+    run = SimpleNamespace(
+        model=model,
+        parameters=parameters,
+        first=first,
+        second=second,
+        averaged=averaged,
+        losses=[],
+        norms=[],
+        is_clipped=[],
+        too_long=[],
+    )
     generator = torch.Generator().manual_seed(h.seed)
 
     def draw(distribution, *shape):
@@ -174,8 +207,13 @@ def plain_run(h, windows, mean_and_std, loss_of):
             loss, state = loss_of(model, x, run.before, noise, h.k, uniform)
             run.after = [part.detach() for part in state]
             run.losses.append(loss.item())
-            plain_step(h, run, torch.autograd.grad(loss, parameters), n,
-                       h.batch_size if loss_of in (vae_as_published, iwae_as_published) else 1)
+            plain_step(
+                h,
+                run,
+                torch.autograd.grad(loss, parameters),
+                n,
+                h.batch_size if loss_of in (vae_as_published, iwae_as_published) else 1,
+            )
     return run
 
 
@@ -191,15 +229,19 @@ def noisy(h, pcm, mean_and_std, n, draw):
 def plain_step(h, run, gradients, n, divide_by):
     """Clipping, Adam, weight norm (column by column of W, a row of ours) and the average, in update n."""
     gradients = [g / divide_by for g in gradients]
-    norm = math.sqrt(sum((g ** 2).sum() for g in gradients))
+    norm = math.sqrt(sum((g**2).sum() for g in gradients))
     scale = min(1, h.grad_clip / divide_by / norm)
     lr = h.lr * max(0.01, 1 - n / h.lr_updates)
     for p, g, first, second in zip(run.parameters, gradients, run.first, run.second):
         first.copy_(0.9 * first + 0.1 * scale * g)
         second.copy_(0.999 * second + 0.001 * (scale * g) ** 2)
         p -= lr * first / (1 - 0.9 ** (n + 1)) / ((second / (1 - 0.999 ** (n + 1))).sqrt() + 1e-8)
-    too_long = [column for name, p in run.model.named_parameters() for column in p
-                if name.endswith("weight") and name != "lstm_h.weight" and column.norm() > h.weight_norm]
+    too_long = [
+        column
+        for name, p in run.model.named_parameters()
+        for column in p
+        if name.endswith("weight") and name != "lstm_h.weight" and column.norm() > h.weight_norm
+    ]
     for column in too_long:
         column *= h.weight_norm / column.norm()
     decay = min(h.ema, (1 + n) / (10 + n))
@@ -226,22 +268,49 @@ def assert_near(ours, plain, tolerance=1e-4):
         assert (one.detach() - other).norm() < tolerance * other.norm()
 
 
-@pytest.mark.parametrize("script, flags, loss_of", (
-    pytest.param("vrnn_gauss", ["--grad_clip=2.6", "--k=1"], vrnn, id="VRNN"),
-    pytest.param("vrnn_gauss_alt_nll", ["--grad_clip=2.6"], vae, id="VAE"),
-    pytest.param("vrnn_gauss_alt_nll", ["--grad_clip=0.86", "--as_published"], vae_as_published, id="published-VAE"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=2.6"], iwae, id="IWAE"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=10.3", "--as_published"], iwae_as_published, id="published-IWAE"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=25", "--dreg", "--ar_order=3"], dreg, id="DReG"),
-    pytest.param("vrnn_gauss_iwae", ["--grad_clip=25", "--resample", "--ar_order=3"], resampled, id="resampled"),
-    pytest.param("vrnn_gauss", ["--grad_clip=25", "--k=1", "--z_dim=0", "--ar_order=3"], vrnn, id="LSTM"),
-))
-def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, script, flags, loss_of):
+@pytest.mark.parametrize(
+    "script, flags, loss_of",
+    (
+        pytest.param("vrnn_gauss", ["--grad_clip=2.6", "--k=1"], vrnn, id="VRNN"),
+        pytest.param("vrnn_gauss_alt_nll", ["--grad_clip=2.6"], vae, id="VAE"),
+        pytest.param(
+            "vrnn_gauss_alt_nll",
+            ["--grad_clip=0.86", "--as_published"],
+            vae_as_published,
+            id="published-VAE",
+        ),
+        pytest.param("vrnn_gauss_iwae", ["--grad_clip=2.6"], iwae, id="IWAE"),
+        pytest.param(
+            "vrnn_gauss_iwae",
+            ["--grad_clip=10.3", "--as_published"],
+            iwae_as_published,
+            id="published-IWAE",
+        ),
+        pytest.param(
+            "vrnn_gauss_iwae", ["--grad_clip=25", "--dreg", "--ar_order=3"], dreg, id="DReG"
+        ),
+        pytest.param(
+            "vrnn_gauss_iwae",
+            ["--grad_clip=25", "--resample", "--ar_order=3"],
+            resampled,
+            id="resampled",
+        ),
+        pytest.param(
+            "vrnn_gauss", ["--grad_clip=25", "--k=1", "--z_dim=0", "--ar_order=3"], vrnn, id="LSTM"
+        ),
+    ),
+)
+def test_the_updates_of_a_script_are_those_of_a_plain_loop(
+    data, tmp_path, monkeypatch, script, flags, loss_of
+):
     """Over six windows: three batches of excerpts, of which the third is of the second epoch."""
     flags = [*SIZES, *LIMITS, *flags]
     updates = 18 if loss_of is vae_as_published else 6
-    training, lines = trained_by_script(script, [*flags, f"--data={data}", f"--out_dir={tmp_path / 'run'}",
-                                                 f"--max_updates={updates}"], monkeypatch)
+    training, lines = trained_by_script(
+        script,
+        [*flags, f"--data={data}", f"--out_dir={tmp_path / 'run'}", f"--max_updates={updates}"],
+        monkeypatch,
+    )
     h = numbers_in(flags)
     plain = plain_run(h, windows_of_training(data, h), mean_and_std(data), loss_of)
     moments = training.optimiser.state.values()
@@ -256,31 +325,57 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(data, tmp_path, monke
     assert [line["grad_norm"] for line in lines] == pytest.approx(plain.norms[1::2], rel=1e-4)
     assert [line["clipped"] for line in lines] == np.cumsum(plain.is_clipped)[1::2].tolist()
     assert all(part.norm() > 0.1 for part in plain.before), "no state was carried"
-    assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 40, "a limit was not reached"
+    assert set(plain.is_clipped) == {True, False} and min(plain.too_long) > 40, (
+        "a limit was not reached"
+    )
     assert len(excerpts_of_epoch(data, h, 0)) == 9, "the third batch should be of another epoch"
 
 
-@pytest.mark.parametrize("flags", ("--ar_order=0", "--ar_order=3 --dreg", "--ar_order=3 --resample",
-                                   "--ar_order=3 --bf16", "--ar_order=3 --z_dim=0 --k=1"))
-def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not(data, tmp_path, monkeypatch,
-                                                                                     flags):
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--ar_order=0",
+        "--ar_order=3 --dreg",
+        "--ar_order=3 --resample",
+        "--ar_order=3 --bf16",
+        "--ar_order=3 --z_dim=0 --k=1",
+    ),
+)
+def test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not(
+    data, tmp_path, monkeypatch, flags
+):
     def train(out, updates, *more):
-        training, _ = trained_by_script("vrnn_gauss_iwae", [
-            *SIZES, *LIMITS, *flags.split(), "--monitor_every=3", f"--data={data}", f"--out_dir={out}",
-            f"--max_updates={updates}", *more], monkeypatch)
+        training, _ = trained_by_script(
+            "vrnn_gauss_iwae",
+            [
+                *SIZES,
+                *LIMITS,
+                *flags.split(),
+                "--monitor_every=3",
+                f"--data={data}",
+                f"--out_dir={out}",
+                f"--max_updates={updates}",
+                *more,
+            ],
+            monkeypatch,
+        )
         os.close(training.folder.descriptor)
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, 7)
     train(parts, 3)
     with (parts / "log.jsonl").open("a") as log:
-        log.write('{"update": 6}\n{"update": 7, "sequ')  # what was logged before the machine stopped
+        log.write(
+            '{"update": 6}\n{"update": 7, "sequ'
+        )  # what was logged before the machine stopped
     train(parts, 7, "--resume")
     assert log_of(whole) == log_of(parts)
     ours, theirs = (state_in(out / "last.pt") for out in (parts, whole))
     for name, value in theirs.items():
         if not name.endswith(("seconds", "out_dir")):
-            assert torch.equal(value, ours[name]) if torch.is_tensor(value) else value == ours[name], name
+            assert (
+                torch.equal(value, ours[name]) if torch.is_tensor(value) else value == ours[name]
+            ), name
 
 
 class FixedWeights:
@@ -298,10 +393,20 @@ class FixedWeights:
 
 
 def test_a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at_no_other():
-    log_w_TBK = torch.tensor([[[0.5, 0.3, 0.2]], [[1.0, 1.0, 1.0]]], dtype=torch.float64).log()  # effective size 2.6
+    log_w_TBK = torch.tensor(
+        [[[0.5, 0.3, 0.2]], [[1.0, 1.0, 1.0]]], dtype=torch.float64
+    ).log()  # effective size 2.6
     x_TBX, noise, uniform_TB = torch.zeros(2, 1, 1), torch.zeros(2, 3, 1), torch.full((2, 1), 0.1)
-    kept, resampled = (common.particle_filter(FixedWeights(log_w_TBK), x_TBX, None, noise, uniform_TB, 3, resample_last)
-                       for resample_last in (False, True))
+    kept, resampled = (
+        common.particle_filter(
+            FixedWeights(log_w_TBK), x_TBX, None, noise, uniform_TB, 3, resample_last
+        )
+        for resample_last in (False, True)
+    )
     assert kept.state[0].flatten().tolist() == [0, 1, 2]
-    assert resampled.state[0].flatten().tolist() == [0, 0, 1]  # half, 0.8 and 1 are passed by 0.03, 0.37 and 0.70
+    assert resampled.state[0].flatten().tolist() == [
+        0,
+        0,
+        1,
+    ]  # half, 0.8 and 1 are passed by 0.03, 0.37 and 0.70
     assert torch.equal(kept.log_likelihood_TB, resampled.log_likelihood_TB)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny products gain nothing from threads, and lose much where cores are shared
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny products gain nothing from threads, and lose much where cores are shared
+)
 
 import h5py  # noqa: E402
 import numpy as np  # noqa: E402
@@ -17,8 +19,10 @@ import common  # noqa: E402
 import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-SIZES = ("--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
-         "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu").split()
+SIZES = (
+    "--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
+    "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu"
+).split()
 
 
 def smooth_noise(random, samples):
@@ -42,7 +46,9 @@ def command(script, *arguments):
 
 
 def run(script, *arguments, cwd):
-    return subprocess.run(command(script, *arguments), cwd=cwd, text=True, capture_output=True, timeout=120)
+    return subprocess.run(
+        command(script, *arguments), cwd=cwd, text=True, capture_output=True, timeout=120
+    )
 
 
 def main_of(script, *arguments):
@@ -58,7 +64,10 @@ def main_of(script, *arguments):
 def log_of(folder):
     """The lines of a log without what differs between equal runs."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "config")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in ("seconds", "config")}
+        for line in lines
+    ]
 
 
 def assert_same_run(one, other):
@@ -71,17 +80,22 @@ def assert_same_run(one, other):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
-            assert name.endswith(("seconds", "out_dir", "max_updates")) or same(value, theirs[name]), name
+            assert name.endswith(("seconds", "out_dir", "max_updates")) or same(
+                value, theirs[name]
+            ), name
 
 
 def tiny_training(module, data, out, *flags, particles=None, **options):
     """(hyperparameters, Training) of a script's module at tiny sizes; h.k particles unless the number is given."""
-    h = common.parse(module.Hyperparameters, [*SIZES, f"--data={data}", f"--out_dir={out}", *map(str, flags)])
+    h = common.parse(
+        module.Hyperparameters, [*SIZES, f"--data={data}", f"--out_dir={out}", *map(str, flags)]
+    )
     return h, common.Training(h, particles or h.k, **options)
 
 
 def update_with(training, objective, **step_options):
     """An update such as the scripts have, with this objective."""
+
     def update():
         k = training.particles
         x_TBX, noise = training.window(), training.noise(k, training.h.z_dim)
@@ -89,6 +103,7 @@ def update_with(training, objective, **step_options):
         loss = objective(rollout)
         loss.backward()
         training.step(loss, rollout.state, **step_options)
+
     return update
 
 
@@ -103,7 +118,9 @@ def state_in(path):
     """{path: leaf} of a checkpoint, without its log, which must be the one beside it."""
     state = torch.load(path, weights_only=True)
     if log := state.pop("log", None):
-        assert log == [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+        assert log == [
+            json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()
+        ]
     return flat(state)
 
 
@@ -111,7 +128,11 @@ def flat(tree, path=""):
     """{path: leaf} of nested dicts."""
     if not isinstance(tree, dict):
         return {path: tree}
-    return {name: leaf for key, part in tree.items() for name, leaf in flat(part, f"{path}/{key}").items()}
+    return {
+        name: leaf
+        for key, part in tree.items()
+        for name, leaf in flat(part, f"{path}/{key}").items()
+    }
 
 
 def write_quiet_data(path, **recordings):
@@ -124,5 +145,11 @@ def write_quiet_data(path, **recordings):
             file[f"{split}/offsets"] = np.cumsum([0, *lengths])
             file[f"{split}/names"] = [f"{split}_{i}" for i in range(len(lengths))]
         train = file["train/audio"][:]
-        file.attrs.update(format="vrnn-audio", version=1, sample_rate=16_000, mean=train.mean(), std=train.std(),
-                          created_by="test")
+        file.attrs.update(
+            format="vrnn-audio",
+            version=1,
+            sample_rate=16_000,
+            mean=train.mean(),
+            std=train.std(),
+            created_by="test",
+        )

@@ -21,8 +21,8 @@ from common import Training, gaussian_kl, gaussian_log_density, mean_and_sigma, 
 @dataclass
 class Hyperparameters(vrnn_gauss.Hyperparameters):
     out_dir: str = "runs/stochastic_gru"
-    weight_norm: float = 0.0                  # it has no constrain_weights ...
-    mirrored_init: bool = False               # ... and no mirror
+    weight_norm: float = 0.0  # it has no constrain_weights ...
+    mirrored_init: bool = False  # ... and no mirror
 
 
 class StochasticGRU(nn.Module):
@@ -39,13 +39,20 @@ class StochasticGRU(nn.Module):
     def forward(self, x_TBX, state, noise, k):
         (h,), frames = state or self.zero_state(x_TBX.shape[1] * k), []
         for x, e in zip(x_TBX.repeat_interleave(k, dim=1), noise):
-            prior, q = mean_and_sigma(self.prior(h)), mean_and_sigma(self.posterior(torch.cat((h, x), dim=1)))
+            prior, q = (
+                mean_and_sigma(self.prior(h)),
+                mean_and_sigma(self.posterior(torch.cat((h, x), dim=1))),
+            )
             z = q[0] + q[1] * e
-            log_px = gaussian_log_density(x, *mean_and_sigma(self.decoder(torch.cat((h, z), dim=1))))
+            log_px = gaussian_log_density(
+                x, *mean_and_sigma(self.decoder(torch.cat((h, z), dim=1)))
+            )
             log_w = log_px + gaussian_log_density(z, *prior) - gaussian_log_density(z, *q)
             frames.append((-log_px, gaussian_kl(*q, *prior), log_w))
             h = self.gru(torch.cat((x, z), dim=1), h)
-        nll_TBK, kl_TBK, log_w_TBK = (torch.stack(part).unflatten(1, (-1, k)) for part in zip(*frames))
+        nll_TBK, kl_TBK, log_w_TBK = (
+            torch.stack(part).unflatten(1, (-1, k)) for part in zip(*frames)
+        )
         return SimpleNamespace(nll_TBK=nll_TBK, kl_TBK=kl_TBK, log_w_TBK=log_w_TBK, state=(h,))
 
 

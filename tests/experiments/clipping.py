@@ -20,21 +20,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import vrnn_gauss  # noqa: E402
 
-UPDATES, MEDIAN_NORMS = (0, 125, 375, 625, 875), (60, 123, 272, 490, 640)  # linear between them, 640 from there on
+UPDATES, MEDIAN_NORMS = (
+    (0, 125, 375, 625, 875),
+    (60, 123, 272, 490, 640),
+)  # linear between them, 640 from there on
 
 
 @dataclass
 class Hyperparameters(vrnn_gauss.Hyperparameters):
     """Each is also a flag."""
-    out_dir: str = "runs/clipping"            # where the run goes: log, checkpoints, evaluation, generated speech
-    norm: str = "clipped"                     # of the gradient: clipped at grad_clip, growing, or clipped by the median
-    beta2: float = 0.999                      # decay of Adam's second moment
+
+    out_dir: str = (
+        "runs/clipping"  # where the run goes: log, checkpoints, evaluation, generated speech
+    )
+    norm: str = (
+        "clipped"  # of the gradient: clipped at grad_clip, growing, or clipped by the median
+    )
+    beta2: float = 0.999  # decay of Adam's second moment
 
 
 def median_norms(device):
     """The norm for each update up to the last of UPDATES."""
     updates = np.arange(UPDATES[-1] + 1)
-    return torch.tensor(np.interp(updates, UPDATES, MEDIAN_NORMS), dtype=torch.float32, device=device)
+    return torch.tensor(
+        np.interp(updates, UPDATES, MEDIAN_NORMS), dtype=torch.float32, device=device
+    )
 
 
 def limited(norm, recent, update):
@@ -46,12 +56,17 @@ def limited(norm, recent, update):
 def main():
     h = common.parse(Hyperparameters)
     if h.norm not in ("clipped", "growing", "median"):
-        raise common.UserError(f"--norm={h.norm} is none of clipped, growing, median; give one of them")
+        raise common.UserError(
+            f"--norm={h.norm} is none of clipped, growing, median; give one of them"
+        )
     name = "VRNN limited by the median norm" if h.norm == "median" else "VRNN"
     training = common.Training(h, particles=h.k, name=name)
     if not h.evaluate:
         training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
-    norms, recent = median_norms(training.device), torch.full((100,), torch.nan, device=training.device)
+    norms, recent = (
+        median_norms(training.device),
+        torch.full((100,), torch.nan, device=training.device),
+    )
 
     @training.captured
     def update():

@@ -16,26 +16,50 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ("--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 128 --rnn_dim 128 --z_dim 32 "
-            "--batch_size 8 --grad_clip 640 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
-            "--device cpu").split()
+SETTINGS = (
+    "--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 128 --rnn_dim 128 --z_dim 32 "
+    "--batch_size 8 --grad_clip 640 --lr 1e-3 --monitor_every 250 --monitor_windows 256 --eval_recordings 8 "
+    "--device cpu"
+).split()
 VRNN, VAE, IWAE = "vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae"
 VRNN_SCALED = "tests/experiments/clipping"
 # The published batch of 128 clipped the gradient of the mean over sequences at 640 for VRNN and, because its loss is
 # a sum over them, at 5 for IWAE_5. With a sum over 8 sequences, 40 does that.
 SUM_OF_8 = ["--as_published", "--grad_clip=40"]
-OBJECTIVES = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "vae_5_published": [VAE, "--as_published"],
-              "iwae_5_published": [IWAE, *SUM_OF_8]}
-UNCLIPPED_SUM_OF_8 = ["--as_published", "--grad_clip=5120"]  # so this is 640 on the mean, as VRNN has
+OBJECTIVES = {
+    "vrnn": [VRNN],
+    "vae_5": [VAE],
+    "iwae_5": [IWAE],
+    "vae_5_published": [VAE, "--as_published"],
+    "iwae_5_published": [IWAE, *SUM_OF_8],
+}
+UNCLIPPED_SUM_OF_8 = [
+    "--as_published",
+    "--grad_clip=5120",
+]  # so this is 640 on the mean, as VRNN has
 REGIME = "--no-mirrored_init --x_noise=0 --batch_size=128 --lr=3e-4 --lr_updates=0".split()
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
-AR_16 = {"vrnn": [VRNN], "vae_5": [VAE], "iwae_5": [IWAE], "iwae_5_resample": [IWAE, "--resample"],
-         "lstm": [VRNN, "--z_dim=0"]}
-WIDE = ("--x2s_dim 256 --p_x_dim 256 --rnn_dim 512 --z2s_dim 64 --q_z_dim 64 --p_z_dim 64 --z_dim 16 --ar_order 32 "
-        "--batch_size 32 --lr 2e-3 --x_noise_updates 2000 --monitor_every 500").split()
-PUBLISHED_SIZE = ("--x2s_dim 600 --p_x_dim 600 --rnn_dim 1000 --z2s_dim 500 --q_z_dim 500 --p_z_dim 500 --z_dim 200 "
-                  "--batch_size 16 --bf16 --monitor_every 500").split()  # 15.89 M parameters
-KEPT = ("config.json", "log.jsonl", "windows.csv", "eval.json")  # the last one says that all are there
+AR_16 = {
+    "vrnn": [VRNN],
+    "vae_5": [VAE],
+    "iwae_5": [IWAE],
+    "iwae_5_resample": [IWAE, "--resample"],
+    "lstm": [VRNN, "--z_dim=0"],
+}
+WIDE = (
+    "--x2s_dim 256 --p_x_dim 256 --rnn_dim 512 --z2s_dim 64 --q_z_dim 64 --p_z_dim 64 --z_dim 16 --ar_order 32 "
+    "--batch_size 32 --lr 2e-3 --x_noise_updates 2000 --monitor_every 500"
+).split()
+PUBLISHED_SIZE = (
+    "--x2s_dim 600 --p_x_dim 600 --rnn_dim 1000 --z2s_dim 500 --q_z_dim 500 --p_z_dim 500 --z_dim 200 "
+    "--batch_size 16 --bf16 --monitor_every 500"
+).split()  # 15.89 M parameters
+KEPT = (
+    "config.json",
+    "log.jsonl",
+    "windows.csv",
+    "eval.json",
+)  # the last one says that all are there
 
 
 def lengths(updates):
@@ -61,12 +85,26 @@ def table(runs, updates):
     yield "variants", "vrnn_warm-0", VRNN, *warm
     yield "adam", "growing-0", VRNN_SCALED, "--norm=growing"
     for seed in range(3):
-        yield "adam", f"median-{seed}", VRNN_SCALED, "--norm=median", "--grad_clip=0", f"--seed={seed}"
+        yield (
+            "adam",
+            f"median-{seed}",
+            VRNN_SCALED,
+            "--norm=median",
+            "--grad_clip=0",
+            f"--seed={seed}",
+        )
     yield "adam", "beta2-0", VRNN_SCALED, "--beta2=0.99"
     yield "adam", "clip_5-0", VRNN_SCALED, "--grad_clip=5"
     yield "adam", "clip_5_beta2-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99"
     yield "adam", "clip_5_no_noise-0", VRNN_SCALED, "--grad_clip=5", "--x_noise=0"
-    yield "adam", "clip_5_beta2_no_noise-0", VRNN_SCALED, "--grad_clip=5", "--beta2=0.99", "--x_noise=0"
+    yield (
+        "adam",
+        "clip_5_beta2_no_noise-0",
+        VRNN_SCALED,
+        "--grad_clip=5",
+        "--beta2=0.99",
+        "--x_noise=0",
+    )
     for seed in (1, 2):
         yield "objectives", f"vrnn_long-{seed}", VRNN, *longer, f"--seed={seed}"
     for seed in (1, 2):
@@ -80,12 +118,20 @@ def table(runs, updates):
     for seed in range(3):
         for name, flags in AR_16.items():
             yield "likelihood", f"{name}_ar_16-{seed}", *flags, "--ar_order=16", f"--seed={seed}"
-    for name, flag in dict(no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0").items():
+    for name, flag in dict(
+        no_noise="--x_noise=0", uniform="--no-mirrored_init", clip_0="--grad_clip=0"
+    ).items():
         yield "ar_settings", f"vrnn_ar_16_{name}-0", VRNN, "--ar_order=16", flag
     for seed in range(3):
         for name in ("vrnn", "iwae_5"):
-            yield ("ar_settings", f"{name}_ar_16_clip_2560-{seed}", *AR_16[name], "--ar_order=16", "--grad_clip=2560",
-                   f"--seed={seed}")
+            yield (
+                "ar_settings",
+                f"{name}_ar_16_clip_2560-{seed}",
+                *AR_16[name],
+                "--ar_order=16",
+                "--grad_clip=2560",
+                f"--seed={seed}",
+            )
     for name, flags in AR_16.items():
         yield "likelihood", f"{name}_long_ar_16-0", *flags, "--ar_order=16", *longer
     yield "size", "vrnn_published_size_ar_16-0", VRNN, *PUBLISHED_SIZE, "--ar_order=16"
@@ -107,18 +153,43 @@ def clips():
         for clip in (0, 5, 2560):
             yield "clip", f"vrnn_clip_{clip}-{seed}", VRNN, f"--grad_clip={clip}", f"--seed={seed}"
         yield "clip", f"iwae_5_clip_5-{seed}", IWAE, "--grad_clip=5", f"--seed={seed}"
-        yield "clip", f"iwae_5_published_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8, f"--seed={seed}"
+        yield (
+            "clip",
+            f"iwae_5_published_clip_640-{seed}",
+            IWAE,
+            *UNCLIPPED_SUM_OF_8,
+            f"--seed={seed}",
+        )
     for clip in (40, 160):
         yield "clip", f"vrnn_clip_{clip}-0", VRNN, f"--grad_clip={clip}"
     for seed in range(3):
         for clip in (0, 2560):
-            yield "clip", f"iwae_5_clip_{clip}-{seed}", IWAE, f"--grad_clip={clip}", f"--seed={seed}"
+            yield (
+                "clip",
+                f"iwae_5_clip_{clip}-{seed}",
+                IWAE,
+                f"--grad_clip={clip}",
+                f"--seed={seed}",
+            )
         for clip in (0, 5, 2560):
             yield "clip", f"vae_5_clip_{clip}-{seed}", VAE, f"--grad_clip={clip}", f"--seed={seed}"
         for correction in ("sign", "time", "gradient"):
-            yield ("clip", f"iwae_5_{correction}_clip_640-{seed}", IWAE, *UNCLIPPED_SUM_OF_8,
-                   f"--corrections={correction}", f"--seed={seed}")
-        yield "clip", f"vae_5_published_clip_640-{seed}", VAE, "--as_published", "--grad_clip=128", f"--seed={seed}"
+            yield (
+                "clip",
+                f"iwae_5_{correction}_clip_640-{seed}",
+                IWAE,
+                *UNCLIPPED_SUM_OF_8,
+                f"--corrections={correction}",
+                f"--seed={seed}",
+            )
+        yield (
+            "clip",
+            f"vae_5_published_clip_640-{seed}",
+            VAE,
+            "--as_published",
+            "--grad_clip=128",
+            f"--seed={seed}",
+        )
         yield "clip", f"vae_1-{seed}", VAE, "--k=1", f"--seed={seed}"
 
 
@@ -130,21 +201,48 @@ def regime(updates):
     for clip in (5, 0):
         yield "regime", f"2016_vrnn_clip_{clip}-0", VRNN, *REGIME, quarter, f"--grad_clip={clip}"
     for clip in (640, 128):
-        yield ("regime", f"2016_vae_5_published_clip_{5 * clip}-0", VAE, "--as_published", *REGIME, quarter,
-               f"--grad_clip={clip}")
+        yield (
+            "regime",
+            f"2016_vae_5_published_clip_{5 * clip}-0",
+            VAE,
+            "--as_published",
+            *REGIME,
+            quarter,
+            f"--grad_clip={clip}",
+        )
     for clip in (640, 81920):
-        yield ("regime", f"2016_iwae_5_published_clip_{clip // 128}-0", IWAE, "--as_published", *REGIME, quarter,
-               f"--grad_clip={clip}")
+        yield (
+            "regime",
+            f"2016_iwae_5_published_clip_{clip // 128}-0",
+            IWAE,
+            "--as_published",
+            *REGIME,
+            quarter,
+            f"--grad_clip={clip}",
+        )
     yield "regime", "2016_iwae_5_clip_640-0", IWAE, *REGIME, quarter, "--grad_clip=640"
 
 
 def judges(runs):
     """Ten times as many particles as any run was chosen or reported with."""
-    judged = [(script, name, 3) for name, (script, *_) in {**OBJECTIVES, "iwae_5_resample": [IWAE]}.items()]
-    judged += [(AR_16[name][0], f"{name}_ar_16_clip_2560", seed) for seed in range(3) for name in ("vrnn", "iwae_5")]
+    judged = [
+        (script, name, 3)
+        for name, (script, *_) in {**OBJECTIVES, "iwae_5_resample": [IWAE]}.items()
+    ]
+    judged += [
+        (AR_16[name][0], f"{name}_ar_16_clip_2560", seed)
+        for seed in range(3)
+        for name in ("vrnn", "iwae_5")
+    ]
     for script, name, seed in judged:
-        yield ("judges", f"{name}_1000-{seed}", script, f"--evaluate={runs / f'{name}-{seed}' / 'best.pt'}",
-               "--eval_k=5,1000", "--eval_recordings=0")
+        yield (
+            "judges",
+            f"{name}_1000-{seed}",
+            script,
+            f"--evaluate={runs / f'{name}-{seed}' / 'best.pt'}",
+            "--eval_k=5,1000",
+            "--eval_recordings=0",
+        )
 
 
 def train(runs, updates, to, group, name, script, *flags):
@@ -159,20 +257,28 @@ def train(runs, updates, to, group, name, script, *flags):
         command = [sys.executable, ROOT / f"{script}.py", *settings, f"--out_dir={folder}", *flags]
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         with (runs / f"{name}.txt").open("a") as output:
-            status = subprocess.run([*command, *resume], stdout=output, stderr=output,
-                                    env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            status = subprocess.run(
+                [*command, *resume],
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).returncode
         if status:
             print(f"{name}: status {status}, see {runs / name}.txt", flush=True)
             return
     (to / group / name).mkdir(parents=True, exist_ok=True)
     for file in (file for file in KEPT if (folder / file).exists()):  # an evaluation has no log
-        text = (folder / file).read_text().replace(f"{runs}/", "runs/experiment/")  # wherever it was on this machine
+        text = (
+            (folder / file).read_text().replace(f"{runs}/", "runs/experiment/")
+        )  # wherever it was on this machine
         (to / group / name / file).write_text(text)
     print(f"{name}: done", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--at_once", type=int, default=2)
     parser.add_argument("--updates", type=int, default=5000)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiment"))
@@ -180,8 +286,10 @@ def main():
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
-        started = [pool.submit(train, options.runs, options.updates, options.to, *run)
-                   for run in table(options.runs, options.updates)]
+        started = [
+            pool.submit(train, options.runs, options.updates, options.to, *run)
+            for run in table(options.runs, options.updates)
+        ]
         for run in started:
             run.result()
 

@@ -36,7 +36,9 @@ WINDOWS, BATCH, DRAWS = 64, 8, 50
 def windows(model, corpus, split, frames, count):
     """The first `frames` frames of windows that are the same for every number of frames, (frames, count, X)."""
     starts = common.window_starts(split, max(FRAMES) * model.x_dim, count)
-    return common.frames_at(split, starts, frames, model.x_dim, corpus, torch.Generator().manual_seed(0))
+    return common.frames_at(
+        split, starts, frames, model.x_dim, corpus, torch.Generator().manual_seed(0)
+    )
 
 
 def collapse(model, corpus):
@@ -45,24 +47,47 @@ def collapse(model, corpus):
         x_TBX = windows(model, corpus, corpus.valid, frames, WINDOWS)
         bounds = common.estimate_bounds(model, x_TBX, PARTICLES, torch.Generator().manual_seed(1))
         for k in PARTICLES:
-            estimate_TB, ess_TB = common.estimate_smc(model, x_TBX, k, torch.Generator().manual_seed(2))
-            row = dict(frames=frames, k=k, log_w_std=bounds["log_w_std"], ess_iwae=bounds[f"ess_iwae_{k}"],
-                       ess_smc=ess_TB.mean(0), elbo=bounds["elbo"] / frames, iwae=bounds[f"iwae_{k}"] / frames,
-                       smc=estimate_TB[-1] / frames)
-            rows.append({name: value.mean().item() if isinstance(value, torch.Tensor) else value
-                         for name, value in row.items()})
+            estimate_TB, ess_TB = common.estimate_smc(
+                model, x_TBX, k, torch.Generator().manual_seed(2)
+            )
+            row = dict(
+                frames=frames,
+                k=k,
+                log_w_std=bounds["log_w_std"],
+                ess_iwae=bounds[f"ess_iwae_{k}"],
+                ess_smc=ess_TB.mean(0),
+                elbo=bounds["elbo"] / frames,
+                iwae=bounds[f"iwae_{k}"] / frames,
+                smc=estimate_TB[-1] / frames,
+            )
+            rows.append(
+                {
+                    name: value.mean().item() if isinstance(value, torch.Tensor) else value
+                    for name, value in row.items()
+                }
+            )
     return rows
 
 
 def as_published(model, corpus, k=5):
     rows = []
     for frames in FRAMES:
-        noise = torch.randn(frames, WINDOWS * k, model.z_dim, generator=torch.Generator().manual_seed(1))
-        log_w_TBK = model(windows(model, corpus, corpus.valid, frames, WINDOWS), noise=noise, k=k).log_w_TBK
+        noise = torch.randn(
+            frames, WINDOWS * k, model.z_dim, generator=torch.Generator().manual_seed(1)
+        )
+        log_w_TBK = model(
+            windows(model, corpus, corpus.valid, frames, WINDOWS), noise=noise, k=k
+        ).log_w_TBK
         logits_BK = -log_w_TBK.mean(0)
-        rows.append(dict(frames=frames, k=k, ess_iwae=common.effective_sample_size(log_w_TBK.sum(0)).mean().item(),
-                         ess_published=common.effective_sample_size(logits_BK).mean().item(),
-                         worst_published=logits_BK.softmax(1).amax(1).mean().item()))
+        rows.append(
+            dict(
+                frames=frames,
+                k=k,
+                ess_iwae=common.effective_sample_size(log_w_TBK.sum(0)).mean().item(),
+                ess_published=common.effective_sample_size(logits_BK).mean().item(),
+                worst_published=logits_BK.softmax(1).amax(1).mean().item(),
+            )
+        )
     return rows
 
 
@@ -84,24 +109,33 @@ def losses(model, x_TBX, k):
     def resampled():
         eps, uniform_TB = noise(), torch.rand(frames, batch)
         with torch.no_grad():
-            filtering = common.particle_filter(model, x_TBX, state, eps, uniform_TB, k, resample_last=True)
+            filtering = common.particle_filter(
+                model, x_TBX, state, eps, uniform_TB, k, resample_last=True
+            )
         rollout = model(x_TBX, state, eps, k, filtering.ancestors)
         return vrnn_gauss_iwae.objective_resampled(rollout, filtering.resampled_TB)
 
     if k == 1:
-        return {"VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),
-                "VAE_1 = IWAE_1": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX))}
-    return {f"VAE_{k}": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX, k=k)),
-            f"IWAE_{k}": lambda: vrnn_gauss_iwae.objective(model(x_TBX, k=k)),
-            f"IWAE_{k} DReG": dreg, f"IWAE_{k} resampled": resampled}
+        return {
+            "VRNN": lambda: vrnn_gauss.objective(model(x_TBX)),
+            "VAE_1 = IWAE_1": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX)),
+        }
+    return {
+        f"VAE_{k}": lambda: vrnn_gauss_alt_nll.objective(model(x_TBX, k=k)),
+        f"IWAE_{k}": lambda: vrnn_gauss_iwae.objective(model(x_TBX, k=k)),
+        f"IWAE_{k} DReG": dreg,
+        f"IWAE_{k} resampled": resampled,
+    }
 
 
 def signal_to_noise(model, loss):
     """SNR of the gradient with respect to the posterior's parameters and to the others."""
     names, parameters = zip(*model.named_parameters())
     of_posterior = [name.startswith("posterior") for name in names]
-    sums = SimpleNamespace(g=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
-                           squares=[torch.zeros_like(p, dtype=torch.float64) for p in parameters])
+    sums = SimpleNamespace(
+        g=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
+        squares=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
+    )
     for _ in range(DRAWS):
         for g, total, squares in zip(torch.autograd.grad(loss(), parameters), sums.g, sums.squares):
             total += g
@@ -112,8 +146,8 @@ def signal_to_noise(model, loss):
         for total, squares, belongs in zip(sums.g, sums.squares, of_posterior):
             if belongs == wanted:
                 mean = total / DRAWS
-                variance = (squares / DRAWS - mean ** 2) * DRAWS / (DRAWS - 1)
-                signal += (mean ** 2 - variance / DRAWS).sum().item()
+                variance = (squares / DRAWS - mean**2) * DRAWS / (DRAWS - 1)
+                signal += (mean**2 - variance / DRAWS).sum().item()
                 noise += variance.sum().item()
         ratios.append((max(0.0, signal) / noise) ** 0.5)
     return ratios
@@ -126,7 +160,9 @@ def gradient_quality(model, corpus):
         for name, loss in losses(model, x_TBX, k).items():
             torch.manual_seed(0)
             posterior, others = signal_to_noise(model, loss)
-            rows.append(dict(frames=frames, k=k, objective=name, snr_posterior=posterior, snr_others=others))
+            rows.append(
+                dict(frames=frames, k=k, objective=name, snr_posterior=posterior, snr_others=others)
+            )
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -135,12 +171,18 @@ def markdown(rows):
     def cell(value):
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    lines = [
+        rows[0].keys(),
+        ["---"] * len(rows[0]),
+        *([cell(value) for value in row.values()] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", default="data/speech.h5")
     parser.add_argument("--out", type=Path)
@@ -153,14 +195,29 @@ def main():
     with torch.no_grad():
         weights, published = collapse(model, corpus), as_published(model, corpus)
     gradients = gradient_quality(model, corpus)
-    print(f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
-          f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n"
-          f"{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}")
+    print(
+        f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
+        f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n"
+        f"{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}"
+    )
     if options.out:
-        options.out.write_text(json.dumps(dict(
-            checkpoint=options.checkpoint.parent.name, update=checkpoint["update"], commit=common.commit(),
-            windows=WINDOWS, batch=BATCH, draws=DRAWS, weights=weights, published=published,
-            gradients=gradients), indent=1) + "\n")
+        options.out.write_text(
+            json.dumps(
+                dict(
+                    checkpoint=options.checkpoint.parent.name,
+                    update=checkpoint["update"],
+                    commit=common.commit(),
+                    windows=WINDOWS,
+                    batch=BATCH,
+                    draws=DRAWS,
+                    weights=weights,
+                    published=published,
+                    gradients=gradients,
+                ),
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,18 @@ import vrnn_gauss  # noqa: E402
 TIME_LIMIT = 60  # seconds for one input
 SOUND = ("wav", "flac", "mp3", "ogg")
 CHECKPOINTS = dict(last_pt="last.pt", init_pt="best.pt", evaluate_pt="best.pt")
-KINDS = ("npz", "npz_members", "npy", "ragged_npy", "pickle_npy", *SOUND, "h5", *CHECKPOINTS, "log", "eval")
+KINDS = (
+    "npz",
+    "npz_members",
+    "npy",
+    "ragged_npy",
+    "pickle_npy",
+    *SOUND,
+    "h5",
+    *CHECKPOINTS,
+    "log",
+    "eval",
+)
 
 
 class Payload:
@@ -49,6 +60,7 @@ class Payload:
 
 
 # ---- whole inputs, to be damaged ----
+
 
 def npy(array):
     file = io.BytesIO()
@@ -67,7 +79,9 @@ def whole_input(kind, random, run):
     arrays = [smooth_noise(random, 500) for _ in range(3)]
     if kind in ("npz", "npz_members"):
         file = io.BytesIO()
-        np.savez(file, a=arrays[0], b=arrays[1].astype(np.float32) / 32768, c=arrays[2].astype(np.int32))
+        np.savez(
+            file, a=arrays[0], b=arrays[1].astype(np.float32) / 32768, c=arrays[2].astype(np.int32)
+        )
         return file.getvalue()
     if kind == "npy":
         return npy([arrays[0], np.stack(arrays[:2], 1), arrays[2] / 32768][random.integers(3)])
@@ -86,8 +100,11 @@ def whole_input(kind, random, run):
 
 # ---- damage ----
 
-EXTREME = [value.to_bytes(size, "little", signed=True) for size in (2, 4, 8)
-           for value in (0, -1, 1, 2 ** (8 * size - 1) - 1, -2 ** (8 * size - 1), 1 << (8 * size - 3))]
+EXTREME = [
+    value.to_bytes(size, "little", signed=True)
+    for size in (2, 4, 8)
+    for value in (0, -1, 1, 2 ** (8 * size - 1) - 1, -(2 ** (8 * size - 1)), 1 << (8 * size - 3))
+]
 
 
 def damaged(data, random):
@@ -103,20 +120,24 @@ def damaged(data, random):
         if change == 0:
             data = data[:at]
         elif change == 1:
-            data = data[:at] + bytes([data[at] ^ (1 << random.integers(8))]) + data[at + 1:]
+            data = data[:at] + bytes([data[at] ^ (1 << random.integers(8))]) + data[at + 1 :]
         elif change == 2:
-            data = data[:at] + random.bytes(length) + data[at + length:]
+            data = data[:at] + random.bytes(length) + data[at + length :]
         elif change == 3:
-            data = data[:at] + bytes(length) + data[at + length:]
+            data = data[:at] + bytes(length) + data[at + length :]
         elif change == 4:
-            data = data[:at] + data[at + length:]
+            data = data[:at] + data[at + length :]
         elif change == 5:
-            data = data[:at] + data[at:at + length] * int(random.integers(2, 5)) + data[at + length:]
+            data = (
+                data[:at]
+                + data[at : at + length] * int(random.integers(2, 5))
+                + data[at + length :]
+            )
         elif change == 6:
             data = data[:at] + random.bytes(length) + data[at:]
         else:
             field = EXTREME[random.integers(len(EXTREME))]
-            data = data[:at] + field + data[at + len(field):]
+            data = data[:at] + field + data[at + len(field) :]
     return data
 
 
@@ -129,7 +150,21 @@ def damaged_members(data, random):
     return file.getvalue()
 
 
-ODD = (None, "x", -1, 1 << 62, math.nan, math.inf, 0.5, True, [], {}, [{}], (1, "x"), torch.zeros(3))
+ODD = (
+    None,
+    "x",
+    -1,
+    1 << 62,
+    math.nan,
+    math.inf,
+    0.5,
+    True,
+    [],
+    {},
+    [{}],
+    (1, "x"),
+    torch.zeros(3),
+)
 
 
 def damaged_leaf(data, random):
@@ -152,9 +187,12 @@ def damaged_leaf(data, random):
 
 # ---- reading ----
 
+
 def convert_beside_good_recordings(path):
     random = np.random.default_rng(1)
-    np.savez(path.parent / "good.npz", **{f"rec_{i}": smooth_noise(random, 2_000) for i in range(12)})
+    np.savez(
+        path.parent / "good.npz", **{f"rec_{i}": smooth_noise(random, 2_000) for i in range(12)}
+    )
     skipped, _ = prepare_blizzard.convert_files([path.parent], path.parent / "out.h5", 0.2, 0.2)
     (path.parent / "good.npz").unlink()
     (path.parent / "out.h5").unlink()
@@ -188,7 +226,9 @@ def train_from(kind, path, run):
         training = common.Training(h, h.k)
         last.callback(os.close, training.folder.descriptor)
         if h.evaluate:
-            common.window_bounds(training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4)
+            common.window_bounds(
+                training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4
+            )
         else:
             make_updates(training, update_with(training, vrnn_gauss.objective), 1)
 
@@ -249,8 +289,11 @@ def read_inputs(first, last, seed, run):
             except BaseException as error:  # whatever it is, it is what this script looks for
                 outcome = f"{type(error).__name__}: {common.first_line(error)}"
             signal.alarm(0)
-            left = {path.name for path in Path(folder).iterdir()} - {f"it.{suffix}" for suffix in (
-                "npz", "npy", *SOUND, "h5", "pt")} - {"good.npz"}
+            left = (
+                {path.name for path in Path(folder).iterdir()}
+                - {f"it.{suffix}" for suffix in ("npz", "npy", *SOUND, "h5", "pt")}
+                - {"good.npz"}
+            )
             if left:
                 outcome += f", left {sorted(left)}"
             os.chdir("/")
@@ -261,19 +304,29 @@ def outcomes(cases, seed, run):
     """Outcome of each case; a process that dies costs the case it was at."""
     found = []
     while len(found) < cases:
-        reader = [sys.executable, __file__, f"--run={run}", f"--first={len(found)}", f"--cases={cases}",
-                  f"--seed={seed}"]
+        reader = [
+            sys.executable,
+            __file__,
+            f"--run={run}",
+            f"--first={len(found)}",
+            f"--cases={cases}",
+            f"--seed={seed}",
+        ]
         result = subprocess.run(reader, capture_output=True, text=True)
         lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
         found += [outcome for _, outcome in lines if outcome]
         if result.returncode:
-            reason = "hang" if result.returncode == -signal.SIGALRM else f"crash {result.returncode}"
+            reason = (
+                "hang" if result.returncode == -signal.SIGALRM else f"crash {result.returncode}"
+            )
             found.append(f"{reason} {result.stderr[-300:]}")
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=3000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
@@ -285,16 +338,34 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         write_tiny_data(Path(folder) / "tiny.h5")
-        subprocess.run(command("vrnn_gauss", *SIZES, f"--data={folder}/tiny.h5", f"--out_dir={run}",
-                               "--max_updates=4", "--monitor_every=2"), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command(
+                "vrnn_gauss",
+                *SIZES,
+                f"--data={folder}/tiny.h5",
+                f"--out_dir={run}",
+                "--max_updates=4",
+                "--monitor_every=2",
+            ),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         found = outcomes(options.cases, options.seed, run)
-    count = collections.Counter((kind_of(case), outcome if outcome in ("accepted", "refused") else "failed")
-                                for case, outcome in enumerate(found))
+    count = collections.Counter(
+        (kind_of(case), outcome if outcome in ("accepted", "refused") else "failed")
+        for case, outcome in enumerate(found)
+    )
     print(f"{'kind':14}{'accepted':>9}{'refused':>9}{'failed':>9}")
     for kind in KINDS:
-        print(f"{kind:14}" + "".join(f"{count[kind, outcome]:9}" for outcome in ("accepted", "refused", "failed")))
-    failures = [f"{kind_of(case)} {case}: {outcome}" for case, outcome in enumerate(found)
-                if outcome not in ("accepted", "refused")]
+        print(
+            f"{kind:14}"
+            + "".join(f"{count[kind, outcome]:9}" for outcome in ("accepted", "refused", "failed"))
+        )
+    failures = [
+        f"{kind_of(case)} {case}: {outcome}"
+        for case, outcome in enumerate(found)
+        if outcome not in ("accepted", "refused")
+    ]
     print(f"{len(found)} inputs, {len(failures)} failures", *failures, sep="\n")
     sys.exit(bool(failures))
 

@@ -21,8 +21,16 @@ UPDATES = 300
 
 
 def training(out, data, *more):
-    return command("vrnn_gauss_iwae", *SIZES, f"--data={data}", f"--out_dir={out}", f"--max_updates={UPDATES}",
-                   "--monitor_every=5", "--k=3", *more)
+    return command(
+        "vrnn_gauss_iwae",
+        *SIZES,
+        f"--data={data}",
+        f"--out_dir={out}",
+        f"--max_updates={UPDATES}",
+        "--monitor_every=5",
+        "--k=3",
+        *more,
+    )
 
 
 def train(out, data, *more):
@@ -62,13 +70,18 @@ def kill_and_compare(folder, kills, seed=0):
         except AssertionError as error:
             print(error)
             same.append(False)
-        print(f"kill {i + 1}: after {lines} log lines, half-written: {', '.join(partial) or 'nothing'}; resumed "
-              f"{'to an identical run' if same[-1] else 'to ANOTHER RUN'}", flush=True)
+        print(
+            f"kill {i + 1}: after {lines} log lines, half-written: {', '.join(partial) or 'nothing'}; resumed "
+            f"{'to an identical run' if same[-1] else 'to ANOTHER RUN'}",
+            flush=True,
+        )
     return same
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
