@@ -1,12 +1,14 @@
 """The VRNN, its bounds, its evaluation and its training: everything that the three scripts share.
 
-Sections: model, bounds, evaluation, training, run folder, hyperparameters, excerpts, HDF5, arrays, processes, errors.
+Sections: likelihood, VRNN, bounds, evaluation, training, windows, HDF5, arrays, run folder and
+checkpoints, flags, processes and errors, fast recurrence.
 
-Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size. Tensors of (T, B*K, .) hold
-particle j of sequence b in row b*K + j. Log-densities are in nats; a bound on log p(x) is reported in nats per frame
-(summed over X, averaged over T and B) unless its name says otherwise."""
+Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z latent size, R LSTM
+size. Tensors of (T, B*K, .) hold particle j of sequence b in row b*K + j. Log-densities are in
+nats; a bound on log p(x) is reported in nats per frame (summed over X, averaged over T and B)
+unless its name says otherwise.
+"""
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -26,99 +28,85 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated
 
 import h5py
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from torch import nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
 SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
-EVAL_ROWS = 1280  # particles at once in an evaluation
-sigmoid_backward, tanh_backward, threshold_backward = (
-    getattr(torch.ops.aten, f"{name}_backward").grad_input
-    for name in ("sigmoid", "tanh", "threshold")
-)
 
-
-# ---- model ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Rollout:
-    """What a model says of T frames of B sequences with K particles each. Nats, per frame and particle."""
-
-    nll_TBK: torch.Tensor  # -log p(x_t | z_<=t, x_<t)
-    kl_TBK: torch.Tensor  # KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)), analytic
-    log_w_TBK: (
-        torch.Tensor
-    )  # log p(x_t | z_<=t, x_<t) + log p(z_t | .) - log q(z_t | .), at the sampled z
-    q_mean: torch.Tensor  # (T, B*K, Z)
-    q_sigma: torch.Tensor
-    prior_mean: torch.Tensor
-    prior_sigma: torch.Tensor
-    x_mean: torch.Tensor  # (T, B*K, X), without what a filter adds to it
-    x_sigma: torch.Tensor
-    state: tuple  # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
-    phi_x: torch.Tensor  # of x, (T, B, .), for DReG
+# ---- likelihood ----------------------------------------------------------------------------------
 
 
 def gaussian_log_density(x, mean, sigma):
     """log N(x; mean, sigma^2) summed over the last axis."""
-    return (-0.5 * ((x - mean) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    error = (x - mean) / sigma
+    return (-0.5 * error**2 - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
     """KL(N(q_mean, q_sigma^2) || N(p_mean, p_sigma^2)) summed over the last axis."""
     ratio = q_sigma / p_sigma
-    return (0.5 * (ratio**2 + ((q_mean - p_mean) / p_sigma) ** 2 - 1) - ratio.log()).sum(-1)
+    distance = (q_mean - p_mean) / p_sigma
+    return (0.5 * (ratio**2 + distance**2 - 1) - ratio.log()).sum(-1)
 
 
 def sample_gaussian(mean, sigma, generator=None):
-    return mean + sigma * torch.randn(
-        mean.shape, generator=generator, device=mean.device, dtype=mean.dtype
-    )
+    """One draw of each element of N(mean, sigma^2)."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + sigma * noise
 
 
 def mean_and_sigma(units):
-    """(., D) each, from the 2D units of a head."""
+    """Mean and sigma, (., D) each, from the 2D units of a network's last layer."""
     mean, sigma = units.chunk(2, dim=-1)
     return mean, F.softplus(sigma) + SIGMA_FLOOR
 
 
 def step_up(k):
-    """Predictor coefficients a_1..a_P, (., P), from reflection coefficients (Levinson's recursion): with all |k_i| < 1
-    the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle."""
-    a, *others = k.movedim(-1, 0).unsqueeze(
-        1
-    )  # the axis that grows goes first: its parts are then contiguous
+    """Predictor coefficients a_1..a_P, (., P), from reflection coefficients (Levinson's recursion).
+
+    With all |k_i| < 1 the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle.
+    """
+    # The axis that grows goes first: its parts are then contiguous.
+    a, *others = k.movedim(-1, 0).unsqueeze(1)
     for k_i in others:
         a = torch.cat((torch.addcmul(a, k_i, a.flip(0), value=-1), k_i))
     return a.movedim(0, -1)
 
 
 class FrameLikelihood:
-    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it,
-        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.)).
-    The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and particle. The filter runs
-    on across frames and windows: the P last samples, (rows, P), are its memory, the last part of the model's state.
-    With P = 0 there is none, and given z_t the samples of a frame are independent, as published.
-    For another distribution about the prediction replace `density` (its log, summed over samples) and `draw`; for all
-    else, methods (of `parameters` the first two are reported as x_mean and x_sigma). The class is VRNN.Likelihood."""
+    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it.
 
-    density, draw = staticmethod(gaussian_log_density), staticmethod(sample_gaussian)
+        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.))
+
+    The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and
+    particle. The filter runs on across frames and windows: the P last samples, (rows, P), are its
+    memory, the last part of the model's state. With P = 0 there is none, and given z_t the samples
+    of a frame are independent, as published.
+
+    A subclass with another distribution about the prediction replaces `density` (its log, summed
+    over samples) and `draw`; VRNN.Likelihood names the class that a model uses.
+    """
+
+    density = staticmethod(gaussian_log_density)
+    draw = staticmethod(sample_gaussian)
 
     def __init__(self, x_dim, ar_order):
-        self.x_dim, self.ar_order, self.units = x_dim, ar_order, 2 * x_dim + ar_order
+        self.x_dim = x_dim
+        self.ar_order = ar_order
+        self.units = 2 * x_dim + ar_order  # of the decoder's last layer
 
     def initialise(self, head, sigma_gain=1.0):
         """Start with the published sigma, and without a filter."""
@@ -131,380 +119,127 @@ class FrameLikelihood:
         return (like.new_zeros(rows, self.ar_order),) if self.ar_order else ()
 
     def parameters(self, units):
-        """m, s (., X) and a (., P) from the units of the decoder's last layer."""
+        """m, s (., X) and a (., P), None without a filter, from the decoder's last layer.
+
+        The first two are what a Rollout reports as x_mean and x_sigma.
+        """
         gaussian, k = units.split([2 * self.x_dim, self.ar_order], dim=-1)
-        return *mean_and_sigma(gaussian), step_up(0.9999 * k.tanh()) if self.ar_order else None
+        mean, sigma = mean_and_sigma(gaussian)
+        return mean, sigma, step_up(0.9999 * k.tanh()) if self.ar_order else None
 
     def log_density(self, x_TBX, parameters, memory, k):
-        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame; parameters: (T, B*k, .)
-        each. All samples are predicted at once, in one copy of x, which all particles of a sequence have seen."""
+        """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
+
+        parameters: (T, B*k, .) each. All samples are predicted at once, in one copy of x, which
+        all particles of a sequence have seen.
+        """
         frames, batch, _ = x_TBX.shape
-        mean, sigma, a = (
-            part if part is None else part.view(frames, batch, k, -1) for part in parameters
-        )
+        mean, sigma, a = parameters
+        by_particle = (frames, batch, k, -1)
         error = x_TBX.unsqueeze(2)
         if self.ar_order:
             (recent,) = memory
             samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
-            for i, a_i in enumerate(
-                a.split(1, dim=-1), start=1
-            ):  # no matrix product, which a GPU rounds to TF32
-                past = samples[:, self.ar_order - i : -i].view(batch, frames, 1, -1).transpose(0, 1)
-                error = torch.addcmul(error, a_i, past, value=-1)
+            # No matrix product, which a GPU rounds to TF32.
+            for i, a_i in enumerate(a.view(by_particle).split(1, dim=-1), start=1):
+                past = samples[:, self.ar_order - i : -i].view(batch, frames, 1, -1)
+                error = torch.addcmul(error, a_i, past.transpose(0, 1), value=-1)
             memory = (samples[:, -self.ar_order :].repeat_interleave(k, dim=0),)
-        return self.density(error, mean, sigma), memory
+        log_density = self.density(error, mean.view(by_particle), sigma.view(by_particle))
+        return log_density, memory
 
     def sample(self, parameters, memory, generator=None):
         """Draw a frame (rows, X), and the memory after it. parameters: (rows, .) each."""
         mean, sigma, a = parameters
         x = self.draw(mean, sigma, generator)
-        if (
-            self.ar_order
-        ):  # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
-            (recent,), width = memory, self.ar_order + self.x_dim
-            rows = F.pad(
-                torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim)
-            )
-            whiten = rows.repeat(1, self.x_dim)[:, : self.x_dim * width].view(-1, self.x_dim, width)
+        if self.ar_order:
+            # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
+            (recent,) = memory
+            width = self.ar_order + self.x_dim
+            row = F.pad(torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim))
+            whiten = row.repeat(1, self.x_dim)[:, : self.x_dim * width].view(-1, self.x_dim, width)
             of_recent, of_x = whiten.split([self.ar_order, self.x_dim], dim=2)
             drawn = x.unsqueeze(2) - of_recent @ recent.unsqueeze(2)
-            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True).squeeze(
-                2
-            )
+            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True)
+            x = x.squeeze(2)
             memory = (torch.cat((recent, x), dim=1)[:, self.x_dim :],)
         return x, memory
 
 
-def by_onednn(rows, weight):
-    """Whether to ask oneDNN for a product with so many rows: on a CPU in float32, where there is much to multiply, it
-    is faster than the library that PyTorch asks on AMD, and as fast on Intel. To set it up takes 20 us."""
-    return (
-        weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and weight.numel() >= 1 << 17
-        and rows * weight.numel() >= 1 << 24
-        and torch.backends.mkldnn.is_available()
-    )
+# ---- VRNN ----------------------------------------------------------------------------------------
+
+# Hyperparameters that are arguments of a VRNN.
+SIZES = (
+    "x_dim",
+    "z_dim",
+    "rnn_dim",
+    "q_z_dim",
+    "p_z_dim",
+    "p_x_dim",
+    "x2s_dim",
+    "z2s_dim",
+    "ar_order",
+)
 
 
-def onednn(weight, bias, then, x, out=None):
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
-    return y if out is None else out.copy_(y)
+@dataclasses.dataclass
+class Rollout:
+    """What a model says of T frames of B sequences with K particles each. Nats, per frame."""
 
-
-def product(x, weight, bias=None):
-    """x weight^T + bias, for x of (., in) and weight of (out, in)."""
-    return (
-        onednn(weight, bias, "none", x)
-        if by_onednn(x.shape[:-1].numel(), weight)
-        else F.linear(x, weight, bias)
-    )
-
-
-def framewise(weight, rows, bias=None):
-    """For what every frame multiplies by: the function from x, of at most (rows, in), to x weight^T or, with a bias, to
-    relu(x weight^T + bias), written to its second argument if any. To lay the weight out saves up to half the time."""
-    if by_onednn(rows, weight):
-        return functools.partial(onednn, weight, bias, "none" if bias is None else "relu")
-    transposed = weight.t().contiguous()
-    if bias is None:
-        return lambda x: torch.mm(x, transposed)
-    return lambda x, out=None: torch._addmm_activation(bias, x, transposed, out=out)
-
-
-def laid_out(network, rows, dtype):
-    """The function that a network is for x of at most (rows, in), without a gradient; its hidden layers in a dtype."""
-    *hidden, head = network
-    layers = [
-        framewise(layer.weight.to(dtype), rows, layer.bias.to(dtype))
-        for layer in hidden
-        if isinstance(layer, Linear)
-    ]
-    if isinstance(head, Head):
-        from_hidden = framewise(head.weight, rows)
-        layers.append(lambda x: from_hidden(x.to(head.weight.dtype)).add_(head.bias))
-    return lambda x: functools.reduce(lambda below, layer: layer(below), layers, x)
-
-
-class Product(torch.autograd.Function):
-    """`product` with its gradient by products of the same speed."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d):
-        x, weight = ctx.saved_tensors
-        d_x = product(d, weight.t()) if ctx.needs_input_grad[0] else None
-        return (
-            d_x,
-            over_all_rows(d, x),
-            d.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
-        )
+    nll_TBK: torch.Tensor  # -log p(x_t | z_<=t, x_<t)
+    kl_TBK: torch.Tensor  # KL(q(z_t | x_<=t, z_<t) || p(z_t | x_<t, z_<t)), analytic
+    log_w_TBK: torch.Tensor  # log p(x_t | z_<=t, x_<t) + log p(z_t | .) - log q(z_t | .)
+    q_mean: torch.Tensor  # (T, B*K, Z)
+    q_sigma: torch.Tensor
+    prior_mean: torch.Tensor
+    prior_sigma: torch.Tensor
+    x_mean: torch.Tensor  # (T, B*K, X), without what a filter adds to it
+    x_sigma: torch.Tensor
+    state: tuple  # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
+    phi_x: torch.Tensor  # of x, (T, B, .), for DReG
 
 
 class Linear(nn.Linear):
     """nn.Linear in the precision of its input."""
 
     def forward(self, x):
-        return Product.apply(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return Product.apply(x, self.weight.to(x.dtype), bias)
 
 
 class Head(Linear):
-    """The last layer of a network, in the precision of its parameters, whatever that of the layers before it."""
+    """The last layer of a network, in the precision of its own parameters."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def relu_layers(*sizes):
-    return [
-        layer
-        for fan_in, fan_out in zip(sizes, sizes[1:])
-        for layer in (Linear(fan_in, fan_out), nn.ReLU())
-    ]
+    """A Linear and a ReLU for each pair of neighbouring sizes."""
+    layers = []
+    for fan_in, fan_out in zip(sizes, sizes[1:]):
+        layers += [Linear(fan_in, fan_out), nn.ReLU()]
+    return layers
 
 
 def lstm_cell(gates, c):
-    """One LSTM step from pre-activations (rows, 4R) in the published order: candidate, input, forget, output."""
-    candidate, i, f, o = gates.chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
+    """h and c after one LSTM step, from pre-activations (rows, 4R) in the published order."""
+    candidate, i, forget, o = gates.chunk(4, dim=-1)
+    c = forget.sigmoid() * c + i.sigmoid() * candidate.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-class Recurrence(torch.autograd.Function):
-    """The part of a rollout that must run frame by frame, with its gradient written out.
-
-        a_t = from_x_t + [posterior_h | lstm_h] h_{t-1},    split into a_t^q and a_t^gates
-        q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
-        h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
-
-    The backward sweep carries gradients of activations from frame to frame, and leaves those of pre-activations in
-    `d_*` for all frames, so that the gradient of each weight is one product over all T*B*K rows. Products are in the
-    precision of from_x, but for the head; noise, z, c, mean and sigma keep their own. Ancestors get no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx, k, keep, ancestors, from_x, noise, h, c, head, head_bias, h_weight, z_weight, *layers
-    ):
-        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward sweep will follow. head:
-        the posterior's. layers: weight and bias of its second to fourth layer, and of the four of phi_z. Returns
-        h_before (T, B*k, R), phi_z (T, B*k, P), q_mean, q_sigma (T, B*k, Z), and h, c after the last frame."""
-        (frames, rows, z_dim), rnn_dim, layers = (
-            noise.shape,
-            h.shape[1],
-            list(zip(layers[::2], layers[1::2])),
-        )
-        posterior, phi_z = layers[:3], layers[3:]
-
-        def room(
-            width, like=from_x, keep=keep
-        ):  # without a backward sweep every frame writes over the one before
-            return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
-
-        h_all, c_all = (
-            from_x.new_empty(frames + 1, rows, rnn_dim),
-            c.new_empty(frames + 1, rows, rnn_dim),
-        )
-        h_all[0], c_all[0] = h, c
-        mean, sigma, last_phi_z = (
-            room(z_dim, c, True),
-            room(z_dim, c, True),
-            room(len(phi_z[-1][0]), keep=True),
-        )
-        pre, tanh_c, z = room(len(h_weight)), room(rnn_dim, c), room(z_dim, c)
-        q, f = ([room(len(weight)) for weight, _ in stack] for stack in (posterior, phi_z[:-1]))
-        f.append(last_phi_z)
-        from_h, from_z, from_q = (
-            framewise(h_weight, rows),
-            framewise(z_weight, rows),
-            framewise(head, rows),
-        )
-        q_layers, f_layers = (
-            [framewise(weight, rows, bias) for weight, bias in stack]
-            for stack in (posterior, phi_z)
-        )
-        # .._at[t]: views of single frames, made once, since to make them in the loop takes longer than small products
-        pre_q, gates = pre.tensor_split([-4 * rnn_dim], dim=2)
-        (
-            x_at,
-            noise_at,
-            h_at,
-            c_at,
-            mean_at,
-            sigma_at,
-            z_at,
-            tanh_c_at,
-            pre_at,
-            pre_q_at,
-            gates_at,
-            sigmoids_at,
-            gate_at,
-            q_at,
-            f_at,
-        ) = frame_by_frame(
-            from_x.unsqueeze(2),
-            noise,
-            h_all,
-            c_all,
-            mean,
-            sigma,
-            z,
-            tanh_c,
-            pre.unflatten(1, (-1, k)),
-            pre_q,
-            gates,
-            gates[:, :, rnn_dim:],
-            gates.chunk(4, dim=2),
-            q,
-            f,
-        )
-        for t in range(frames):
-            torch.add(from_h(h_at[t]).view_as(pre_at[t]), x_at[t], out=pre_at[t])
-            below = pre_q_at[t].relu_()
-            for layer, out in zip(q_layers, q_at[t]):
-                below = layer(below, out)
-            pre_mean, pre_sigma = from_q(below.to(head.dtype)).add_(head_bias).chunk(2, dim=1)
-            mean_at[t].copy_(pre_mean)
-            torch.add(F.softplus(pre_sigma), SIGMA_FLOOR, out=sigma_at[t])
-            below = torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t]).to(
-                from_x.dtype
-            )
-            for layer, out in zip(f_layers, f_at[t]):
-                below = layer(below, out)
-            gates_at[t].add_(from_z(below))
-            candidate, i, forget, o = gate_at[t]
-            candidate.tanh_()
-            sigmoids_at[t].sigmoid_()
-            torch.mul(forget, c_at[t], out=c_at[t + 1]).addcmul_(i, candidate)
-            torch.mul(o, torch.tanh(c_at[t + 1], out=tanh_c_at[t]), out=h_at[t + 1])
-            if ancestors is not None:
-                for part in (h_at[t + 1], c_at[t + 1]):
-                    part.copy_(part[ancestors[t]])
-        ctx.k, ctx.ancestors = k, ancestors
-        ctx.save_for_backward(
-            noise,
-            h_weight,
-            z_weight,
-            head,
-            sigma,
-            h_all,
-            c_all,
-            tanh_c,
-            pre,
-            z,
-            *q,
-            *f,
-            *(weight for weight, _ in layers),
-        )
-        return (
-            h_all[:-1],
-            last_phi_z,
-            mean,
-            sigma,
-            h_all[-1].to(h.dtype, copy=True),
-            c_all[-1].clone(),
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_h_before, d_phi_z, d_mean, d_sigma, d_h, d_c):
-        noise, h_weight, z_weight, head, sigma, h_all, c_all, tanh_c, pre, z, *rest = (
-            ctx.saved_tensors
-        )
-        q, f, posterior, phi_z = rest[:3], rest[3:7], rest[7:10], rest[10:]
-        frames, rows, rnn_dim = tanh_c.shape
-        d_pre, d_head = torch.empty_like(pre), head.new_empty(frames, rows, len(head))
-        d_q, d_f = ([torch.empty_like(out) for out in outputs] for outputs in (q, f))
-        d_h, d_c, scratch = d_h.clone(), d_c.clone(), torch.empty_like(d_c)
-        slope = -torch.expm1(SIGMA_FLOOR - sigma)  # of softplus, from its value
-        (pre_q, gates), (d_pre_q, d_gates) = (
-            both.tensor_split([-4 * rnn_dim], dim=2) for both in (pre, d_pre)
-        )
-        noise_at, c_at, tanh_c_at, slope_at, pre_q_at, d_h_at, d_phi_z_at, d_mean_at, d_sigma_at = (
-            frame_by_frame(noise, c_all, tanh_c, slope, pre_q, d_h_before, d_phi_z, d_mean, d_sigma)
-        )
-        d_pre_at, d_pre_q_at, d_gates_at, d_head_at, gate_at, d_gate_at, d_heads_at = (
-            frame_by_frame(
-                d_pre,
-                d_pre_q,
-                d_gates,
-                d_head,
-                gates.chunk(4, dim=2),
-                d_gates.chunk(4, dim=2),
-                d_head.chunk(2, dim=2),
-            )
-        )
-        to_h, to_phi_z, to_q = (
-            framewise(weight.t(), rows) for weight in (h_weight, z_weight, head)
-        )
-        q_at, d_q_at, f_at, d_f_at = frame_by_frame(
-            *(outputs[::-1] for outputs in (q, d_q, f, d_f))
-        )  # last first
-        below_q, below_f = (
-            [framewise(weight.t(), rows) for weight in stack[::-1]] for stack in (posterior, phi_z)
-        )
-        for t in reversed(range(frames)):
-            if ctx.ancestors is not None:
-                d_h, d_c = (
-                    torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c)
-                )
-            candidate, i, forget, o = gate_at[t]
-            d_candidate, d_i, d_forget, d_o = d_gate_at[t]
-            d_c.add_(torch.ops.aten.tanh_backward(torch.mul(d_h, o, out=scratch), tanh_c_at[t]))
-            sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
-            sigmoid_backward(torch.mul(d_c, candidate, out=scratch), i, grad_input=d_i)
-            sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
-            tanh_backward(torch.mul(d_c, i, out=scratch), candidate, grad_input=d_candidate)
-            d_c.mul_(forget)
-
-            d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
-            for to_input, out, d_out in zip(below_f, f_at[t], d_f_at[t]):
-                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
-            d_z, (d_pre_mean, d_pre_sigma) = d.to(d_mean.dtype), d_heads_at[t]
-            torch.add(d_z, d_mean_at[t], out=d_pre_mean)
-            torch.mul(d_z.mul_(noise_at[t]).add_(d_sigma_at[t]), slope_at[t], out=d_pre_sigma)
-            d = to_q(d_head_at[t]).to(pre.dtype)
-            for to_input, out, d_out in zip(below_q, q_at[t], d_q_at[t]):
-                d = to_input(threshold_backward(d, out, 0, grad_input=d_out))
-            threshold_backward(d, pre_q_at[t], 0, grad_input=d_pre_q_at[t])
-            torch.add(to_h(d_pre_at[t]), d_h_at[t], out=d_h)
-
-        d_from_x = d_pre.view(frames, -1, ctx.k, pre.shape[2]).sum(2) if ctx.k > 1 else d_pre
-        d_weights = [
-            over_all_rows(d_head, q[-1].to(d_head.dtype)),
-            d_head.sum((0, 1)),
-            over_all_rows(d_pre, h_all[:-1]),
-            over_all_rows(d_gates, f[-1]),
-        ]
-        for d, below in zip([*d_q, *d_f], [pre_q, *q[:-1], z.to(pre.dtype), *f[:-1]]):
-            d_weights += over_all_rows(d, below), d.sum((0, 1))
-        return None, None, None, d_from_x, None, d_h, d_c, *d_weights
-
-
-def frame_by_frame(*parts):
-    """[views of the single frames of a tensor, or tuples of those of several tensors], for each part."""
-    return [
-        part.unbind() if torch.is_tensor(part) else list(zip(*map(torch.unbind, part)))
-        for part in parts
-    ]
-
-
-def over_all_rows(d, below):
-    """Gradient of a weight from those of its outputs and from its inputs, both (., rows, .)."""
-    return d.flatten(0, -2).t() @ below.flatten(0, -2)
-
-
 class VRNN(nn.Module):
-    """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11) with Gaussian prior, posterior and output.
-    Every network has four ReLU layers before its Gaussian head. A first layer that sees two inputs is the sum of two
-    products, so that the one with phi_x(x_t) can run before the recurrence. With z_dim = 0 what is left is an LSTM,
-    whose log p(x) is exact. ar_order: see Likelihood. tests/plain.py is the same model in 50 lines, slowly."""
+    """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), Gaussian throughout.
+
+    Every network has four ReLU layers before its last one. A first layer that sees two inputs is
+    the sum of two products, so that the one with phi_x(x_t) can run before the recurrence. With
+    z_dim = 0 what is left is an LSTM, whose log p(x) is exact. ar_order: see FrameLikelihood.
+
+    A subclass may replace any network, and q_z, p_z, p_x, into_lstm or lstm: whatever is not as
+    here runs frame by frame as it is called, and autograd finds its gradient.
+    tests/plain.py is the same model in 50 lines, slowly.
+    """
 
     Likelihood = FrameLikelihood
 
@@ -512,43 +247,170 @@ class VRNN(nn.Module):
         self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0
     ):
         super().__init__()
-        self.x_dim, self.z_dim, self.rnn_dim = x_dim, z_dim, rnn_dim
+        self.x_dim = x_dim
+        self.z_dim = z_dim
+        self.rnn_dim = rnn_dim
         self.likelihood = self.Likelihood(x_dim, ar_order)
-        self.bf16 = False  # products in bfloat16, except for those of the Gaussian heads
-        self.phi_x = nn.Sequential(*relu_layers(x_dim, *[x2s_dim] * 4))
+        self.bf16 = False  # products in bfloat16, except for those of the heads
+        self.phi_x = nn.Sequential(*relu_layers(x_dim, x2s_dim, x2s_dim, x2s_dim, x2s_dim))
         if z_dim:
-            self.phi_z = nn.Sequential(*relu_layers(z_dim, *[z2s_dim] * 4))
+            self.phi_z = nn.Sequential(*relu_layers(z_dim, z2s_dim, z2s_dim, z2s_dim, z2s_dim))
             self.posterior_x = Linear(x2s_dim, q_z_dim)
             self.posterior_h = Linear(rnn_dim, q_z_dim, bias=False)
-            self.posterior = nn.Sequential(
-                nn.ReLU(), *relu_layers(*[q_z_dim] * 4), Head(q_z_dim, 2 * z_dim)
-            )
-            self.prior = nn.Sequential(
-                *relu_layers(rnn_dim, *[p_z_dim] * 4), Head(p_z_dim, 2 * z_dim)
-            )
+            layers = relu_layers(q_z_dim, q_z_dim, q_z_dim, q_z_dim)
+            self.posterior = nn.Sequential(nn.ReLU(), *layers, Head(q_z_dim, 2 * z_dim))
+            layers = relu_layers(rnn_dim, p_z_dim, p_z_dim, p_z_dim, p_z_dim)
+            self.prior = nn.Sequential(*layers, Head(p_z_dim, 2 * z_dim))
             self.decoder_z = Linear(z2s_dim, p_x_dim)
         self.decoder_h = Linear(rnn_dim, p_x_dim, bias=not z_dim)
-        self.decoder = nn.Sequential(
-            nn.ReLU(), *relu_layers(*[p_x_dim] * 4), Head(p_x_dim, self.likelihood.units)
-        )
+        layers = relu_layers(p_x_dim, p_x_dim, p_x_dim, p_x_dim)
+        self.decoder = nn.Sequential(nn.ReLU(), *layers, Head(p_x_dim, self.likelihood.units))
         self.lstm_x = Linear(x2s_dim, 4 * rnn_dim)
         if z_dim:
             self.lstm_z = Linear(z2s_dim, 4 * rnn_dim, bias=False)
         self.lstm_h = Linear(rnn_dim, 4 * rnn_dim, bias=False)
         self.initialise()
 
-    def parts(self, *names):
+    def q_z(self, phi_x, h):
+        """Mean and sigma of q(z_t | x_<=t, z_<t), equation 9.
+
+        phi_x: (., B, .) of x_t; h: (., B*K, R), h_{t-1}.
+        """
+        from_x = for_particles(self.posterior_x(phi_x), h)
+        return mean_and_sigma(self.posterior(from_x + self.posterior_h(h.to(phi_x.dtype))))
+
+    def p_z(self, h):
+        """Mean and sigma of p(z_t | x_<t, z_<t), equation 5, from h_{t-1}."""
+        return mean_and_sigma(self.prior(h))
+
+    def p_x(self, phi_z, h):
+        """Parameters of p(x_t | z_<=t, x_<t), equation 6. phi_z: of z_t, None where z_dim is 0."""
+        units = self.decoder_h(h)
+        if phi_z is not None:
+            units = self.decoder_z(phi_z) + units
+        return self.likelihood.parameters(self.decoder(units))
+
+    def into_lstm(self, phi_x, phi_z, h):
+        """What x_t and z_t add to the gates of the LSTM of h's rows, (., B*K, 4R)."""
+        gates = for_particles(self.lstm_x(phi_x), h)
+        return gates if phi_z is None else gates + self.lstm_z(phi_z)
+
+    def lstm(self, from_input, h, c):
+        """h_t and c_t from what x_t and z_t add to the gates, h_{t-1} and c_{t-1}: equation 7."""
+        return lstm_cell(from_input + self.lstm_h(h.to(from_input.dtype)), c)
+
+    def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
+        """Sample z from the posterior along x_TBX and score both; returns a Rollout.
+
+        state: as returned, or zero_state(B*k) if None; what it remembers of x must be the same in
+        the k rows of a sequence. noise: standard normal (T, B*k, Z), drawn if None. ancestors:
+        (T, B*k), the row whose state each row goes on with after a frame, of the same sequence;
+        its own if None. The k particles of a sequence share phi_x(x_t).
+        """
+        h, c, *memory = self.zero_state(x_TBX.shape[1] * k) if state is None else state
+        if noise is None:
+            noise = torch.randn(len(x_TBX), len(h), self.z_dim, dtype=h.dtype, device=h.device)
+        phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
+        if self.z_dim:
+            recurrence = fast_recurrence if has_fast_recurrence(self) else VRNN.recurrence
+            h_before, phi_z, q_z, h, c = recurrence(self, phi_x, noise, h, c, k, ancestors)
+            p_z = self.p_z(h_before)
+        else:
+            phi_z = None
+            q_z = p_z = noise, noise  # of no width, so that all of its densities are 1
+            h_before, h, c = self.along(self.into_lstm(phi_x, None, h), h, c)
+        p_x = self.p_x(phi_z, h_before)
+
+        log_px, memory = self.likelihood.log_density(x_TBX, p_x, memory, k)
+        q_mean, q_sigma = q_z
+        log_pz = gaussian_log_density(q_mean + q_sigma * noise, *p_z)
+        log_qz = (-0.5 * noise**2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return Rollout(
+            nll_TBK=-log_px,
+            kl_TBK=gaussian_kl(*q_z, *p_z).view_as(log_px),
+            log_w_TBK=log_px + (log_pz - log_qz).view_as(log_px),
+            q_mean=q_mean,
+            q_sigma=q_sigma,
+            prior_mean=p_z[0],
+            prior_sigma=p_z[1],
+            x_mean=p_x[0],
+            x_sigma=p_x[1],
+            state=(h, c, *memory),
+            phi_x=phi_x,
+        )
+
+    def recurrence(self, phi_x, noise, h, c, k, ancestors):
+        """The part of `forward` that must run frame by frame, in the order of the equations.
+
+        Returns h_{t-1} and phi_z(z_t), (T, B*k, .), mean and sigma of q_z, and h, c at the end.
+        `fast_recurrence` is the same, written out.
+        """
+        frames = []
+        for t in range(len(phi_x)):
+            q_mean, q_sigma = self.q_z(phi_x[t], h)
+            phi_z = self.phi_z((q_mean + q_sigma * noise[t]).to(phi_x.dtype))
+            frames.append((h.to(phi_x.dtype), phi_z, q_mean, q_sigma))
+            h, c = self.lstm(self.into_lstm(phi_x[t], phi_z, h), h, c)
+            if ancestors is not None:
+                h, c = h[ancestors[t]], c[ancestors[t]]
+        h_before, phi_z, q_mean, q_sigma = map(torch.stack, zip(*frames))
+        return h_before, phi_z, (q_mean, q_sigma), h, c
+
+    def along(self, from_input, h, c):
+        """h_{t-1} of each frame, (T, rows, R), and h, c after the last; from_input: of lstm."""
+        h_before = []
+        for from_input_t in from_input:
+            h_before.append(h)
+            h, c = self.lstm(from_input_t, h, c)
+        return torch.stack(h_before).to(from_input.dtype), h, c
+
+    @torch.no_grad()
+    def generate(self, frames, batch, generator=None, state=None, heard=None):
+        """Sample x (frames, batch, X) from the model itself: z_t from the prior, x_t from p_x.
+
+        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None.
+        heard: speech of that shape to be resynthesised: z_t comes from its posterior, h runs along
+        it, and the filter along what is drawn.
+        """
+        h, c, *memory = self.zero_state(batch) if state is None else state
+        phi_z = None
+        x = []
+        for t in range(frames):
+            if heard is not None:
+                phi_x = self.phi_x(heard[t])
+            if self.z_dim:
+                of_z = self.p_z(h) if heard is None else self.q_z(phi_x, h)
+                phi_z = self.phi_z(sample_gaussian(*of_z, generator))
+            x_t, memory = self.likelihood.sample(self.p_x(phi_z, h), memory, generator)
+            if heard is None:
+                phi_x = self.phi_x(x_t)
+            h, c = self.lstm(self.into_lstm(phi_x, phi_z, h), h, c)
+            x.append(x_t)
+        return torch.stack(x)
+
+    def zero_state(self, rows):
+        """The state at a start: zeros."""
+        zeros = self.lstm_h.weight.new_zeros(rows, self.rnn_dim)
+        return zeros, zeros, *self.likelihood.zero_memory(zeros, rows)
+
+    def existing(self, *names):
         """Those of its networks and layers that it has: without z some are missing."""
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
     @torch.no_grad()
     def initialise(self):
-        """Published: uniform(-0.08, 0.08), zero biases, sigma biases 0.6, orthogonal recurrent blocks. Here 600 inputs
-        give 0.08, and fewer more: at a fixed 0.08 narrow four-layer stacks pass no signal and z stays unused."""
+        """As published: uniform weights, zero biases, sigma biases 0.6, orthogonal recurrence.
+
+        Published weights lie within 0.08. Here 600 inputs give 0.08, and fewer more: at a fixed
+        0.08 narrow four-layer stacks pass no signal and z stays unused.
+        """
         for p in self.parameters():
-            bound = 0.08 * math.sqrt(600 / p.shape[-1])
-            p.uniform_(-bound, bound) if p.dim() == 2 else p.zero_()
-        for network in self.parts("posterior", "prior"):
+            if p.dim() == 2:
+                bound = 0.08 * math.sqrt(600 / p.shape[-1])
+                p.uniform_(-bound, bound)
+            else:
+                p.zero_()
+        for network in self.existing("posterior", "prior"):
             network[-1].bias.chunk(2)[1].fill_(0.6)
         self.likelihood.initialise(self.decoder[-1])
         for block in self.lstm_h.weight.chunk(4):
@@ -556,257 +418,97 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def mirror(self):
-        """Initialise such that z is of use from the first update on. Every stack of ReLU layers starts as an orthogonal
-        linear map: units come in pairs of opposite weights, and relu(a) - relu(-a) = a (looks-linear initialisation,
-        Balduzzi et al. 2017, arXiv 1702.08591); independent weights in the sixteen layers from x to its reconstruction
-        map all inputs to nearly the same output. A narrow posterior lets z tell more of x than of noise."""
-        stacks = self.parts("phi_x", "phi_z", "posterior", "prior", "decoder")
+        """Initialise such that z is of use from the first update on.
+
+        Every stack of ReLU layers starts as an orthogonal linear map: units come in pairs of
+        opposite weights, and relu(a) - relu(-a) = a (looks-linear initialisation, Balduzzi et al.
+        2017, arXiv 1702.08591); independent weights in the sixteen layers from x to its
+        reconstruction map all inputs to nearly the same output. A narrow posterior lets z tell
+        more of x than of noise.
+        """
+        stacks = self.existing("phi_x", "phi_z", "posterior", "prior", "decoder")
+        hidden = [layer for stack in stacks for layer in stack if type(layer) is Linear]
+        hidden += self.existing("posterior_x", "decoder_z", "posterior_h", "decoder_h")
         heads = [stack[-1] for stack in stacks if isinstance(stack[-1], Head)]
-        to_no_relu = self.parts("lstm_x", "lstm_z") + heads
-        from_no_relu = self.parts("posterior_h", "decoder_h") + [stack[0] for stack in stacks]
-        for layer in [
-            *(layer for stack in stacks for layer in stack if type(layer) is Linear),
-            *self.parts("posterior_x", "decoder_z", "posterior_h", "decoder_h"),
-            *to_no_relu,
-        ]:
-            signs = torch.outer(
-                *(
-                    torch.tensor([1.0] if layer in unpaired else [1.0, -1.0])
-                    for unpaired in (to_no_relu, from_no_relu)
-                )
-            )
-            rows, columns = (
-                math.ceil(size / copies) for size, copies in zip(layer.weight.shape, signs.shape)
-            )
-            weight = math.sqrt(max(1, rows / columns)) * nn.init.orthogonal_(
-                torch.empty(rows, columns)
-            )
-            weight = torch.kron(signs, weight)[: layer.out_features, : layer.in_features]
+        before_no_relu = self.existing("lstm_x", "lstm_z") + heads
+        after_no_relu = self.existing("posterior_h", "decoder_h") + [stack[0] for stack in stacks]
+        for layer in hidden + before_no_relu:
+            out_signs = torch.tensor([1.0] if layer in before_no_relu else [1.0, -1.0])
+            in_signs = torch.tensor([1.0] if layer in after_no_relu else [1.0, -1.0])
+            rows = math.ceil(layer.out_features / len(out_signs))
+            columns = math.ceil(layer.in_features / len(in_signs))
+            block = nn.init.orthogonal_(torch.empty(rows, columns))
+            block *= math.sqrt(max(1, rows / columns))
+            weight = torch.kron(torch.outer(out_signs, in_signs), block)
+            weight = weight[: layer.out_features, : layer.in_features]
             layer.weight.copy_((0.3 if layer in heads else 1.0) * weight)
-        for network, bias in zip(
-            self.parts("posterior", "prior"), (-1.5, 0.6)
-        ):  # sigmas of 0.2 and 1.0
+        # sigmas of 0.2 for the posterior, 1.0 for the prior
+        for network, bias in zip(self.existing("posterior", "prior"), (-1.5, 0.6)):
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
         self.likelihood.initialise(self.decoder[-1], sigma_gain=0.1)
 
-    def zero_state(self, rows):
-        zeros = self.lstm_h.weight.new_zeros(rows, self.rnn_dim)
-        return zeros, zeros, *self.likelihood.zero_memory(zeros, rows)
-
-    def decode(self, phi_z, h_before):
-        """Parameters of the likelihood of x_t, from phi_z(z_t), None where there is no z, and h_{t-1}."""
-        from_h = self.decoder_h(h_before)
-        return self.likelihood.parameters(
-            self.decoder(from_h if phi_z is None else self.decoder_z(phi_z) + from_h)
-        )
-
-    def forward(self, x_TBX, state=None, noise=None, k=1, ancestors=None):
-        """Sample z from the posterior along x_TBX and score both; returns a Rollout. state: as returned, or
-        zero_state(B*k) if None; what it remembers of x must be the same in the k rows of a sequence. noise: standard
-        normal (T, B*k, Z), drawn if None. ancestors: (T, B*k), the row whose state each row goes on with after a frame,
-        of the same sequence; its own if None. The k particles of a sequence share phi_x(x_t)."""
-        h, c, *memory = self.zero_state(x_TBX.shape[1] * k) if state is None else state
-        phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)
-        if noise is None:
-            noise = torch.randn(len(x_TBX), len(h), self.z_dim, dtype=h.dtype, device=h.device)
-        if self.z_dim:
-            from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-            *layers, head, bias = self.posterior.parameters()
-            layers = [
-                part.to(phi_x.dtype)
-                for part in (self.lstm_z.weight, *layers, *self.phi_z.parameters())
-            ]
-            h_before, phi_z, q_mean, q_sigma, next_h, next_c = Recurrence.apply(
-                k,
-                torch.is_grad_enabled(),
-                ancestors,
-                from_x,
-                noise,
-                h,
-                c,
-                head,
-                bias,
-                h_weight,
-                *layers,
-            )
-            prior = mean_and_sigma(self.prior(h_before))
-        else:
-            phi_z, gates = None, self.lstm_x(phi_x).repeat_interleave(k, 1)
-            h_before, next_h, next_c = self.along(gates, h, c)
-            q_mean, q_sigma, *prior = [noise] * 4
-        decoded = self.decode(phi_z, h_before)
-        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)
-        log_pz = gaussian_log_density(q_mean + q_sigma * noise, *prior)
-        log_qz = (-0.5 * noise**2 - q_sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        kl = gaussian_kl(q_mean, q_sigma, *prior)
-        return Rollout(
-            -log_px,
-            kl.view_as(log_px),
-            log_px + (log_pz - log_qz).view_as(log_px),
-            q_mean,
-            q_sigma,
-            *prior,
-            *decoded[:2],
-            state=(next_h, next_c, *memory),
-            phi_x=phi_x,
-        )
-
-    def into_posterior_and_lstm(self, phi_x):
-        """What x adds to the posterior's first layer and the gates, (T, B, Q + 4R); h's weights there, (Q + 4R, R)."""
-        for layer in (*self.posterior, *self.phi_z, *self.prior, *self.decoder):
-            if type(layer) not in (
-                Linear,
-                Head,
-                nn.ReLU,
-            ):  # the written-out recurrence would pass it over
-                raise UserError(
-                    f"a VRNN with a {type(layer).__name__} needs a forward of its own; write one"
-                )
-        x_weight, x_bias, h_weight = (
-            torch.cat(both).to(phi_x.dtype)
-            for both in (
-                (self.posterior_x.weight, self.lstm_x.weight),
-                (self.posterior_x.bias, self.lstm_x.bias),
-                (self.posterior_h.weight, self.lstm_h.weight),
-            )
-        )
-        return Product.apply(phi_x, x_weight, x_bias), h_weight
-
-    def __init_subclass__(cls):
-        if {"forward", "decode"} & vars(cls).keys() and "stepper" not in vars(cls):
-            cls.stepper = None  # it would not know of them
-
-    @torch.no_grad()
-    def stepper(self, x_TBX, state, k):
-        """`forward` frame by frame: a state, and two functions. weigh(t, state, noise): log_w_BK of frame t, by noise
-        (B*k, Z), and the particles. go_on(particles, ancestors): the state in which row i has gone on with particle
-        ancestors[i]. What sees h alone runs once for all children of a particle, since few have any (not on a GPU)."""
-        phi_x, rows = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX), x_TBX.shape[1] * k
-        from_x, h_weight = self.into_posterior_and_lstm(phi_x)
-        posterior, phi_z, prior, decoder = (
-            laid_out(network, rows, phi_x.dtype)
-            for network in (self.posterior, self.phi_z, self.prior, self.decoder)
-        )
-        from_h, gates_from_z, decoder_from_h, decoder_from_z = (
-            framewise(weight.to(phi_x.dtype), rows)
-            for weight in (
-                h_weight,
-                self.lstm_z.weight,
-                self.decoder_h.weight,
-                self.decoder_z.weight,
-            )
-        )
-        decoder_bias, own = (
-            self.decoder_z.bias.to(phi_x.dtype),
-            torch.arange(rows, device=x_TBX.device),
-        )
-
-        def weigh(t, state, noise):
-            parents, parent_of, h, c, *memory = (
-                state  # h and c of the parents; parent_of: each row's, among them
-            )
-            h = h.to(phi_x.dtype)
-            below_q, gates = (from_h(h) + from_x[t, parents // k]).tensor_split(
-                [-4 * self.rnn_dim], dim=1
-            )
-            q, p = (
-                [part[parent_of] for part in mean_and_sigma(units)]
-                for units in (posterior(below_q.relu()), prior(h))
-            )
-            z = torch.addcmul(*q, noise)
-            from_z = phi_z(z.to(phi_x.dtype))
-            below_x = (
-                (decoder_from_z(from_z) + decoder_bias).add_(decoder_from_h(h)[parent_of]).relu()
-            )
-            decoded = self.likelihood.parameters(decoder(below_x).unsqueeze(0))
-            log_px, memory = self.likelihood.log_density(x_TBX[t : t + 1], decoded, memory, k)
-            log_pz, log_qz = (gaussian_log_density(z, *of_z) for of_z in (p, q))
-            return log_px[0] + (log_pz - log_qz).view(-1, k), (from_z, parent_of, gates, c, *memory)
-
-        def go_on(particles, ancestors):
-            from_z, parent_of, gates, c, *memory = particles
-            on_cpu = own.device.type == "cpu"
-            parents, next_parent_of = (
-                ancestors.unique(return_inverse=True) if on_cpu else (ancestors, own)
-            )
-            theirs = parent_of[parents]
-            h, c = lstm_cell(gates_from_z(from_z[parents]).add_(gates[theirs]), c[theirs])
-            return parents, next_parent_of, h, c, *(part[ancestors] for part in memory)
-
-        return (own, own, *(self.zero_state(rows) if state is None else state)), weigh, go_on
-
-    def along(self, gates, h, c):
-        """h_{t-1} of each frame, (T, rows, R), and h, c after the last, from what x and z add to the gates."""
-        h_before = []
-        for gates_t in gates:
-            h_before.append(h)
-            h, c = lstm_cell(gates_t + self.lstm_h(h.to(gates.dtype)), c)
-        return torch.stack(h_before).to(gates.dtype), h, c
-
-    @torch.no_grad()
-    def generate(self, frames, batch, generator=None, state=None, heard=None):
-        """Sample x (frames, batch, X) from the model itself: z_t from the prior given h_{t-1}, x_t from the decoder;
-        state: that after what is to be continued, of `batch` rows; zero_state(batch) if None. Or resynthesise `heard`,
-        of that shape: z_t from its posterior, h along it, and the filter along what is drawn."""
-        h, c, *memory = self.zero_state(batch) if state is None else state
-        x, phi_x, phi_z, from_z = [], None if heard is None else self.phi_x(heard), None, 0.0
-        for t in range(frames):
-            if self.z_dim:
-                of_z = (
-                    self.prior(h)
-                    if heard is None
-                    else self.posterior(self.posterior_x(phi_x[t]) + self.posterior_h(h))
-                )
-                phi_z = self.phi_z(sample_gaussian(*mean_and_sigma(of_z), generator))
-                from_z = self.lstm_z(phi_z)
-            x_t, memory = self.likelihood.sample(self.decode(phi_z, h), memory, generator)
-            from_x = self.lstm_x(self.phi_x(x_t) if heard is None else phi_x[t])
-            h, c = lstm_cell(from_x + from_z + self.lstm_h(h), c)
-            x.append(x_t)
-        return torch.stack(x)
-
     @torch.no_grad()
     def constrain_weights(self, max_norm):
-        """Rescale the incoming weights of each unit to norm at most max_norm, as published for W (not U, not b)."""
+        """Rescale the incoming weights of each unit to norm at most max_norm.
+
+        As published, of W (not U, not b).
+        """
         for name, layer in self.named_modules():
             if isinstance(layer, Linear) and name != "lstm_h":
                 norm = layer.weight.norm(dim=1, keepdim=True)
-                is_longer = norm > max_norm * (
-                    1 + 1e-6
-                )  # but for rounding: to constrain twice is to constrain once
+                # But for rounding: to constrain twice is to constrain once.
+                is_longer = norm > max_norm * (1 + 1e-6)
                 layer.weight.mul_(torch.where(is_longer, max_norm / norm, 1.0))
 
 
-# ---- bounds ---------------------------------------------------------------------------------------------------------
+def for_particles(from_x, h):
+    """Rows of what sequences share, repeated for the particles of each, to the rows of h."""
+    return from_x.repeat_interleave(h.shape[-2] // from_x.shape[-2], dim=-2)
+
+
+def vrnn_of(h):
+    """The VRNN of hyperparameters, with the parameters that their seed gives."""
+    torch.manual_seed(h.seed)
+    return VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
+
+
+# ---- bounds --------------------------------------------------------------------------------------
+
+EVAL_ROWS = 1280  # particles at once in an evaluation
 
 
 def importance_weighted(log_w_BK):
-    """log of the mean weight of K particles, (B,): the bound of Burda et al. 2015 (arXiv 1509.00519), equation 8."""
+    """log of the mean weight of K particles, (B,): Burda et al. 2015, arXiv 1509.00519, eq. 8."""
     return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])
+
+
+def effective_sample_size(log_w_BK):
+    """(sum_k w_k)^2 / sum_k w_k^2 of each sequence, (B,): from 1, where one has all weight, to K."""
+    return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
 
 
 @torch.no_grad()
 def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
-    """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles, max_rows at once in all.
-    model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout. Returns {name: (B,) float64, in nats per
-    sequence}: `elbo` (analytic KL) and its `kl`, over all particles; `elbo_K`, by sampled log-weights, and their
-    deviation `log_w_std`; for k in ks `iwae_k`, averaged over K // k disjoint groups, and their `ess_iwae_k`."""
-    (frames, batch, _), particles, rollouts = x_TBX.shape, max(ks), []
-    drawn = torch.arange(particles if model.z_dim else 1)  # without z all particles are the same
-    for k in map(len, drawn.split(max(1, max_rows // batch))):
-        noise = torch.randn(
-            frames,
-            batch * k,
-            model.z_dim,
-            generator=generator,
-            dtype=x_TBX.dtype,
-            device=x_TBX.device,
-        )
+    """Lower bounds on log p(x) of each sequence from a zero state, by K = max(ks) particles.
+
+    model: anything with `z_dim` and model(x_TBX, state, noise, k) -> Rollout; no more than
+    max_rows of its particles are there at once. Returns {name: (B,) float64, in nats per
+    sequence}: `elbo` (analytic KL) and its `kl`, over all particles; `elbo_K`, by sampled
+    log-weights, and their deviation `log_w_std`; for k in ks `iwae_k`, averaged over K // k
+    disjoint groups, and their effective sample size `ess_iwae_k`.
+    """
+    frames, batch, _ = x_TBX.shape
+    particles = max(ks)
+    drawn = particles if model.z_dim else 1  # without z all particles are the same
+    at_once = max(1, max_rows // batch)
+    rollouts = []
+    for first in range(0, drawn, at_once):
+        k = min(at_once, drawn - first)
+        noise = drawn_like(x_TBX, torch.randn, generator, frames, batch * k, model.z_dim)
         rollout = model(x_TBX, None, noise, k)
-        rollouts.append(
-            [part.double().sum(0) for part in (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)]
-        )
+        by_frame = (rollout.nll_TBK, rollout.kl_TBK, rollout.log_w_TBK)
+        rollouts.append([part.double().sum(0) for part in by_frame])
     nll_BK, kl_BK, log_w_BK = (
         torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts)
     )
@@ -823,269 +525,265 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     return bounds
 
 
-def effective_sample_size(log_w_BK):
-    """(sum_k w_k)^2 / sum_k w_k^2 of each sequence, (B,): K for equal weights, 1 where one particle has them all."""
-    return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
+def drawn_like(x, distribution, generator, *shape):
+    """Noise of a shape, with the precision and on the device of x."""
+    return distribution(*shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+@dataclasses.dataclass
+class Filtering:
+    """What a particle filter finds."""
+
+    log_likelihood_TB: torch.Tensor  # log of an unbiased estimate of p(x_1..x_t), in nats
+    ess_TB: torch.Tensor  # effective sample size of the particles, before resampling
+    resampled_TB: torch.Tensor  # whether they were resampled after the frame
+    ancestors: torch.Tensor  # (T, B*K), the row that each row goes on from: of VRNN.forward
+    state: tuple  # after the last frame
 
 
 def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=False):
-    """Sample z of k particles frame by frame, and resample them whenever their effective sample size falls under k / 2.
-    The log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et al. 2017 (FIVO,
-    arXiv 1705.09279, algorithm 1). Gradients flow through weights and states, not through the choice of ancestors.
-    model: as in estimate_bounds; x_TBX and state: as in VRNN.forward; noise: T standard normal tensors (B*k, Z);
-    uniform_TB: on [0, 1), for the resampling. resample_last: to resample at the last frame in any case, as who carries
-    the states on must: weights stay behind. Returns log_likelihood_TB (log of an unbiased estimate of p(x_1..x_t), in
-    nats), ess_TB (before resampling), resampled_TB, and as in VRNN.forward ancestors and, with gradients, the state."""
+    """Sample z of k particles frame by frame; resample them where few of them carry the weight.
 
-    def weigh(t, state, noise):
-        rollout = model(x_TBX[t : t + 1], state, noise.unsqueeze(0), k)
-        return rollout.log_w_TBK[0], rollout.state
+    They are resampled whenever their effective sample size falls under k / 2. The
+    log-mean-weights at each resampling and after the last frame add up to the bound of Maddison et
+    al. 2017 (FIVO, arXiv 1705.09279, algorithm 1). Gradients flow through weights and states, not
+    through the choice of ancestors.
 
-    def go_on(state, ancestors):
-        return tuple(part[ancestors] for part in state)
-
-    if model.z_dim and getattr(model, "stepper", None) and not torch.is_grad_enabled():
-        state, weigh, go_on = model.stepper(x_TBX, state, k)
-    own_BK = torch.arange(k * x_TBX.shape[1], device=x_TBX.device).view(-1, k)
-    log_w_BK, gathered_B, found = 0.0, 0.0, []
-    for t, (frame_noise, uniform_B) in enumerate(zip(noise, uniform_TB)):
-        frame_log_w_BK, particles = weigh(t, state, frame_noise)
-        log_w_BK = log_w_BK + frame_log_w_BK
+    model: as in estimate_bounds; x_TBX and state: as in VRNN.forward. noise: T standard normal
+    tensors (B*k, Z); uniform_TB: on [0, 1), for the resampling. resample_last: also at the last
+    frame, whatever the weights: whoever carries the states on needs it, since the weights are not
+    carried. Returns a Filtering.
+    """
+    batch = x_TBX.shape[1]
+    own_BK = torch.arange(batch * k, device=x_TBX.device).view(batch, k)
+    log_w_BK = torch.zeros(1, device=x_TBX.device)  # since the last resampling
+    gathered_B = torch.zeros(1, device=x_TBX.device)  # log-mean-weights up to it
+    frames = []
+    for t, noise_t in enumerate(noise):
+        rollout = model(x_TBX[t : t + 1], state, noise_t.unsqueeze(0), k)
+        log_w_BK = log_w_BK + rollout.log_w_TBK[0]
         log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
+
         ess_B = effective_sample_size(log_w_BK.detach())
-        resampled_B = ess_B < (math.inf if resample_last and t == len(x_TBX) - 1 else k / 2)
+        must_resample = resample_last and t == len(x_TBX) - 1
+        resampled_B = ess_B < (math.inf if must_resample else k / 2)
+        drawn_BK = own_BK[:, :1] + systematic(log_w_BK.detach(), uniform_TB[t])
+        ancestors = torch.where(resampled_B.unsqueeze(1), drawn_BK, own_BK).flatten()
+
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
-        resampled_B1 = resampled_B.unsqueeze(1)
-        points_BK = (
-            own_BK[0] + uniform_B.unsqueeze(1)
-        ) / k  # particle j holds floor or ceil of K w_j / sum w of them
-        drawn_BK = torch.searchsorted(
-            log_w_BK.detach().softmax(dim=1).cumsum(dim=1), points_BK
-        ).clamp(max=k - 1)
-        ancestors = torch.where(resampled_B1, own_BK[:, :1] + drawn_BK, own_BK).flatten()
-        log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)
-        state = go_on(particles, ancestors)
-        found.append((log_likelihood_B, ess_B, resampled_B, ancestors))
-    by_name = zip(("log_likelihood_TB", "ess_TB", "resampled_TB", "ancestors"), zip(*found))
-    return SimpleNamespace(**{name: torch.stack(frames) for name, frames in by_name}, state=state)
+        log_w_BK = torch.where(resampled_B.unsqueeze(1), 0.0, log_w_BK)
+        state = tuple(part[ancestors] for part in rollout.state)
+        frames.append((log_likelihood_B, ess_B, resampled_B, ancestors))
+    return Filtering(*map(torch.stack, zip(*frames)), state=state)
+
+
+def systematic(log_w_BK, uniform_B):
+    """Systematic resampling: k of k particles, (B, k); j is drawn floor or ceil(k w_j / sum w) times."""
+    k = log_w_BK.shape[1]
+    points_BK = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
+    passed_BK = log_w_BK.softmax(dim=1).cumsum(dim=1)
+    return torch.searchsorted(passed_BK, points_BK).clamp(max=k - 1)
 
 
 @torch.no_grad()
 def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
-    """The particle filter's log_likelihood_TB from a zero state, whose mean is a bound, and ess_TB, in float64; model:
-    as in estimate_bounds. No more than max_rows particles are there at once, or k."""
-    k, same, found = (
-        (k, 1, []) if model.z_dim else (1, k, [])
-    )  # without z all particles are the same: one is run
-    drawn_like_x = dict(generator=generator, dtype=x_TBX.dtype, device=x_TBX.device)
+    """The particle filter's log_likelihood_TB from a zero state, and ess_TB, in float64.
+
+    The mean of the former is a bound. model: as in estimate_bounds; no more than max_rows of its
+    particles are there at once, or k.
+    """
+    # Without z all particles are the same: one is run.
+    same = 1 if model.z_dim else k
+    k = k if model.z_dim else 1
+    filterings = []
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
-        uniform_TB = torch.rand(x.shape[:2], **drawn_like_x)
+        frames, batch, _ = x.shape
+        uniform_TB = drawn_like(x, torch.rand, generator, frames, batch)
         noise = (
-            torch.randn(rows, model.z_dim, **drawn_like_x) for rows in [x.shape[1] * k] * len(x)
+            drawn_like(x, torch.randn, generator, batch * k, model.z_dim) for _ in range(frames)
         )
-        filtering = particle_filter(model, x, None, noise, uniform_TB, k)
-        found.append((filtering.log_likelihood_TB.double(), same * filtering.ess_TB.double()))
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
+        filterings.append(particle_filter(model, x, None, noise, uniform_TB, k))
+    estimate_TB = torch.cat([found.log_likelihood_TB for found in filterings], dim=1)
+    ess_TB = torch.cat([found.ess_TB for found in filterings], dim=1)
+    return estimate_TB.double(), same * ess_TB.double()
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 EVAL_BATCH = 128  # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015  # not the training seed: every run is evaluated with the same noise
 BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
 
+# What a user may choose anew beside --evaluate; all else is the checkpoint's.
+OF_EVALUATION = ("data", "out_dir", "device", "seq_frames", "eval_k", "eval_recordings")
+
+
+def evaluate_checkpoint(h, model=None):
+    """--evaluate: the bounds of a checkpoint on the test split of h.data; nothing is trained.
+
+    model: of the class and the sizes of the checkpoint h.evaluate, by default the VRNN of h.
+    Samples are normalised as in the training of the checkpoint. Raises UserError.
+    """
+    start_processes()
+    folder = claim(h)
+    device = choose_device(h.device)
+    corpus = open_corpus(h.data)
+    model = (vrnn_of(h) if model is None else model).to(device)
+    checkpoint = read_checkpoint(h.evaluate, "--evaluate")
+    load_parameters(model, checkpoint, h.evaluate, "--evaluate")
+    chosen = {name: value for name, value in config_of(h).items() if name in OF_EVALUATION}
+    config = {**config_of(h), **checkpoint["config"], **chosen}
+    start(folder, config)
+    evaluate(h, model, checkpoint, corpus, folder, config, h.evaluate)
+
+
+def evaluate(h, model, checkpoint, corpus, folder, config, path):
+    """Write eval.json, windows.csv and samples/ of a model with the parameters of a checkpoint."""
+    model.eval()
+    corpus.mean, corpus.std = checkpoint["mean"], checkpoint["std"]
+    particles = max(h.eval_k)
+    by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=particles)
+    if is_first():
+        result = dict(
+            script=config["script"],
+            name=config["name"],
+            checkpoint=path,
+            data=describe_corpus(corpus),
+            split="test",
+            update=checkpoint["update"],
+            windows=len(by_window["elbo"]),
+            frames=h.seq_frames,
+            bounds=summarise(by_window, h.seq_frames, model.x_dim, corpus),
+            yardsticks=yardsticks(corpus, model.x_dim, "windows"),
+        )
+        if h.eval_recordings:
+            result["whole_recordings"] = evaluate_recordings(
+                model, corpus, corpus.test, particles, h.eval_recordings
+            ) | yardsticks(corpus, model.x_dim, "recordings")
+        write_windows(by_window, h.seq_frames, folder / "windows.csv")
+        write_durably(folder / EVAL, json.dumps(result, indent=1) + "\n")
+        print(f"{path}, update {result['update']:,}", *evaluation_table(result), sep="\n")
+        if hasattr(model, "generate"):
+            write_samples(model, corpus, corpus.test, folder / "samples")
+        print(folder / EVAL, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 def bits_per_sample(nats_per_frame, x_dim, std):
-    """Upper bound on the bits per 16-bit sample of a code made from the model; std is that of the data, in LSB."""
+    """Upper bound on the bits per 16-bit sample of a code made from the model.
+
+    std: that of the data which the model was trained on, in LSB.
+    """
     return (math.log(std) - nats_per_frame / x_dim) / math.log(2)
 
 
 def frames_at(split, starts, frames, x_dim, corpus, generator):
-    """Dequantised audio from each start on, normalised, on the device of the generator: (frames, len(starts), X)."""
-    pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(generator.device)
+    """Dequantised, normalised audio from each start on, (frames, len(starts), X)."""
+    device = generator.device
+    pcm = torch.from_numpy(split.read(starts, frames * x_dim)).to(device)
     pcm = pcm.view(len(pcm), frames, x_dim).transpose(0, 1)
-    return normalise(
-        pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device)
-    )
-
-
-def batches_of_windows(
-    split, frames, x_dim, corpus, device="cpu", at_most=math.inf, rank=0, processes=1
-):
-    """Yield (starts, x_TBX, generator) of every processes-th batch of windows, each dequantised with its generator."""
-    starts = window_starts(split, frames * x_dim, at_most)
-    for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
-        generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
-        chosen = starts[index * EVAL_BATCH : (index + 1) * EVAL_BATCH]
-        yield chosen, frames_at(split, chosen, frames, x_dim, corpus, generator), generator
+    return normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=device))
 
 
 def window_bounds(model, corpus, split, ks, seq_frames, at_most=math.inf, smc=0):
-    """The bounds of estimate_bounds on each window of a split, {name: (windows,)}; with smc > 0 particles also `smc_k`
-    and `ess_smc_k` (mean over frames). All models of a size, in any number of processes, get the same noise."""
-    device, mine = next(model.parameters()).device, {}
-    for starts, x_TBX, generator in batches_of_windows(
-        split, seq_frames, model.x_dim, corpus, device, at_most, *job()
-    ):
+    """The bounds of estimate_bounds on each window of a split, {name: (windows,)}.
+
+    With smc > 0 particles also `smc_k` and `ess_smc_k` (mean over frames). at_most: of the
+    windows, evenly spread. All models of a size get the same noise, in any number of processes,
+    which share the batches.
+    """
+    device = next(model.parameters()).device
+    starts = piece_starts(split, seq_frames * model.x_dim, at_most)
+    rank, processes = job()
+    mine = {}
+    for index in range(rank, math.ceil(len(starts) / EVAL_BATCH), processes):
+        generator = torch.Generator(device).manual_seed(EVAL_SEED + index)
+        chosen = starts[index * EVAL_BATCH : (index + 1) * EVAL_BATCH]
+        x_TBX = frames_at(split, chosen, seq_frames, model.x_dim, corpus, generator)
         bounds = estimate_bounds(model, x_TBX, ks, generator)
         if smc:
             estimate_TB, ess_TB = estimate_smc(model, x_TBX, smc, generator)
-            bounds |= {f"smc_{smc}": estimate_TB[-1], f"ess_smc_{smc}": ess_TB.mean(0)}
-        mine[starts[0]] = {name: bound.cpu() for name, bound in bounds.items()}
-    _, batches = zip(*sorted(item for part in gather(mine) for item in part.items()))
-    return {name: torch.cat([bounds[name] for bounds in batches]) for name in batches[0]}
+            bounds[f"smc_{smc}"] = estimate_TB[-1]
+            bounds[f"ess_smc_{smc}"] = ess_TB.mean(0)
+        mine[index] = {name: bound.cpu() for name, bound in bounds.items()}
+    batches = {}
+    for part in gather(mine):
+        batches |= part
+    in_order = [batches[index] for index in sorted(batches)]
+    return {name: torch.cat([bounds[name] for bounds in in_order]) for name in in_order[0]}
 
 
 def summarise(by_window, seq_frames, x_dim, corpus):
-    """Means over windows: {bound: {nats_per_frame, stderr, nats_per_sequence, bits_per_sample}}, stderr over windows.
-    What is no bound has no bits (kl and log_w_std), or {mean, stderr} alone (effective sample sizes, in particles)."""
+    """Means over windows: {bound: {nats_per_frame, stderr, bits_per_sample}}.
+
+    stderr is over windows. What is no bound has no bits (kl and log_w_std), or {mean, stderr}
+    alone (effective sample sizes, in particles).
+    """
     result = {}
     for name, values in by_window.items():
-        mean, stderr = (
-            values.mean().item(),
-            (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None,
+        mean = values.mean().item()
+        stderr = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+        if name.startswith("ess"):
+            result[name] = dict(mean=mean, stderr=stderr)
+            continue
+        result[name] = dict(
+            nats_per_frame=mean / seq_frames,
+            stderr=None if stderr is None else stderr / seq_frames,
         )
-        result[name] = (
-            dict(mean=mean, stderr=stderr)
-            if name.startswith("ess")
-            else dict(
-                nats_per_frame=mean / seq_frames,
-                stderr=stderr and stderr / seq_frames,
-                nats_per_sequence=mean,
-            )
-        )
-        if not name.startswith(("kl", "log_w_std", "ess")):
-            result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
+        if not name.startswith(("kl", "log_w_std")):
+            bits = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
+            result[name]["bits_per_sample"] = bits
     return result
 
 
-def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
-    """What is to be beaten on the windows of a split, in the form of `summarise`. flac: each window coded alone at the
-    highest compression, without its header (`header_bytes`). linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), v_n
-    = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples."""
-    samples = seq_frames * x_dim
-    fitted = fit_linear_prediction(corpus, samples)
-    coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
-    for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
-        predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
-        for window in split.read(starts, samples):
-            coded.append(flac_size(window))
-            counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
-    p = counts[counts > 0] / counts.sum()
-    bits, headers = torch.tensor(coded, dtype=torch.float64).T
-    entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    flac, histogram = (
-        samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy)
-    )  # in nats
-    found = summarise(
-        dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
-        seq_frames,
-        x_dim,
-        corpus,
-    )
-    found["flac"]["header_bytes"] = headers.mean().item()
-    found["histogram"]["stderr"] = None  # of all windows at once
-    return found
-
-
-def flac_size(samples):
-    """Bits of the audio in a FLAC file of int16 samples, at the highest compression, and bytes of the header before."""
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(
-        file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
-    )
-    coded = file.getvalue()
-    header = coded.index(
-        b"\xff\xf8", 42
-    )  # so begins a frame; before it are sizes and a checksum, to 42, and text
-    return 8 * (len(coded) - header), header
-
-
-def fit_linear_prediction(corpus, samples, order=16):
-    """a (order,), by weighted least squares, and by turns l and the first v, of a grid; of 256 windows of train."""
-    x = torch.cat(
-        [
-            x_TBX[0].double()
-            for _, x_TBX, _ in batches_of_windows(corpus.train, 1, samples, corpus, at_most=256)
-        ]
-    )
-    memory, first = (
-        1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1),
-        0.25 ** torch.arange(8).double().view(-1, 1),
-    )
-    weights = torch.ones_like(x)
-    for _ in range(6):
-        moments = sum(
-            (lags * w.unsqueeze(1)).T @ lags
-            for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights)
+def yardsticks(corpus, x_dim, kind):
+    """What is to be beaten on `windows` or `recordings` of test, as the data file has it."""
+    return {
+        name: dict(
+            nats_per_frame=x_dim * (math.log(corpus.std) - bits * math.log(2)),
+            stderr=None,
+            bits_per_sample=bits,
         )
-        a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        best = (
-            linear_prediction(x[::8], a, memory, first).mean(2).argmax()
-        )  # of fewer: it is tried often
-        fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
-        weights = 1 / torch.stack(
-            [v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1
-        )
-    return fitted
-
-
-def linear_prediction(x, a, memory, first):
-    """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
-    return sum(
-        -0.5 * (squared / v + (2 * math.pi * v).log())
-        for squared, v in squares_and_levels(x, a, memory, first)
-    )
-
-
-def squares_and_levels(x, a, memory, v):
-    """Yield e_n^2 (W,) and v_n (..., W) for each sample in turn."""
-    errors = F.pad(x, (len(a), 0)).unfold(1, len(a) + 1, 1) @ torch.cat((-a.flip(0), a.new_ones(1)))
-    for squared in errors.square().T:
-        yield squared, v
-        v = torch.lerp(squared, v, memory)
+        for name, bits in corpus.yardsticks.get(kind, {}).items()
+    }
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
-    """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC on the same: means over all
-    frames, and stderr over recordings, of the ratio of their nats to their frames."""
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread.
+
+    The mean over all frames; stderr over recordings, of the ratio of their nats to their frames.
+    """
     lengths = np.diff(split.offsets) // model.x_dim
-    usable = np.flatnonzero(lengths)
-    chosen = usable[np.linspace(0, len(usable) - 1, min(at_most, len(usable))).round().astype(int)]
-    chosen = chosen[
-        lengths[chosen].argsort(kind="stable")
-    ]  # so that little of a batch lies after the end
+    chosen = evenly_spread(np.flatnonzero(lengths), at_most)
+    # Recordings of a batch are about as long, so that little of it lies after an end.
+    chosen = chosen[lengths[chosen].argsort(kind="stable")]
+    frames = lengths[chosen]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
-    frames, nats, ess, found = lengths[chosen], [], [], {}
+    nats = []
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
-        audio = [
-            frames_at(split, split.offsets[[i]], lengths[i], model.x_dim, corpus, generator)[:, 0]
-            for i in batch
-        ]
-        estimate_TB, ess_TB = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
-        nats += [estimate_TB[len(x_TX) - 1, b].item() for b, x_TX in enumerate(audio)]
-        ess += [ess_TB[: len(x_TX), b].sum().item() for b, x_TX in enumerate(audio)]
-    bits = np.array(
-        [flac_size(*split.read(split.offsets[[i]], lengths[i] * model.x_dim))[0] for i in chosen]
+        audio = []
+        for i in batch:
+            start = split.offsets[[i]]
+            x_TBX = frames_at(split, start, lengths[i], model.x_dim, corpus, generator)
+            audio.append(x_TBX[:, 0])
+        estimate_TB, _ = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
+        nats += [estimate_TB[lengths[i] - 1, b].item() for b, i in enumerate(batch)]
+    mean = sum(nats) / frames.sum()
+    deviations = (nats - mean * frames) / frames.mean()
+    stderr = deviations.std(ddof=1) / len(nats) ** 0.5 if len(nats) > 1 else None
+    found = dict(
+        recordings=len(nats),
+        frames=int(frames.sum()),
+        nats_per_frame=mean,
+        stderr=stderr,
+        bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
     )
-    flac = frames * model.x_dim * math.log(corpus.std) - bits * math.log(2)
-    for name, of_recordings in {f"smc_{k}": np.array(nats), "flac": flac}.items():
-        mean = of_recordings.sum() / frames.sum()
-        deviations = (of_recordings - mean * frames) / frames.mean()
-        found[name] = dict(
-            recordings=len(chosen),
-            frames=int(frames.sum()),
-            nats_per_frame=mean,
-            stderr=deviations.std(ddof=1) / len(chosen) ** 0.5 if len(chosen) > 1 else None,
-            bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
-        )
-    found[f"smc_{k}"]["ess"] = sum(ess) / frames.sum()
-    return found
+    return {f"smc_{k}": found}
 
 
 def describe_corpus(corpus):
+    """What logs and evaluations say of their data."""
     return dict(
         file=Path(corpus.path).name,
         created_by=corpus.created_by,
@@ -1095,241 +793,192 @@ def describe_corpus(corpus):
     )
 
 
-def windows_table(by_window, seq_frames):
-    """A line per window of the test split, in order: its bounds in nats per frame, for paired comparisons of runs."""
+def write_windows(by_window, seq_frames, path):
+    """windows.csv: a line for each test window, in order, of its bounds in nats per frame."""
     names = [name for name in by_window if name.startswith(("kl", *BOUNDS))]
-    rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1).tolist()
-    return (
-        "\n".join([",".join(names), *(",".join(f"{value:.3f}" for value in row) for row in rows)])
-        + "\n"
-    )
+    rows = torch.stack([by_window[name] / seq_frames for name in names], dim=1)
+    with durably(path) as partial:
+        np.savetxt(partial, rows, "%.3f", ",", header=",".join(names), comments="")
 
 
 def evaluation_table(result):
     """Yield what is printed of eval.json, a line for each bound."""
-    whole = {
-        f"{name} of {found['recordings']} whole recordings": found
-        for name, found in result.get("whole_recordings", {}).items()
-    }
-    for name, bound in (result["bounds"] | result["yardsticks"] | whole).items():
-        stderr = (
-            "" if bound["stderr"] is None else f" +- {bound['stderr']:.2f}"
-        )  # one window has none
-        bits = (
-            f" nats/frame, {bound['bits_per_sample']:.3f} bits/sample"
-            if "bits_per_sample" in bound
-            else ""
-        )
-        yield f"test {name:20} {bound.get('nats_per_frame', bound.get('mean')):8.2f}{stderr}{bits}"
+    rows = result["bounds"] | result["yardsticks"]
+    for name, found in result.get("whole_recordings", {}).items():
+        rows[f"{name}, whole recordings"] = found
+    for name, found in rows.items():
+        line = f"test {name:20} {found.get('nats_per_frame', found.get('mean')):8.2f}"
+        if found["stderr"] is not None:  # one window has none
+            line += f" +- {found['stderr']:.2f}"
+        if "bits_per_sample" in found:
+            line += f" nats/frame, {found['bits_per_sample']:.3f} bits/sample"
+        yield line
+    if not result["yardsticks"]:
+        yield "the data file holds no yardsticks, such as FLAC; prepare_blizzard.py measures them"
 
 
 @torch.no_grad()
 def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
-    """Speech as .wav files, as loud as it comes, at most `frames` long: real_N, beginnings of the longest recordings;
-    sample_N, generated; of a VRNN also resynthesised_N, and continued_N after the first `given` frames of real_N."""
+    """Speech as .wav files, as loud as it comes, at most `frames` long.
+
+    real_N are beginnings of the longest recordings, sample_N are generated. Of a VRNN there are
+    also resynthesised_N, and continued_N, generated after the first `given` frames of real_N.
+    """
     import soundfile
 
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     lengths = np.diff(split.offsets) // model.x_dim
-    longest = lengths.argsort(kind="stable")[::-1][: min(count, np.count_nonzero(lengths))]
-    real = frames_at(
-        split,
-        split.offsets[longest],
-        min(frames, lengths[longest[-1]]),
-        model.x_dim,
-        corpus,
-        generator,
-    )
+    longest = lengths.argsort(kind="stable")[::-1]
+    longest = longest[: min(count, np.count_nonzero(lengths))]
+    real_frames = min(frames, lengths[longest[-1]])
+    real = frames_at(split, split.offsets[longest], real_frames, model.x_dim, corpus, generator)
     speech = dict(real=real, sample=model.generate(frames, count, generator))
     if isinstance(model, VRNN):
         heard = real[:given]
-        noise = torch.randn(*heard.shape[:2], model.z_dim, generator=generator, device=heard.device)
-        goes_on = model.generate(
-            frames - len(heard), len(longest), generator, model(heard, noise=noise).state
-        )
-        speech |= dict(
-            continued=torch.cat((heard, goes_on)),
-            resynthesised=model.generate(len(real), len(longest), generator, heard=real),
-        )
+        noise = drawn_like(heard, torch.randn, generator, *heard.shape[:2], model.z_dim)
+        after = model(heard, noise=noise).state
+        goes_on = model.generate(frames - len(heard), len(longest), generator, after)
+        speech["continued"] = torch.cat((heard, goes_on))
+        speech["resynthesised"] = model.generate(len(real), len(longest), generator, heard=real)
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
-            samples = to_int16((x_TX.double() * corpus.std + corpus.mean).flatten().cpu().numpy())
-            soundfile.write(folder / f"{kind}_{i}.wav", samples, SAMPLE_RATE)
+            samples = x_TX.double().flatten() * corpus.std + corpus.mean
+            path = folder / f"{kind}_{i}.wav"
+            soundfile.write(path, to_int16(samples.cpu().numpy()), SAMPLE_RATE)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 10  # updates in a row
-SIZES = (
-    "x_dim",
-    "z_dim",
-    "rnn_dim",
-    "q_z_dim",
-    "p_z_dim",
-    "p_x_dim",
-    "x2s_dim",
-    "z2s_dim",
-    "ar_order",
-)  # of a VRNN
-OF_EVALUATION = (
-    "data",
-    "out_dir",
-    "device",
-    "seq_frames",
-    "eval_k",
-    "eval_recordings",
-)  # beside --evaluate
 
 
 class Training:
-    """A model in training on excerpts of h.data, with all that a resumed run needs to go on as if it had never stopped.
-    particles: rows of the state for each sequence. model: any module with the interface of VRNN (x_dim, z_dim,
-    zero_state, the call; generate if it can), by default the VRNN of h. name: of the objective in tables and pictures,
-    by default the script's. replays: updates in a row on each window, from one state. monitor_smc: to log smc_k."""
+    """A model in training on excerpts of h.data, and all that a resumed run needs to go on.
 
-    def __init__(self, h, particles, model=None, name=None, replays=1, monitor_smc=False):
-        self.h, self.particles, self.replays, self.monitor_smc = h, particles, replays, monitor_smc
-        script = script_of(type(h))
-        self.config = json.loads(
-            json.dumps({**dataclasses.asdict(h), "script": script, "name": name or script})
-        )
-        del self.config["evaluate"]
-        self.processes = start_processes(h.batch_size)
-        self.folder, self.device = RunFolder(h), choose_device(h.device)
+    particles: rows of the state for each sequence. model: any module with the interface of VRNN
+    (x_dim, z_dim, zero_state, the call; generate if it can), by default the VRNN of h. name: of
+    the objective in tables and pictures, by default the script's. monitor_smc: to log smc_k.
+    """
+
+    def __init__(self, h, particles, model=None, name=None, monitor_smc=False):
+        self.h = h
+        self.particles = particles
+        self.monitor_smc = monitor_smc
+        self.processes = start_processes()
+        if h.batch_size % self.processes:
+            raise UserError(
+                f"--batch_size={h.batch_size} does not divide among {self.processes} processes; "
+                "start as many as do"
+            )
+        self.folder = claim(h)
+        self.device = choose_device(h.device)
         ensure_demo_data(h.data)
         self.corpus = open_corpus(h.data)
-        if model is None:
-            torch.manual_seed(h.seed)
-            model = VRNN(**{size: getattr(h, size) for size in SIZES if hasattr(h, size)})
-        for option, feature in dict(
-            weight_norm="constrain_weights", mirrored_init="mirror", bf16="bf16"
-        ).items():
-            if getattr(h, option) and not hasattr(model, feature) and not h.evaluate:
-                off = "--weight_norm=0" if option == "weight_norm" else f"--no-{option}"
-                raise UserError(
-                    f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it"
-                )
-        if h.mirrored_init and not h.evaluate:
-            model.mirror()
-        self.model, self.config["model_class"] = model.to(self.device), type(model).__name__
-        if h.init_from and not (h.resume or h.evaluate):
-            load_checkpoint(
-                h.init_from, "--init_from", lambda saved: self.model.load_state_dict(saved["model"])
-            )
-        self.averaged = copy.deepcopy(
-            self.model, {id(b): b for b in self.model.buffers()}
-        ).eval()  # but for buffers
-        self.progress, self.log = dict(updates=0, seconds=0.0, best=-math.inf), []
+        self.create_model(vrnn_of(h) if model is None else model)
         self.create_state()
-        load_checkpoint(h.evaluate, "--evaluate", self.take_trained) if h.evaluate else self.begin()
-        self.folder.start(self.config, self.log)
-        if is_first() and not h.evaluate:
+        self.config = config_of(h, name) | dict(model_class=type(self.model).__name__)
+        self.log = [self.header()]
+        self.open_excerpts()
+        if h.resume:
+            self.restore(read_checkpoint(self.folder / LAST, "--resume", STATE))
+            gather("restored")
+        start(self.folder, self.config, self.log)
+        if is_first():
+            parameters = sum(p.numel() for p in self.model.parameters())
             print(
-                f"{self.config['name']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on "
-                f"{self.processes} x {describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
-                f"log in {self.folder.log}",
+                f"{self.config['name']}: {parameters / 1e6:.2f} M parameters on {self.processes} x "
+                f"{describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
+                f"log in {self.folder / LOG}",
                 flush=True,
             )
 
+    def create_model(self, model):
+        """Put the model in the state that the hyperparameters ask for, and its average beside it."""
+        h = self.h
+        refuse_missing_features(h, model)
+        if h.mirrored_init:
+            model.mirror()
+        self.model = model.to(self.device)
+        if h.init_from and not h.resume:
+            checkpoint = read_checkpoint(h.init_from, "--init_from")
+            load_parameters(model, checkpoint, h.init_from, "--init_from")
+        buffers = {id(buffer): buffer for buffer in model.buffers()}
+        # deepcopy takes what its memo holds for copied: buffers stay shared
+        self.averaged = copy.deepcopy(model, memo=buffers).eval()
+        model.bf16 = h.bf16  # evaluation keeps float32
+
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
-        h, model = self.h, self.model
-        model.bf16 = h.bf16
+        h, model, device = self.h, self.model, self.device
         self.optimiser = torch.optim.Adam(
             model.parameters(),
-            lr=torch.tensor(h.lr, device=self.device),
+            lr=torch.tensor(h.lr, device=device),
             fused=True,
-            capturable=self.device.type == "cuda",
+            capturable=device.type == "cuda",
         )
-        for p in (
-            model.parameters()
-        ):  # as its first step would create it, so that it can be restored in place
+        # As its first step would create it, so that it can be restored in place.
+        for p in model.parameters():
             self.optimiser.state[p] = dict(
-                step=torch.zeros((), device=self.device),
+                step=torch.zeros((), device=device),
                 exp_avg=torch.zeros_like(p),
                 exp_avg_sq=torch.zeros_like(p),
             )
-        self.generator = torch.Generator(self.device).manual_seed(
-            h.seed
-        )  # of dequantisation and latent noise
-        self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=self.device)
+        # Of dequantisation, of the noise on x and of that for z.
+        self.generator = torch.Generator(device).manual_seed(h.seed)
+        self.grad_clip = torch.tensor(h.grad_clip or math.inf, device=device)
         sequences = h.batch_size // self.processes
-        self.state, self.next_state = (  # before and after the window
-            tuple(part.clone() for part in model.zero_state(sequences * self.particles))
-            for _ in range(2)
-        )
-        self.pcm = torch.zeros(
-            h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=self.device
-        )
-        self.counts = SimpleNamespace(
-            **{
-                name: torch.tensor(zero, device=self.device)
-                for name, zero in dict(
-                    updates=0,
-                    clipped=0,
-                    skipped=0,
-                    skipped_in_a_row=0,
-                    loss_sum=0.0,
-                    losses=0.0,
-                    grad_norm=0.0,
-                ).items()
-            }
-        )
+        zero_state = model.zero_state(sequences * self.particles)
+        self.state = tuple(part.clone() for part in zero_state)  # before the window
+        self.next_state = tuple(part.clone() for part in zero_state)  # after it
+        self.pcm = torch.zeros(h.seq_frames, sequences, h.x_dim, dtype=torch.int16, device=device)
+        self.seconds = 0.0  # of training
+        self.best = -math.inf  # highest bound on valid
+        # The updates made are counted twice: on the host, which decides when to monitor, and on
+        # the device, where an update learns its own number without the host. A CUDA graph would
+        # repeat the number that the host had when it was captured.
+        self.made = 0
+        zeros = dict(made=0, clipped=0, skipped=0, skipped_in_a_row=0)
+        zeros |= dict(loss_sum=0.0, losses=0.0, grad_norm=0.0)
+        self.counts = {name: torch.tensor(zero, device=device) for name, zero in zeros.items()}
 
-    def begin(self):
-        """Start the log and the excerpts, or go on from the state in the run folder."""
-        h = self.h
+    def header(self):
+        """The first line of the log."""
         versions = dict(
             python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__
         )
-        self.log = [
-            dict(
-                config=self.config,
-                particles=self.particles,
-                replays=self.replays,
-                processes=self.processes,
-                commit=commit(),
-                device=describe(self.device),
-                data=describe_corpus(self.corpus),
-                versions=versions,
-            )
-        ]
+        return dict(
+            config=self.config,
+            particles=self.particles,
+            processes=self.processes,
+            commit=commit(),
+            device=describe(self.device),
+            data=describe_corpus(self.corpus),
+            versions=versions,
+        )
+
+    def open_excerpts(self):
+        """The excerpts of train, and the thread that reads them ahead."""
+        h = self.h
         self.excerpts = Excerpts(
             self.corpus.train, h.x_dim, h.seq_frames, h.reset_freq, h.batch_size, h.seed
         )
+        self.reader = ThreadPoolExecutor(max_workers=1)
+        self.read_ahead = {}
         for held_out in (self.corpus.valid, self.corpus.test):
-            window_starts(held_out, h.seq_frames * h.x_dim)  # refused now, not after the training
-        self.reader, self.read_ahead = ThreadPoolExecutor(max_workers=1), {}
-        if h.resume:
-            load_checkpoint(self.folder.last, "--resume", self.restore)
-            gather("restored")
+            # refused now, not after the training
+            piece_starts(held_out, h.seq_frames * h.x_dim)
 
-    def take_trained(self, checkpoint):
-        """Parameters and settings of what is to be evaluated, and mean and std of what it was trained on."""
-        trained, model_class = (
-            json.loads(json.dumps(checkpoint["config"])),
-            self.config["model_class"],
-        )
-        if (
-            trained.get("model_class", model_class) != model_class
-        ):  # to which the same parameters mean something else
-            raise ValueError(
-                f"it holds another model than this {model_class}, a {trained['model_class']}"
-            )
-        self.averaged.load_state_dict(checkpoint["model"])
-        self.corpus.mean, self.corpus.std, self.progress["updates"] = (
-            checkpoint[x] for x in ("mean", "std", "update")
-        )
-        self.config |= {name: value for name, value in trained.items() if name not in OF_EVALUATION}
+    # ---- what an update calls: nothing here may read a tensor on the host, since a CUDA graph
+    # repeats the kernels alone
 
     def window(self):
-        """The present window on the device, (T, B, X): dequantised, normalised, with noise that fades and ends."""
+        """The present window (T, B, X): dequantised, normalised, with noise that fades and ends."""
         h = self.h
         uniform = self.draw(torch.rand, h.batch_size, h.x_dim) if h.dequantize else None
         x_TBX = normalise(self.pcm, self.corpus, uniform)
         if h.x_noise:
-            done = self.counts.updates / h.x_noise_updates
+            done = self.counts["made"] / h.x_noise_updates
             sigma = torch.where(done < 1, h.x_noise * 0.01**done, 0.0)
             x_TBX = x_TBX + sigma * self.draw(torch.randn, h.batch_size, h.x_dim)
         return x_TBX
@@ -1339,163 +988,175 @@ class Training:
         return self.draw(torch.randn, self.h.batch_size * k, z_dim)
 
     def draw(self, distribution, rows, width):
-        """(T, rows of this process, width); drawn for all rows, so that it is the same for any number of processes."""
+        """(T, rows of this process, width).
+
+        Drawn for all rows, so that it is the same for any number of processes.
+        """
         drawn = distribution(
             self.h.seq_frames, rows, width, generator=self.generator, device=self.device
         )
         return drawn[:, my_part(rows)]
 
     @torch.no_grad()
-    def step(self, loss, state, divide_by=1, replace_non_finite=False):
-        """After loss.backward(): clip the gradient, step Adam, constrain and average the weights, carry the state on.
-        loss: nats per frame. state: after the window. A loss or gradient that is not finite changes no parameter and is
-        counted. What the 2016 scripts did: divide_by, by which they divided the gradient before they clipped it at
-        grad_clip / divide_by; replace_non_finite, 0.1 times the parameters in place of such a gradient."""
-        h, counts, loss = self.h, self.counts, loss.detach().clone()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters]
-        if self.processes > 1 and replace_non_finite:
-            raise UserError(
-                "--as_published: what the 2016 scripts did runs in one process; start without torchrun"
-            )
+    def step(self, loss, state):
+        """After loss.backward(): clip the gradient, step Adam, constrain and average the weights.
+
+        loss: nats per frame. state: after the window, to be carried on. A loss or gradient that is
+        not finite changes no parameter and is counted.
+        """
+        loss = loss.detach().clone()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.processes > 1:
-            total = nn.utils.parameters_to_vector([*gradients, loss])
-            dist.all_reduce(total)
-            nn.utils.vector_to_parameters(total / self.processes, [*gradients, loss])
-        if divide_by != 1:
-            torch._foreach_div_(gradients, divide_by)
+            average_over_processes([*gradients, loss])
         norm = nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(
-            gradients, (self.grad_clip / divide_by * (norm + 1e-6).reciprocal()).clamp(max=1)
-        )
-        norm = divide_by * norm
         is_finite = norm.isfinite() & loss.isfinite()
-        if h.lr_updates:
-            self.optimiser.param_groups[0]["lr"].copy_(
-                h.lr * (1 - counts.updates / h.lr_updates).clamp(min=0.01)
-            )
-        if replace_non_finite:
-            for p in parameters:
-                p.grad.copy_(torch.where(is_finite, p.grad, 0.1 * p))
-        else:
-            self.optimiser.found_inf = (~is_finite).float()  # Adam then leaves everything as it is
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        if h.weight_norm:
-            self.model.constrain_weights(h.weight_norm)
-        share = 1 - ((1 + counts.updates) / (10 + counts.updates)).clamp(max=h.ema)  # more at first
-        for averaged, p in zip(
-            self.averaged.parameters(), self.model.parameters()
-        ):  # single updates jump by nats
-            averaged.lerp_(p, share)
+        torch._foreach_mul_(gradients, (self.grad_clip * (norm + 1e-6).reciprocal()).clamp(max=1))
+        self.step_adam(is_finite)
+        if self.h.weight_norm:
+            self.model.constrain_weights(self.h.weight_norm)
+        self.average_weights()
         for carried, part in zip(self.next_state, state, strict=True):
             carried.copy_(torch.where(is_finite, part, 0.0))
-        counts.updates += 1
-        counts.clipped += is_finite & (norm > self.grad_clip)
-        counts.skipped += ~is_finite
-        counts.skipped_in_a_row.add_(1).mul_(~is_finite)
-        counts.loss_sum += torch.where(is_finite, loss, 0.0)
-        counts.losses += is_finite
-        counts.grad_norm.copy_(norm)
+        self.count(loss, norm, is_finite)
+
+    def step_adam(self, is_finite):
+        """One step of Adam, at the present learning rate, where the gradient is finite."""
+        h = self.h
+        if h.lr_updates:
+            share = (1 - self.counts["made"] / h.lr_updates).clamp(min=0.01)
+            self.optimiser.param_groups[0]["lr"].copy_(h.lr * share)
+        self.optimiser.found_inf = (~is_finite).float()  # Adam then leaves everything as it is
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def average_weights(self):
+        """Move the averaged weights on; they follow faster at first. Single updates jump by nats."""
+        made = self.counts["made"]
+        share = 1 - ((1 + made) / (10 + made)).clamp(max=self.h.ema)
+        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
+            averaged.lerp_(p, share)
+
+    def count(self, loss, norm, is_finite):
+        """What the log says of the updates since its last line."""
+        counts = self.counts
+        counts["made"] += 1
+        counts["clipped"] += is_finite & (norm > self.grad_clip)
+        counts["skipped"] += ~is_finite
+        counts["skipped_in_a_row"].add_(1).mul_(~is_finite)
+        counts["loss_sum"] += torch.where(is_finite, loss, 0.0)
+        counts["losses"] += is_finite
+        counts["grad_norm"].copy_(norm)
+
+    # ---- around the updates
 
     def captured(self, update):
-        """Decorator of a script's update: on a GPU one CUDA graph, since to launch its thousands of kernels takes
-        longer than to run them; one by one where that fails, and in several processes. Leaves the state as it is."""
-        if self.device.type != "cuda" or self.processes > 1 or self.h.evaluate:
+        """Decorator of a script's update: on a GPU it becomes one CUDA graph.
+
+        To launch its thousands of kernels takes longer than to run them. They are launched one by
+        one where that fails, and in several processes. Leaves the state as it is.
+        """
+        if self.device.type != "cuda" or self.processes > 1:
             return update
         before = copy.deepcopy(self.checkpoint())
         self.allow_tf32(True)
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    update()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                update()
-            update = graph.replay
+            captured = self.capture(update)
         except RuntimeError as error:
-            print(
-                f"no CUDA graph ({first_line(error.__context__ or error)}); kernels are launched singly",
-                flush=True,
-            )
+            why = first_line(error.__context__ or error)
+            print(f"no CUDA graph ({why}); kernels are launched singly", flush=True)
+            captured = update
             self.generator = torch.Generator(self.device)  # the capture may still hold the other
             self.optimiser.zero_grad()
         self.allow_tf32(False)
         self.restore(before)
-        return update
+        return captured
+
+    def capture(self, update):
+        """The function that repeats an update's kernels, after three updates to warm up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            update()
+        return graph.replay
 
     def allow_tf32(self, is_allowed):
-        """In the products of updates on a GPU, not in those of evaluation. On a CPU to say so at all costs 4 %."""
-        if self.device.type == "cuda":
+        """In the products of updates on a GPU, not in those of evaluation."""
+        if self.device.type == "cuda":  # on a CPU to say so at all costs 4 %
             torch.set_float32_matmul_precision("high" if is_allowed else "highest")
 
     def updates(self):
-        """Yield once for every update that is still to be made, with its window in place; none with --evaluate. Between
-        them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go on from."""
-        h, progress = self.h, self.progress
-        if h.evaluate:
-            return
+        """Yield once for every update that is still to be made, with its window in place.
+
+        Between them it monitors, logs and saves, and stops on Ctrl-C or SIGTERM with a state to go
+        on from.
+        """
+        h = self.h
         bar = tqdm(
             total=h.max_updates,
-            initial=progress["updates"],
+            initial=self.made,
             unit=" updates",
             disable=not is_first() or None,
         )
         with stop_requests() as received, bar:
-            while progress["updates"] < h.max_updates:
+            while self.made < h.max_updates:
                 started = time.monotonic()
                 self.next_window()
                 self.allow_tf32(True)
                 yield
                 self.allow_tf32(False)
-                progress["updates"] += 1
-                is_due = (
-                    progress["updates"] % h.monitor_every == 0
-                    or progress["updates"] >= h.max_updates
-                )
+                self.made += 1
+                is_due = self.made % h.monitor_every == 0 or self.made >= h.max_updates
                 if is_due:
-                    self.counts.updates.item()  # wait for the device
-                progress["seconds"] += time.monotonic() - started
+                    self.counts["made"].item()  # wait for the device
+                self.seconds += time.monotonic() - started
                 bar.update()
-                if (
-                    progress["updates"] % MAX_SKIPPED == 0
-                    and self.counts.skipped_in_a_row >= MAX_SKIPPED
-                ):
-                    raise UserError(
-                        f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
-                        f"update {progress['updates']}; start again with a lower --lr or --grad_clip"
-                    )
+                self.stop_if_nothing_is_learnt()
                 if is_due:
                     self.monitor()
                 if signal_number := max(gather(max(received, default=0))):
-                    self.folder.save(self.folder.last, self.checkpoint())
-                    if is_first():
-                        print(
-                            f"stopped after update {progress['updates']}; go on with the same command and --resume"
-                        )
-                    sys.exit(128 + signal_number)
+                    self.save_and_exit(signal_number)
 
     def next_window(self):
-        """Put the next window in place, and the state before it: zeros at the start of an excerpt."""
-        windows, replay = divmod(self.progress["updates"], self.replays)
-        batch, window = divmod(windows, self.h.reset_freq)
-        self.read_ahead = {
-            i: self.read_ahead.get(i)
-            or self.reader.submit(self.excerpts.batch, i, self.device.type == "cuda")
-            for i in (batch, batch + 1)
-        }  # by a thread
+        """Put the next window in place, and the state before it: zeros at an excerpt's start."""
+        batch, window = divmod(self.made, self.h.reset_freq)
+        is_pinned = self.device.type == "cuda"
+        self.read_ahead.pop(batch - 1, None)
+        for index in (batch, batch + 1):
+            if index not in self.read_ahead:
+                reading = self.reader.submit(self.excerpts.batch, index, is_pinned)
+                self.read_ahead[index] = reading
         self.pcm.copy_(self.read_ahead[batch].result()[window], non_blocking=True)
-        if replay == 0:
-            for before, after in zip(self.state, self.next_state):
-                before.zero_() if window == 0 else before.copy_(after)
+        for before, after in zip(self.state, self.next_state):
+            if window == 0:
+                before.zero_()
+            else:
+                before.copy_(after)
+
+    def stop_if_nothing_is_learnt(self):
+        if self.made % MAX_SKIPPED == 0 and self.counts["skipped_in_a_row"] >= MAX_SKIPPED:
+            raise UserError(
+                f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
+                f"update {self.made}; start again with a lower --lr or --grad_clip"
+            )
+
+    def save_and_exit(self, signal_number):
+        save_checkpoint(self.checkpoint(), self.folder / LAST)
+        if is_first():
+            print(f"stopped after update {self.made}; go on with the same command and --resume")
+        sys.exit(128 + signal_number)
 
     def monitor(self):
-        """A log line with held-out bounds, best.pt where iwae_k, of every objective, is highest yet, and last.pt."""
-        h, folder, counts, progress = self.h, self.folder, self.counts, self.progress
+        """A log line with held-out bounds; best.pt where iwae_k is highest yet; and last.pt.
+
+        The choice is by one bound for every objective: iwae_k of the first of eval_k.
+        """
+        h, folder, counts = self.h, self.folder, self.counts
         by_window = window_bounds(
             self.averaged,
             self.corpus,
@@ -1505,123 +1166,109 @@ class Training:
             h.monitor_windows,
             smc=h.eval_k[0] if self.monitor_smc else 0,
         )
+        train_loss = counts["loss_sum"] / counts["losses"]
         line = dict(
-            update=progress["updates"],
-            sequences=progress["updates"] * h.batch_size,
-            seconds=progress["seconds"],
-            train_loss=(counts.loss_sum / counts.losses).item() if counts.losses else None,
-            grad_norm=counts.grad_norm.item(),
-            clipped=counts.clipped.item(),
-            skipped=counts.skipped.item(),
+            update=self.made,
+            sequences=self.made * h.batch_size,
+            seconds=self.seconds,
+            train_loss=train_loss.item() if counts["losses"] else None,
+            grad_norm=counts["grad_norm"].item(),
+            clipped=counts["clipped"].item(),
+            skipped=counts["skipped"].item(),
             valid=summarise(by_window, h.seq_frames, h.x_dim, self.corpus),
         )
-        counts.loss_sum.zero_()
-        counts.losses.zero_()
+        counts["loss_sum"].zero_()
+        counts["losses"].zero_()
         self.log.append(line)
         if is_first():
-            with folder.log.open("a") as log:
+            with (folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
             tqdm.write(progress_line(h, line))  # above the bar, where there is one
             sys.stdout.flush()
-        tracked, checkpoint = (
-            line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"],
-            self.checkpoint(),
-        )
-        if tracked > progress["best"]:
-            progress["best"] = tracked
-            folder.save(
-                folder.best,
-                {**{name: checkpoint[name] for name in PARTS}, "model": checkpoint["averaged"]},
-            )
-        folder.save(folder.last, checkpoint)
+        chosen_by = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"]
+        is_best = chosen_by > self.best
+        self.best = max(self.best, chosen_by)
+        checkpoint = self.checkpoint()
+        if is_best:
+            best = {part: checkpoint[part] for part in PARTS}
+            save_checkpoint(best | dict(model=checkpoint["averaged"]), folder / BEST)
+        save_checkpoint(checkpoint, folder / LAST)
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
-        states = {
-            i: torch.cat(gather(part.cpu())) for i, part in enumerate(self.state + self.next_state)
-        }
+        states = self.state + self.next_state
         return dict(
             config=self.config,
             mean=self.corpus.mean,
             std=self.corpus.std,
-            update=self.progress["updates"],
+            update=self.made,
             model=self.model.state_dict(),
             averaged=self.averaged.state_dict(),
-            states=states,
-            counts=vars(self.counts),
+            states={i: torch.cat(gather(part.cpu())) for i, part in enumerate(states)},
+            counts=self.counts,
             optimiser=self.optimiser.state_dict(),
             log=self.log,
             generator=self.generator.get_state(),
-            progress=self.progress,
+            seconds=self.seconds,
+            best=self.best,
         )
 
     def restore(self, checkpoint):
-        """Go on from a state, in place. UserError where it is of another run; a damaged one may raise anything."""
+        """Go on from a state, in place. UserError where it is of another run."""
         before, *lines = checkpoint["log"]
         refuse_changes(before, self.log[0])
+        if checkpoint["update"] > self.h.max_updates:
+            raise UserError(
+                f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; "
+                "give no fewer"
+            )
         self.log = [{**before, "config": self.config}, *lines]
         self.model.load_state_dict(checkpoint["model"])
         self.averaged.load_state_dict(checkpoint["averaged"])
         self.generator.set_state(checkpoint["generator"])
-        for name, count in vars(self.counts).items():
+        for name, count in self.counts.items():
             count.copy_(checkpoint["counts"][name])
-        for part, saved in zip(
-            self.state + self.next_state, checkpoint["states"].values(), strict=True
-        ):
+        saved_states = checkpoint["states"].values()
+        for part, saved in zip(self.state + self.next_state, saved_states, strict=True):
             part.copy_(saved[my_part(len(saved))].view_as(part))
         for i, moments in enumerate(self.optimiser.state.values()):
             for name, tensor in moments.items():
                 tensor.copy_(checkpoint["optimiser"]["state"][i][name])
-        self.progress |= {
-            name: type(zero)(checkpoint["progress"][name]) for name, zero in self.progress.items()
-        }
-        if self.progress["updates"] != checkpoint["update"]:
-            raise ValueError("its numbers of updates differ")
-        if checkpoint["update"] > self.h.max_updates:
-            raise UserError(
-                f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; give no fewer"
-            )
+        self.made = checkpoint["update"]
+        self.seconds = checkpoint["seconds"]
+        self.best = checkpoint["best"]
 
     def finish(self):
-        """Evaluate best.pt, or the checkpoint of --evaluate, on the test split: eval.json, windows.csv and samples/."""
-        h, folder, model, corpus = self.h, self.folder, self.averaged, self.corpus
-        if not h.evaluate:
-            if not folder.best.exists():
-                raise UserError(
-                    f"{folder.best} is missing, or no bound was finite; start again, with a lower --lr"
-                )
-            load_checkpoint(folder.best, "--resume", self.take_trained)
-        smc = max(h.eval_k)
-        by_window = window_bounds(model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=smc)
-        if is_first():
-            result = dict(
-                script=self.config["script"],
-                name=self.config["name"],
-                checkpoint=h.evaluate or folder.best.name,
-                data=describe_corpus(corpus),
-                split="test",
-                update=self.progress["updates"],
-                windows=len(by_window["elbo"]),
-                frames=h.seq_frames,
-                bounds=summarise(by_window, h.seq_frames, h.x_dim, corpus),
-                yardsticks=evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim),
+        """Evaluate best.pt on the test split: eval.json, windows.csv and samples/."""
+        best = self.folder / BEST
+        if not best.exists():
+            raise UserError(
+                f"{best} is missing, or no bound was finite; start again, with a lower --lr"
             )
-            if h.eval_recordings:
-                result["whole_recordings"] = evaluate_recordings(
-                    model, corpus, corpus.test, smc, h.eval_recordings
-                )
-            write_durably(folder.windows, windows_table(by_window, h.seq_frames))
-            write_durably(folder.eval, json.dumps(result, indent=1) + "\n")
-            print(
-                f"{h.evaluate or folder.best}, update {result['update']:,}",
-                *evaluation_table(result),
-                sep="\n",
+        checkpoint = read_checkpoint(best, "--resume")
+        load_parameters(self.averaged, checkpoint, best, "--resume")
+        evaluate(self.h, self.averaged, checkpoint, self.corpus, self.folder, self.config, BEST)
+
+
+def refuse_missing_features(h, model):
+    """UserError where a hyperparameter asks for what a user's model does not have."""
+    asked = (
+        ("weight_norm", "constrain_weights", "--weight_norm=0"),
+        ("mirrored_init", "mirror", "--no-mirrored_init"),
+        ("bf16", "bf16", "--no-bf16"),
+    )
+    for option, feature, off in asked:
+        if getattr(h, option) and not hasattr(model, feature):
+            raise UserError(
+                f"--{option}: {type(model).__name__} has no {feature}; give {off}, or write it"
             )
-            if hasattr(model, "generate"):
-                write_samples(model, corpus, corpus.test, folder.samples)
-            print(folder.eval, flush=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def average_over_processes(tensors):
+    """Replace tensors by their means over all processes."""
+    total = nn.utils.parameters_to_vector(tensors)
+    dist.all_reduce(total)
+    nn.utils.vector_to_parameters(total / job()[1], tensors)
 
 
 def ensure_demo_data(path):
@@ -1629,461 +1276,145 @@ def ensure_demo_data(path):
     if path == DEMO["data"] and not Path(path).exists() and is_first():
         print(f"making synthetic demo data in {path}", flush=True)
         script = Path(__file__).with_name("prepare_blizzard.py")
-        if status := subprocess.run(
-            [sys.executable, script, "--demo"], stdout=subprocess.DEVNULL
-        ).returncode:
-            sys.exit(status)
+        making = subprocess.run([sys.executable, script, "--demo"], stdout=subprocess.DEVNULL)
+        if making.returncode:
+            sys.exit(making.returncode)
     gather("the data is there")
 
 
 def progress_line(h, line):
-    bound, rate = f"iwae_{h.eval_k[0]}", line["update"] / line["seconds"]
-    nats = " ".join(
-        f"{name} {line['valid'][name]['nats_per_frame']:.2f}" for name in (bound, "elbo", "kl")
+    """What is printed of a line of the log."""
+    valid, tracked = line["valid"], f"iwae_{h.eval_k[0]}"
+    nats = [f"{name} {valid[name]['nats_per_frame']:.2f}" for name in (tracked, "elbo", "kl")]
+    text = (
+        f"update {line['update']:,} | {line['sequences']:,} sequences | "
+        f"valid {' '.join(nats)} nats/frame | {valid[tracked]['bits_per_sample']:.3f} bits/sample | "
+        f"{line['update'] / line['seconds']:.2f} updates/s"
     )
-    skipped = f" | {line['skipped']} updates skipped as not finite" if line["skipped"] else ""
-    return (
-        f"update {line['update']:,} | {line['sequences']:,} sequences | valid {nats} nats/frame | "
-        f"{line['valid'][bound]['bits_per_sample']:.3f} bits/sample | {rate:.2f} updates/s{skipped}"
-    )
+    if line["skipped"]:
+        text += f" | {line['skipped']} updates skipped as not finite"
+    return text
 
 
-# ---- run folder -----------------------------------------------------------------------------------------------------
-
-FREE_ON_RESUME = {
-    "max_updates",
-    "monitor_every",
-    "out_dir",
-}  # nothing in the state of a run depends on them
-ANOTHER_RUN = "start another --out_dir, with --init_from best.pt or last.pt, if whole, to keep what was learnt"
-
-
-class RunFolder:
-    """The files of a run, of which only the first process of a job writes any; --resume needs last.pt and best.pt."""
-
-    def __init__(self, h):
-        folder = self.folder = Path(h.out_dir)
-        self.config, self.log, self.last, self.best, self.eval, self.windows, self.samples = map(
-            folder.joinpath,
-            (
-                "config.json",
-                "log.jsonl",
-                "last.pt",
-                "best.pt",
-                "eval.json",
-                "windows.csv",
-                "samples",
-            ),
-        )
-        has_state = self.last.exists()
-        if h.resume and not has_state:
-            raise UserError(
-                f"--resume: there is no {self.last} to go on from; start without --resume"
-            )
-        if not h.resume and (has_state or self.eval.exists() or h.evaluate and self.log.exists()):
-            remedy = (
-                "pass --resume to go on with it, or " * (has_state and not h.evaluate)
-                + "give another --out_dir"
-            )
-            raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
-
-    def start(self, config, log):
-        """Keep other processes out, and begin the log; an evaluation has none."""
-        if is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.descriptor = lock(self.folder)
-            self.eval.unlink(missing_ok=True)  # of a run that goes on
-            write_durably(self.config, json.dumps(config, indent=1) + "\n")
-            if log:
-                write_durably(self.log, "".join(json.dumps(line) + "\n" for line in log))
-
-    def save(self, path, checkpoint):
-        """Write a checkpoint such that path holds the old or the new one, whole."""
-        if is_first():
-            try:
-                with durably(path) as partial:
-                    torch.save(checkpoint, partial)
-            except (OSError, RuntimeError) as error:
-                raise UserError(
-                    f"{path} cannot be written ({first_line(error)}); make room and --resume"
-                ) from None
-
-
-def refuse_changes(before, now):
-    """UserError where the state that is saved does not fit what the header of the log would be now."""
-    was, is_now = (
-        {**header["config"], "data": header["data"], "device": header["device"][:4]}
-        for header in (before, now)
-    )
-    for name in is_now:
-        if name not in FREE_ON_RESUME and was.get(name) != is_now[name]:
-            raise UserError(
-                f"--resume: --{name} was {was.get(name)} and is now {is_now[name]}, which does not fit the "
-                "saved state; give the old value, or start another --out_dir"
-            )
-
-
-PARTS = dict(
-    model=dict, config=dict, update=int, mean=float, std=float
-)  # what it takes to evaluate a checkpoint
-
-
-def load_checkpoint(path, option, use=lambda checkpoint: None):
-    """Read a checkpoint, executing nothing in it, and use it, as an option asks. UserError where it is of no use."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
-            if archive.testzip():
-                raise ValueError("its checksum is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for part, kind in PARTS.items():
-            if not isinstance(checkpoint.get(part), kind):
-                raise ValueError(f"it has no usable {part}")
-        if not (
-            math.isfinite(checkpoint["mean"])
-            and 0 < checkpoint["std"] < math.inf
-            and checkpoint["update"] >= 0
-        ):
-            raise ValueError("its mean, std or update is out of range")
-        if not all(p.isfinite().all() for p in checkpoint["model"].values()):
-            raise ValueError("its parameters are not finite")
-        use(checkpoint)
-        return checkpoint
-    except UserError:
-        raise
-    except Exception as error:  # a damaged checkpoint can raise anything
-        why = f"is not a usable checkpoint ({first_line(error)})"
-        if isinstance(error, FileNotFoundError):
-            why = "does not exist"
-        elif of_model := re.search(
-            r"loading state_dict for (\w+)", str(error)
-        ):  # so PyTorch says it
-            why = f"holds another model than this {of_model[1]}, or one of other sizes"
-        remedy = ANOTHER_RUN if option == "--resume" else f"name another, or start without {option}"
-        raise UserError(f"{option}: {path} {why}; {remedy}") from None
-
-
-def commit():
-    """The commit of this code, with + where a file differs from it; None outside a repository."""
-    git = [
-        "git",
-        "-C",
-        Path(__file__).parent,
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+",
-    ]
-    with contextlib.suppress(OSError):  # where there is no git
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-
-
-# ---- hyperparameters ------------------------------------------------------------------------------------------------
-
-# What --demo puts in place of the values at the top of a script: small enough for two CPU cores and three minutes.
-DEMO = dict(
-    data="data/demo.h5",
-    x2s_dim=128,
-    z2s_dim=128,
-    q_z_dim=128,
-    p_z_dim=128,
-    p_x_dim=128,
-    rnn_dim=128,
-    z_dim=32,
-    ar_order=16,
-    batch_size=16,
-    lr=1e-3,
-    max_updates=1000,
-    monitor_every=50,
-    x_noise_updates=500,
-)
-
-MOST = 1_000_000_000
-RANGES = {
-    name: (1, MOST)
-    for name in (
-        "k",
-        *SIZES,
-        "seq_frames",
-        "reset_freq",
-        "batch_size",
-        "max_updates",
-        "monitor_every",
-        "monitor_windows",
-        "eval_k",
-        "x_noise_updates",
-    )
-}
-RANGES |= {
-    name: (0, MOST)
-    for name in (
-        "z_dim",
-        "ar_order",
-        "seed",
-        "lr_updates",
-        "eval_recordings",
-        "grad_clip",
-        "weight_norm",
-        "x_noise",
-    )
-} | dict(lr=(1e-30, MOST), ema=(0, 1 - 1e-9))
-RESERVED = ("resume", "demo", "help", "script", "name", "model_class")
-NEEDED = {
-    *RANGES,
-    "data",
-    "out_dir",
-    "device",
-    "bf16",
-    "mirrored_init",
-    "dequantize",
-    "init_from",
-    "evaluate",
-} - {"k", *SIZES[1:]}  # by Training
-
-
-def parse(script, argv=None):
-    """The hyperparameters of a script, a dataclass whose fields are int, float, str, bool or tuple[int, ...], each with
-    a default and each a flag, whose help is the comment behind it; beside them are --resume and --demo. With --evaluate
-    CHECKPOINT, what is not given is the checkpoint's. Returns an instance, with `resume` set. Raises UserError."""
-    kinds = kinds_of(script)
-    parser = OneLineParser(
-        prog=f"{script_of(script)}.py",
-        description=sys.modules[script.__module__].__doc__,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    comments = dict(
-        found
-        for cls in reversed(script.__mro__[:-1])
-        for found in re.findall(r"^ +(\w+):.*? # *(.*)$", inspect.getsource(cls), re.MULTILINE)
-    )
-    for field in dataclasses.fields(script):
-        about = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        how = (
-            dict(action=argparse.BooleanOptionalAction)
-            if kinds[field.name] is bool
-            else dict(type=FROM_TEXT[kinds[field.name]], metavar=field.name.upper())
-        )
-        parser.add_argument(f"--{field.name}", help=about, **how)
-    parser.add_argument(
-        "--resume", action="store_true", default=False, help="go on from last.pt in out_dir"
-    )
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        default=False,
-        help="small sizes and synthetic data, for about three minutes on two CPU cores",
-    )
-    given = vars(parser.parse_args(argv))
-    changed = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}") if given["demo"] else {}
-    if path := given.get("evaluate"):
-        for name in ["resume"] * given["resume"] + [size for size in SIZES if size in given]:
-            raise UserError(
-                f"--{name} cannot be given beside --evaluate={path}, which trains nothing and takes its "
-                "sizes from the checkpoint; leave it out"
-            )
-        config = {
-            "ar_order": 0,
-            **load_checkpoint(path, "--evaluate")["config"],
-        }  # older ones have none
-        changed |= {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config.items()
-            if name not in ("out_dir", "device", "evaluate")
-        }
-    h = script(**{name: value for name, value in {**changed, **given}.items() if name in kinds})
-    check_values(h, kinds)
-    h.resume = given["resume"]
-    return h
-
-
-def script_of(cls):
-    return Path(sys.modules[cls.__module__].__file__).stem
-
-
-def kinds_of(script):
-    """{field: type} of a script's dataclass. Raises UserError where a line of it cannot become a flag."""
-    kinds = typing.get_type_hints(script)
-    with_default = {
-        f.name for f in dataclasses.fields(script) if f.default is not dataclasses.MISSING
-    }
-    without_type = [
-        name
-        for cls in script.__mro__[:-1]
-        for name, value in vars(cls).items()
-        if not (
-            name.startswith("_")
-            or callable(value)
-            or hasattr(value, "__get__")
-            or name in inspect.get_annotations(cls)
-        )
-    ]
-    for name, kind in (kinds | dict.fromkeys(without_type)).items():
-        if kind not in FROM_TEXT or name not in with_default - {*RESERVED}:
-            raise UserError(
-                f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = VALUE below "
-                "@dataclass, with a type of int, float, str, bool or tuple[int, ...], and by no name of "
-                f"{', '.join(RESERVED)}"
-            )
-    for name in sorted(NEEDED - kinds.keys()):
-        raise UserError(
-            f"{script_of(script)}.py: there is no hyperparameter {name}; add one, as in vrnn_gauss.py"
-        )
-    return kinds
-
-
-def whole_number(text):
-    """'20000', '20_000' and '2e4' as an int."""
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError(text)
-    return int(number)
-
-
-FROM_TEXT = {
-    int: whole_number,
-    float: float,
-    str: str,
-    bool: bool,
-    tuple[int, ...]: lambda text: tuple(map(whole_number, text.split(","))),
-}
-whole_number.__name__, FROM_TEXT[tuple[int, ...]].__name__ = (
-    "whole number",
-    "comma-separated list of whole numbers",
-)
-
-
-def check_values(h, kinds):
-    """Raise UserError where a hyperparameter is of another type than its field's, or out of its range."""
-    for name, kind in kinds.items():
-        value = getattr(h, name)
-        if kind is float and type(value) is int:
-            setattr(h, name, value := float(value))
-        parts, part_kind = (value, int) if kind == tuple[int, ...] else ((value,), kind)
-        if type(parts) is not tuple or {*map(type, parts)} != {part_kind}:
-            raise UserError(f"--{name}={value!r} is no {FROM_TEXT[kind].__name__}; give one")
-        least, most = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
-        if kind not in (str, bool) and not all(least <= part <= most for part in parts):
-            raise UserError(
-                f"--{name}={value} is out of range; give a number of at least {least}, at most {most}"
-            )
-    if not h.out_dir:
-        raise UserError("--out_dir is empty; give the folder of the run, such as runs/first")
-    if getattr(h, "z_dim", 1) == 0 and getattr(h, "k", 1) > 1:
-        raise UserError(
-            f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; give --k=1"
-        )
-
-
-# ---- excerpts -------------------------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 
 
 class Excerpts:
-    """Training excerpts of reset_freq windows each, in an order that is a function of (seed, epoch) alone. Each
-    recording is cut into as many whole excerpts as it holds, from a start that is drawn anew every epoch, so that all
-    of it is seen. What an epoch holds beyond whole batches is left out of it."""
+    """Training excerpts of reset_freq windows each, in an order set by (seed, epoch) alone.
+
+    Each recording is cut into as many whole excerpts as it holds, from a start that is drawn anew
+    every epoch, so that all of it is seen. What an epoch holds beyond whole batches is left out.
+    """
 
     def __init__(self, split, x_dim, seq_frames, reset_freq, batch_size, seed):
-        self.split, self.batch_size, self.seed, self.epoch = split, batch_size, seed, None
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = None
         self.shape = (-1, reset_freq, seq_frames, x_dim)
         self.samples = reset_freq * seq_frames * x_dim
         self.counts, self.slack = np.divmod(np.diff(split.offsets), self.samples)
         self.batches_per_epoch = int(self.counts.sum()) // batch_size
         if self.batches_per_epoch == 0:
             raise UserError(
-                f"train has {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too few for "
-                f"--batch_size={batch_size}; give a smaller one or --reset_freq, or more recordings"
+                f"train has {self.counts.sum()} excerpts of {self.samples / SAMPLE_RATE:g} s, too "
+                f"few for --batch_size={batch_size}; give a smaller one or --reset_freq, or more "
+                "recordings"
             )
 
     def batch(self, index, is_pinned=False):
-        """This process's windows of batch `index`, counted from the start of training: int16 (reset_freq, T, B, X)."""
+        """This process's windows of batch `index` of training: int16 (reset_freq, T, B, X)."""
         epoch, index = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            order, shift = (
-                random.permutation(self.counts.sum()),
-                random.integers(0, self.slack, endpoint=True),
-            )
-            starts = window_starts(self.split, self.samples) + np.repeat(shift, self.counts)
-            self.epoch, self.starts = epoch, starts[order]
-        starts = self.starts[index * self.batch_size : (index + 1) * self.batch_size][
-            my_part(self.batch_size)
-        ]
-        pcm = torch.from_numpy(self.split.read(starts, self.samples))
-        windows = (
-            pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()
-        )  # else copying one to a GPU waits for it
+            self.starts = self.starts_of(epoch)
+            self.epoch = epoch
+        starts = self.starts[index * self.batch_size : (index + 1) * self.batch_size]
+        pcm = torch.from_numpy(self.split.read(starts[my_part(self.batch_size)], self.samples))
+        # Contiguous: to copy a window to a GPU would wait for it otherwise.
+        windows = pcm.view(self.shape).permute(1, 2, 0, 3).contiguous()
         return windows.pin_memory() if is_pinned else windows
 
+    def starts_of(self, epoch):
+        """First samples of the excerpts of an epoch, in its order."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(self.counts.sum())
+        shift = random.integers(0, self.slack, endpoint=True)
+        starts = piece_starts(self.split, self.samples) + np.repeat(shift, self.counts)
+        return starts[order]
 
-def window_starts(split, samples, at_most=math.inf):
-    """First samples of the non-overlapping windows of every recording: all, or at_most of them evenly spread."""
+
+def piece_starts(split, samples, at_most=math.inf):
+    """First samples of the non-overlapping pieces of `samples` that the recordings hold.
+
+    All of them, or at_most, evenly spread. Raises UserError where there are none.
+    """
     counts = np.diff(split.offsets) // samples
     nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(split.offsets[:-1], counts) + nth * samples
     if len(starts) == 0:
         raise UserError(
-            f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; give "
-            "longer recordings or a smaller --seq_frames"
+            f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; "
+            "give longer recordings or a smaller --seq_frames"
         )
-    return (
-        starts
-        if at_most >= len(starts)
-        else starts[np.linspace(0, len(starts) - 1, at_most).round().astype(int)]
-    )
+    return evenly_spread(starts, at_most)
+
+
+def evenly_spread(items, at_most):
+    """At most so many of the elements of an array, the first and the last among them."""
+    if at_most >= len(items):
+        return items
+    return items[np.linspace(0, len(items) - 1, at_most).round().astype(int)]
 
 
 def normalise(pcm, corpus, uniform=None):
-    """int16 samples to zero mean and unit variance; with uniform noise on [0, 1), dequantised by +-1/2 LSB."""
+    """int16 samples to zero mean and unit variance; dequantised by uniform noise on [0, 1)."""
     x = pcm.float() if uniform is None else pcm + (uniform - 0.5)
     return (x - corpus.mean) / corpus.std
 
 
-# ---- HDF5 -----------------------------------------------------------------------------------------------------------
+# ---- HDF5 ----------------------------------------------------------------------------------------
 
 FORMAT = dict(format="vrnn-audio", version=1, sample_rate=SAMPLE_RATE)  # attributes of every file
 SPLITS = ("train", "valid", "test")
-SYNTHETIC = (
-    "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo data
-)
+SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo
 REMAKE = "make it again with prepare_blizzard.py"
 MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
 
 
 class SplitWriter:
-    """Appends whole recordings to one group of the HDF5 file; total and squares are sums over their samples."""
+    """Appends whole recordings to one group of the HDF5 file."""
 
     def __init__(self, group, share):
-        self.group, self.share, self.offsets, self.names, self.total, self.squares = (
-            group,
-            share,
-            [0],
-            [],
-            0,
-            0,
-        )
+        self.group = group
+        self.share = share
+        self.offsets = [0]
+        self.names = []
+        self.total = self.squares = 0  # sums over all samples
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
     def append(self, name, blocks):
-        """Append one recording; the next is written over one that fails half-way. Raises BadAudio."""
-        start, end, total, squares = self.offsets[-1], self.offsets[-1], 0, 0
+        """Append one recording; the next is written over one that fails half-way.
+
+        Raises BadAudio.
+        """
+        start = end = self.offsets[-1]
+        total = squares = 0
         for block in guarded(blocks):
             require_space(Path(self.group.file.filename).parent)
             self.audio.resize((end + len(block),))
             self.audio[end:] = block
             end += len(block)
             wide = block.astype(np.int64)
-            total, squares = total + int(wide.sum()), squares + int(wide @ wide)
+            total += int(wide.sum())
+            squares += int(wide @ wide)
+        if end == start:
+            raise BadAudio("it holds no samples")
         if squares * (end - start) == total**2:
-            raise BadAudio(
-                f"all of its {end - start:,} samples are the same"
-                if end > start
-                else "it holds no samples"
-            )
+            raise BadAudio(f"all of its {end - start:,} samples are the same")
         self.offsets.append(end)
         self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
-        self.total, self.squares = self.total + total, self.squares + squares
+        self.total += total
+        self.squares += squares
 
     def close(self):
         """Returns mean and standard deviation."""
@@ -2102,49 +1433,58 @@ def convert(
     force=False,
     strict=False,
     created_by="prepare_blizzard.py",
+    complete=None,
 ):
-    """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
-    each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or the exception that
-    stands in their way. Each goes, whole, to the split that is furthest below its share of the samples so far, so that
-    a rerun gives the same splits; one that raises is skipped, or an error (strict). Returns ["source: why skipped"]."""
+    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
+
+    recordings: (source, name, blocks) each: where it lies, its name, and an iterator over its
+    samples in 1-D int16 arrays at 16 kHz, or the BadAudio that stands in their way. Each goes,
+    whole, to the split that is furthest below its share of the samples so far, so that a rerun
+    gives the same splits; one that raises is skipped, or an error (strict). complete: called with
+    the path of the file when all recordings are in it, to add to it. Returns
+    ["source: why skipped"]. Raises UserError.
+    """
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        stop_requests() as received,
-        durably(out) as partial,
-        h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
-    ):
-        writers = [
-            SplitWriter(file.create_group(split), share)
-            for split, share in zip(SPLITS, (1 - valid - test, valid, test))
-        ]
-        skipped = []
-        for source, name, blocks in recordings:
-            if received:
-                sys.exit(128 + received[0])
-            so_far = sum(writer.offsets[-1] for writer in writers)
-            neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
-            try:
-                neediest.append(name, blocks)
-            except BadAudio as why:
-                skipped.append(f"{source}: {why}")
-                if strict:
-                    raise UserError(
-                        f"{skipped[-1]}; mend or remove it, or do without --strict"
-                    ) from None
-        counts = [len(writer.names) for writer in writers]
-        if 0 in counts:
+    shares = dict(train=1 - valid - test, valid=valid, test=test)
+    with stop_requests() as received, durably(out) as partial:
+        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+            writers = [SplitWriter(file.create_group(split), shares[split]) for split in SPLITS]
+            skipped = write_recordings(recordings, writers, strict, received)
+            (mean, std), *_ = [writer.close() for writer in writers]
+            file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
+        if complete:
+            complete(partial)
+    return skipped
+
+
+def write_recordings(recordings, writers, strict, received):
+    """Append each to a split. Returns ["source: why skipped"]. received: signals to stop."""
+    skipped = []
+    for source, name, blocks in recordings:
+        if received:
+            sys.exit(128 + received[0])
+        so_far = sum(writer.offsets[-1] for writer in writers)
+        neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
+        try:
+            neediest.append(name, blocks)
+        except BadAudio as why:
+            skipped.append(f"{source}: {why}")
+            if strict:
+                remedy = "mend or remove it, or do without --strict"
+                raise UserError(f"{skipped[-1]}; {remedy}") from why
+    counts = {split: len(writer.names) for split, writer in zip(SPLITS, writers)}
+    for split, count in counts.items():
+        if count == 0:
             why = f" (skipped: {skipped[0]})" if skipped else ""
             raise UserError(
-                f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
+                f"{sum(counts.values())} usable recordings leave none for the split {split}{why}; "
                 "give more recordings or a larger --valid and --test"
             )
-        (mean, std), *_ = [writer.close() for writer in writers]
-        file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
     return skipped
 
 
@@ -2156,7 +1496,7 @@ def require_space(folder):
 
 @dataclasses.dataclass
 class Split:
-    """audio: int16 HDF5 dataset, recordings back to back; offsets: (recordings + 1,) int64."""
+    """Recordings back to back. audio: int16 HDF5 dataset; offsets: (recordings + 1,) int64."""
 
     name: str
     audio: h5py.Dataset
@@ -2170,72 +1510,75 @@ class Split:
             raise UserError(
                 f"data file {self.audio.file.filename} is damaged in split {self.name} "
                 f"({first_line(error)}); {REMAKE}"
-            ) from None
+            ) from error
+
+
+@dataclasses.dataclass
+class Corpus:
+    """A data file that is open. mean and std: of train, in int16 units."""
+
+    path: str
+    created_by: str
+    mean: float
+    std: float
+    train: Split
+    valid: Split
+    test: Split
+    yardsticks: dict  # {"windows" or "recordings": {name: bits per sample}} of the test split
 
 
 def open_corpus(path):
-    """An HDF5 file: its Splits train, valid and test, path, created_by, mean and std (int16 units, of train)."""
+    """The Corpus of an HDF5 file. Raises UserError where it is none."""
     try:
-        file = h5py.File(
-            path, "r", rdcc_nbytes=0
-        )  # excerpts are random: a chunk cache would only read more
-        cache = (
-            file.id.get_mdc_config()
-        )  # of the chunk index: it would grow by 38 MB over 283 hours, and win no time
-        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = (
-            True,
-            *[1 << 17] * 3,
-        )
-        file.id.set_mdc_config(cache)
+        file = open_hdf5(path)
         if {name: file.attrs.get(name) for name in FORMAT} != FORMAT:
-            raise BadAudio(
-                f"is HDF5 but not of {', '.join(f'{name} {value}' for name, value in FORMAT.items())}"
-            )
-        mean, std = (float(file.attrs.get(name, math.nan)) for name in ("mean", "std"))
+            expected = ", ".join(f"{name} {value}" for name, value in FORMAT.items())
+            raise ValueError(f"it is not of {expected}")
+        mean = float(file.attrs.get("mean", math.nan))
+        std = float(file.attrs.get("std", math.nan))
         if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise BadAudio("has no usable mean and std")
-        splits = {
-            name: Split(name, file[name]["audio"], file[name]["offsets"][:]) for name in SPLITS
-        }
-        for name, split in splits.items():
-            audio, offsets = split.audio, split.offsets
-            if not (
-                isinstance(audio, h5py.Dataset)
-                and (audio.dtype, audio.ndim) == ("int16", 1)
-                and (offsets.dtype, offsets.ndim) == ("int64", 1)
-                and len(offsets) > 1
-                and offsets[0] == 0
-                and offsets[-1] == len(audio)
-                and (np.diff(offsets) > 0).all()
-            ):
-                raise BadAudio(f"has inconsistent offsets in split {name}")
-        return SimpleNamespace(
-            path=str(path),
-            created_by=str(file.attrs.get("created_by")),
-            mean=mean,
-            std=std,
-            **splits,
-        )
-    except Exception as error:  # a damaged file can raise anything
-        if not Path(path).exists():
-            raise UserError(
-                f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER --out "
-                f"{path}', name another with --data, or try --demo"
-            ) from None
-        why = (
-            error
-            if isinstance(error, BadAudio)
-            else f"is not a readable HDF5 file ({first_line(error)})"
-        )
-        raise UserError(f"data file {path} {why}; {REMAKE}") from None
+            raise ValueError("it has no usable mean and std")
+        splits = {name: read_split(file, name) for name in SPLITS}
+        created_by = str(file.attrs.get("created_by"))
+        yardsticks = json.loads(file.attrs.get("yardsticks", "{}"))
+        return Corpus(str(path), created_by, mean, std, **splits, yardsticks=yardsticks)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER "
+            f"--out {path}', name another with --data, or try --demo"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        why = first_line(error)
+        raise UserError(f"data file {path} is not readable HDF5 ({why}); {REMAKE}") from error
 
 
-# ---- arrays (.npz, .npy) --------------------------------------------------------------------------------------------
+def open_hdf5(path):
+    # Excerpts are random: a cache of chunks would only read more.
+    file = h5py.File(path, "r", rdcc_nbytes=0)
+    # That of the chunk index would grow by 38 MB over 283 hours, and win no time.
+    cache = file.id.get_mdc_config()
+    cache.set_initial_size = True
+    cache.initial_size = cache.min_size = cache.max_size = 1 << 17
+    file.id.set_mdc_config(cache)
+    return file
+
+
+def read_split(file, name):
+    """A Split of an HDF5 file. Raises ValueError."""
+    audio, offsets = file[name]["audio"], file[name]["offsets"][:]
+    is_audio = isinstance(audio, h5py.Dataset) and (audio.dtype, audio.ndim) == ("int16", 1)
+    if not (is_audio and (offsets.dtype, offsets.ndim) == ("int64", 1)):
+        raise ValueError(f"its split {name} is not of int16 audio and int64 offsets")
+    ends_match = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(audio)
+    if not (ends_match and (np.diff(offsets) > 0).all()):
+        raise ValueError(f"it has inconsistent offsets in split {name}")
+    return Split(name, audio, offsets)
+
+
+# ---- arrays (.npz, .npy) -------------------------------------------------------------------------
 
 BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
-MAX_EXPANSION = (
-    100  # of a zip archive; speech shrinks to about a half, digital silence to a thousandth
-)
+MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about half, silence to a thousandth
 
 
 class BadAudio(Exception):
@@ -2244,74 +1587,76 @@ class BadAudio(Exception):
 
 def natural_order(text):
     """Sort key that puts data_9 before data_10, and no two texts in one place."""
-    return [
-        int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", str(text)))
-    ], str(text)
+    parts = re.split("([0-9]+)", str(text))
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], str(text)
 
 
 def guarded(blocks):
-    """blocks, with whatever a damaged file makes NumPy, zipfile or soundfile raise, here or before, as BadAudio."""
+    """blocks, with whatever a damaged file makes NumPy, zipfile or soundfile raise as BadAudio."""
+    if isinstance(blocks, BadAudio):
+        raise blocks
     try:
-        if isinstance(blocks, Exception):
-            raise blocks
         yield from blocks
-    except Exception as error:
-        raise (
-            error
-            if isinstance(error, BadAudio)
-            else BadAudio(f"it cannot be read ({first_line(error)})")
-        ) from None
+    except BadAudio:
+        raise
+    except Exception as error:  # a decoder may raise anything
+        raise BadAudio(f"it cannot be read ({first_line(error)})") from error
 
 
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks), as for `convert`, of each recording in a .npz or .npy file: an array or, with allow_pickle,
-    one of an array of arrays, to read which executes what the file says. Raises what makes the whole file unusable."""
-    load = functools.partial(
-        np.load, allow_pickle=allow_pickle, encoding="latin1"
-    )  # Python 2 wrote some
+    """Yield (name, blocks), as for `convert`, of each recording in a .npz or .npy file.
+
+    A recording is an array or, with allow_pickle, one of an array of arrays, to read which
+    executes what the file says. Raises what makes the whole file unusable.
+    """
+    # Python 2 wrote some.
+    load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")
     if path.suffix.lower() == ".npy":
-        yield from recordings_of(lambda: load(path, mmap_mode=None if allow_pickle else "r"), name)
+        mmap_mode = None if allow_pickle else "r"
+        yield from recordings_of(lambda: load(path, mmap_mode=mmap_mode), name)
         return
     with path.open("rb") as file, load(file) as archive:
         expanded = sum(member.file_size for member in archive.zip.infolist())
         if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
+            fold = expanded // path.stat().st_size
             raise BadAudio(
-                f"it expands {expanded // path.stat().st_size:,}-fold, as no speech does; store what it "
-                "should hold with numpy.savez"
+                f"it expands {fold:,}-fold, as no speech does; store what it should hold with "
+                "numpy.savez"
             )
         members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")
         for member in sorted(members, key=natural_order):
-            yield from recordings_of(
-                functools.partial(archive.__getitem__, member),
-                f"{name}/{member.removesuffix('.npy')}",
-            )
+            load_member = functools.partial(archive.__getitem__, member)
+            yield from recordings_of(load_member, f"{name}/{member.removesuffix('.npy')}")
 
 
 def recordings_of(load, name):
-    """The recordings of one array: itself, or each of its elements where it is an array of arrays."""
+    """The recordings of one array: itself, or each of its elements where it is one of arrays."""
     try:
         array = np.asanyarray(load())
     except Exception as error:  # a damaged header can raise anything
+        why = f"it cannot be read ({first_line(error)})"
         if re.search("allow_pickle|Python objects", str(error)):
-            error = BadAudio(
-                "it is an array of arrays, a pickle, and reading one executes what it says; save every "
-                "recording with numpy.savez, or pass --allow_pickle if you trust the file"
+            why = (
+                "it is an array of arrays, a pickle, and reading one executes what it says; save "
+                "every recording with numpy.savez, or pass --allow_pickle if you trust the file"
             )
-        yield name, error
+        yield name, BadAudio(why)
+        return
+    if array.dtype.hasobject:
+        for i, part in enumerate(array.flat):
+            yield f"{name}/{i}", pcm16_blocks(part)
     else:
-        parts = (
-            {f"{name}/{i}": part for i, part in enumerate(array.flat)}
-            if array.dtype.hasobject
-            else {name: array}
-        )
-        yield from ((name, pcm16_blocks(part)) for name, part in parts.items())
+        yield name, pcm16_blocks(array)
 
 
 def pcm16_blocks(array):
-    """int16 blocks of one recording, its first channel, of any real dtype: int16 as it is; wider integers as int16
-    where all fit, as 32-bit full scale where some exceed 24 bits; floats of full scale 1, or as int16 where whole."""
+    """int16 blocks of one recording, its first channel, of any real dtype.
+
+    int16 as it is; wider integers as int16 where all fit, as 32-bit full scale where some exceed
+    24 bits; floats of full scale 1, or as int16 where whole.
+    """
     array = np.asarray(array)
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], 1024):
@@ -2322,7 +1667,7 @@ def pcm16_blocks(array):
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
     samples = array[:, 0] if len(shape) == 2 else array
     blocks = [samples[start : start + BLOCK] for start in range(0, len(samples), BLOCK)]
-    if (kind, itemsize) == ("i", 2):
+    if kind == "i" and itemsize == 2:
         yield from (block.astype(np.int16) for block in blocks)
         return
     peak = np.max([0, *(np.abs(block.astype(np.float64)).max() for block in blocks)])
@@ -2333,11 +1678,11 @@ def pcm16_blocks(array):
         scale = 1 << 15
     elif kind == "i" and 1 << 23 < peak <= 1 << 31:
         scale = 2.0**-16
+    elif not np.isfinite(peak):
+        raise BadAudio("it holds NaN or infinity; remove or repair these samples")
     else:
         raise BadAudio(
             f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
-            if np.isfinite(peak)
-            else "it holds NaN or infinity; remove or repair these samples"
         )
     yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
@@ -2347,37 +1692,327 @@ def to_int16(samples):
     return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
-# ---- processes and errors -------------------------------------------------------------------------------------------
+# ---- run folder and checkpoints ------------------------------------------------------------------
+
+LOG, LAST, BEST, EVAL = "log.jsonl", "last.pt", "best.pt", "eval.json"  # files of a run
+FREE_ON_RESUME = {"max_updates", "monitor_every", "out_dir"}  # no state of a run depends on them
+
+# What it takes to evaluate a checkpoint, and what a training needs besides to go on from one.
+PARTS = dict(model=dict, config=dict, update=int, mean=float, std=float)
+STATE = dict(
+    averaged=dict,
+    states=dict,
+    counts=dict,
+    optimiser=dict,
+    log=list,
+    generator=torch.Tensor,
+    seconds=float,
+    best=float,
+)
+
+
+def claim(h):
+    """The folder of a run or an evaluation that begins or goes on. UserError where it is taken."""
+    folder = Path(h.out_dir)
+    has_state = (folder / LAST).exists()
+    if h.resume and not has_state:
+        raise UserError(
+            f"--resume: there is no {folder / LAST} to go on from; start without --resume"
+        )
+    is_evaluated = (folder / EVAL).exists() or (h.evaluate and (folder / LOG).exists())
+    if (has_state or is_evaluated) and not h.resume:
+        remedy = "give another --out_dir"
+        if has_state and not h.evaluate:
+            remedy = f"pass --resume to go on with it, or {remedy}"
+        raise UserError(f"{folder} already holds a run or an evaluation; {remedy}")
+    return folder
+
+
+def start(folder, config, log=()):
+    """Keep other processes out of a folder, and begin its log; an evaluation has none.
+
+    Only the first process of a job writes anything.
+    """
+    if not is_first():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)  # until the process ends
+    (folder / EVAL).unlink(missing_ok=True)  # of a run that goes on
+    write_durably(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    if log:
+        write_durably(folder / LOG, "".join(json.dumps(line) + "\n" for line in log))
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint such that path holds the old or the new one, whole."""
+    if is_first():
+        try:
+            with durably(path) as partial:
+                torch.save(checkpoint, partial)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path} cannot be written ({first_line(error)}); make room and --resume"
+            ) from error
+
+
+def config_of(h, name=None):
+    """Hyperparameters as they are kept, with their script and the name of the objective."""
+    config = json.loads(json.dumps(dataclasses.asdict(h)))
+    for not_kept in ("evaluate", "resume", "demo"):
+        del config[not_kept]
+    script = script_of(type(h))
+    return config | dict(script=script, name=name or script)
+
+
+def refuse_changes(before, now):
+    """UserError where a saved state does not fit what the header of the log would be now."""
+    was, is_now = (
+        {**header["config"], "data": header["data"], "device": header["device"][:4]}
+        for header in (before, now)
+    )
+    for name in is_now:
+        if name not in FREE_ON_RESUME and was.get(name) != is_now[name]:
+            raise UserError(
+                f"--resume: --{name} was {was.get(name)} and is now {is_now[name]}, which does not "
+                "fit the saved state; give the old value, or start another --out_dir"
+            )
+
+
+def read_checkpoint(path, option, more_parts=None):
+    """Read a checkpoint, executing nothing in it.
+
+    option: the flag that asks for it; more_parts: what it needs besides PARTS, {name: type}.
+    UserError where it is of no use.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_parts(checkpoint, PARTS | (more_parts or {}))
+        return checkpoint
+    except FileNotFoundError as error:
+        raise refusal(path, option, "does not exist") from error
+    except Exception as error:  # a damaged file can raise anything
+        why = f"is not a usable checkpoint ({first_line(error)})"
+        raise refusal(path, option, why) from error
+
+
+def check_parts(checkpoint, parts):
+    """ValueError where a checkpoint lacks a part, or has a senseless one. parts: {name: type}."""
+    for part, kind in parts.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), kind):
+            raise ValueError(f"it has no usable {part}")
+    std_is_usable = math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf
+    if not std_is_usable or checkpoint["update"] < 0:
+        raise ValueError("its mean, std or update is out of range")
+    if not all(torch.is_tensor(p) and p.isfinite().all() for p in checkpoint["model"].values()):
+        raise ValueError("its parameters are not finite")
+    checkpoint["config"] = json.loads(json.dumps(checkpoint["config"]))
+
+
+def load_parameters(model, checkpoint, path, option):
+    """Give a model the parameters of a checkpoint. UserError where they are another model's."""
+    name = type(model).__name__
+    why = f"holds another model than this {name}, or one of other sizes"
+    # The same parameters mean something else to another class.
+    if checkpoint["config"].get("model_class", name) != name:
+        raise refusal(path, option, why)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:  # so PyTorch says that names or shapes differ
+        raise refusal(path, option, why) from error
+
+
+def refusal(path, option, why):
+    """The UserError for a checkpoint that an option asks for in vain."""
+    remedy = f"name another, or start without {option}"
+    if option == "--resume":
+        remedy = (
+            "start another --out_dir, with --init_from best.pt or last.pt, if whole, to keep what "
+            "was learnt"
+        )
+    return UserError(f"{option}: {path} {why}; {remedy}")
+
+
+def commit():
+    """The commit of this code, with + where a file differs from it; None outside a repository."""
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    git = ["git", "-C", Path(__file__).parent, *describe]
+    with contextlib.suppress(OSError):  # where there is no git
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+# What --demo puts in place of the values at the top of a script: small enough for two CPU cores.
+DEMO = dict(
+    data="data/demo.h5",
+    x2s_dim=128,
+    z2s_dim=128,
+    q_z_dim=128,
+    p_z_dim=128,
+    p_x_dim=128,
+    rnn_dim=128,
+    z_dim=32,
+    ar_order=16,
+    batch_size=16,
+    lr=1e-3,
+    max_updates=1000,
+    monitor_every=50,
+    x_noise_updates=500,
+)
+
+# The least that makes sense of each, where it is not any number.
+LEAST = dict.fromkeys(SIZES, 1)
+LEAST |= dict.fromkeys(("k", "seq_frames", "reset_freq", "batch_size", "max_updates"), 1)
+LEAST |= dict.fromkeys(("monitor_every", "monitor_windows", "eval_k", "x_noise_updates"), 1)
+LEAST |= dict.fromkeys(("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings"), 0)
+LEAST |= dict.fromkeys(("grad_clip", "weight_norm", "x_noise", "ema"), 0)
+LEAST |= dict(lr=1e-30)
+
+RESUME = "go on from last.pt in out_dir"
+SMALL = "small sizes and synthetic data, for about three minutes on two CPU cores"
+
+
+def parse(script, argv=None):
+    """The hyperparameters of a script: an instance of its dataclass, with `resume` and `demo`.
+
+    Every field is a flag, whose help is the comment behind it; beside them are --resume and
+    --demo. With --evaluate CHECKPOINT, what is not given is the checkpoint's. Raises UserError.
+    """
+    refuse_untyped(script)
+    bare = [("resume", bare_flag(RESUME), False), ("demo", bare_flag(SMALL), False)]
+    is_frozen = script.__dataclass_params__.frozen
+    flags = dataclasses.make_dataclass(script.__name__, bare, bases=(script,), frozen=is_frozen)
+    flags.__module__ = script.__module__
+
+    h = parse_flags(flags, argv)
+    defaults = {}
+    if h.demo:
+        defaults = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}")
+    if h.evaluate:
+        if h.resume:
+            raise UserError(
+                f"--resume cannot be given beside --evaluate={h.evaluate}, which trains nothing; "
+                "leave it out"
+            )
+        defaults = configuration_in(h.evaluate)
+    fields = {field.name for field in dataclasses.fields(script)}
+    defaults = {name: value for name, value in defaults.items() if name in fields}
+    if defaults:
+        h = parse_flags(flags, argv, default=flags(**defaults))
+    check_values(h)
+    return h
+
+
+def bare_flag(text):
+    """The type of a Boolean field without a --no-flag."""
+    return Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)]
+
+
+def configuration_in(path):
+    """The hyperparameters of a checkpoint that --evaluate takes over."""
+    config = read_checkpoint(path, "--evaluate")["config"]
+    config = {"ar_order": 0, **config}  # older ones have none
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.items()
+        if name not in ("out_dir", "device")
+    }
+
+
+def parse_flags(flags, argv=None, default=None):
+    """An instance of a dataclass from command-line arguments, by default those of the process.
+
+    Its help is that of its comments and its module's docstring.
+    Raises UserError in place of tyro's framed message, and SystemExit after --help.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                flags,
+                prog=f"{script_of(flags)}.py",
+                description=sys.modules[flags.__module__].__doc__,
+                args=argv,
+                use_underscores=True,
+                **({} if default is None else dict(default=default)),
+            )
+    except SystemExit as end:
+        if end.code == 0:  # after --help
+            raise
+        message = framed_message(printed.getvalue())
+    names = [field.name for field in dataclasses.fields(flags)]
+    candidates = [prefix + name for name in names for prefix in ("--", "--no-")]
+    if unknown := re.match("Unrecognized options: ([^ ,=]+)", message):
+        message = f"unknown argument {unknown[1]!r}"
+        if nearest := difflib.get_close_matches(unknown[1], candidates, n=1):
+            message += f", did you mean {nearest[0]}?"
+    raise UserError(f"{message}; {script_of(flags)}.py --help lists what is valid")
+
+
+def framed_message(text):
+    """The sentence that tyro prints at the top of its frame."""
+    lines = []
+    for line in re.findall(r"^│ (.*) │$", text, re.MULTILINE):
+        if line.startswith("───"):
+            break
+        lines.append(line.strip())
+    return " ".join(lines).rstrip(".")
+
+
+def script_of(cls):
+    """The name of the file that a class is written in."""
+    return Path(sys.modules[cls.__module__].__file__).stem
+
+
+def refuse_untyped(script):
+    """UserError where a value in a script's dataclass has no type: it would be no flag."""
+    for cls in script.__mro__[:-1]:
+        for name, value in vars(cls).items():
+            is_value = not (name.startswith("_") or callable(value) or isinstance(value, property))
+            if is_value and name not in inspect.get_annotations(cls):
+                raise UserError(
+                    f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = "
+                    "VALUE below @dataclass"
+                )
+
+
+def check_values(h):
+    """UserError where a hyperparameter is out of its range."""
+    for name, least in LEAST.items():
+        value = getattr(h, name, least)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (isinstance(number, (int, float)) and least <= number < math.inf):
+                raise UserError(f"--{name}={value} is out of range; give at least {least}")
+    if h.ema >= 1:
+        raise UserError(f"--ema={h.ema} never follows the weights; give less than 1")
+    if not (h.out_dir and h.eval_k):
+        raise UserError("--out_dir or --eval_k is empty; give the folder of the run, or a number")
+    if h.z_dim == 0 and h.k > 1:
+        raise UserError(
+            f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; "
+            "give --k=1"
+        )
+
+
+# ---- processes and errors ------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """Something only the user can mend; its text names the file or option, the problem and the remedy."""
+    """Something only the user can mend; its text names file or option, problem and remedy."""
 
 
 def run_as_script(main):
-    """Call main(); what only the user can mend becomes one sentence on stderr and exit status 2."""
+    """Call main(); what only the user can mend becomes one sentence and exit status 2."""
     try:
         return main()
-    except UserError as error:
-        why = error
-    except OSError as error:
-        why = (
-            f"{error.filename or 'a file'} cannot be read or written ({first_line(error)}); check its path, its "
-            "permissions and the free space"
-        )
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search(
-            "out of memory|allocate memory|enough memory", str(error)
-        ):
-            why = "the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the widths"
-        elif job()[1] > 1:
-            why = (
-                f"process {job()[0]} of {job()[1]} lost the others ({first_line(error)}); see what the first of "
-                "them to end said, and go on with --resume"
-            )
-        else:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        why = explanation(error)
+        if why is None:
             raise
     print(f"error: {why}", file=sys.stderr, flush=True)
     if job()[1] > 1:
@@ -2386,25 +2021,42 @@ def run_as_script(main):
     sys.exit(2)
 
 
+def explanation(error):
+    """What a user can do about an error; None where it is a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'a file'} cannot be read or written ({first_line(error)}); check "
+            "its path, its permissions and the free space"
+        )
+    is_memory = re.search("out of memory|allocate memory|enough memory", str(error))
+    if isinstance(error, MemoryError) or is_memory:
+        return (
+            "the memory does not suffice for these sizes; lower --batch_size, --k, --eval_k or the "
+            "widths"
+        )
+    rank, processes = job()
+    if processes > 1:
+        return (
+            f"process {rank} of {processes} lost the others ({first_line(error)}); see what the "
+            "first of them to end said, and go on with --resume"
+        )
+    return None
+
+
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, with the nearest valid flag where one was mistyped."""
-
-    def error(self, message):
-        if unknown := re.match("unrecognized arguments: ([^ =]+)", message):
-            nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message = f"unknown argument {unknown[1]!r}" + (
-                f", did you mean {nearest[0]}?" if nearest else ""
-            )
-        raise UserError(f"{message}; {self.prog} --help lists what is valid")
+    """The first line of an error's text, for a sentence of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """A list that gets Ctrl-C or SIGTERM, so that what is in hand can be finished; the same once more kills."""
+    """A list that gets Ctrl-C or SIGTERM, so that what is in hand can be finished.
+
+    The same signal once more kills.
+    """
     received = []
 
     def receive(number, frame):
@@ -2413,19 +2065,20 @@ def stop_requests():
 
     with contextlib.ExitStack() as last:
         for number in (signal.SIGINT, signal.SIGTERM):
-            last.callback(signal.signal, number, signal.signal(number, receive))
+            before = signal.signal(number, receive)
+            last.callback(signal.signal, number, before)
         yield received
 
 
 def lock(path):
-    """A descriptor that holds a file or folder against other processes, until it is closed or the process ends."""
+    """A descriptor that holds a file or folder against other processes, until it is closed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError as error:
         raise UserError(
             f"{path} is being written by another process; wait for it, or give another name"
-        ) from None
+        ) from error
     except OSError:  # some network file systems know no locks
         pass
     return descriptor
@@ -2433,10 +2086,14 @@ def lock(path):
 
 @contextlib.contextmanager
 def durably(path):
-    """Where to write a file, by one process at a time; it becomes `path` once it is whole and on the disk."""
+    """Where to write a file; it becomes `path` once it is whole and on the disk.
+
+    One process at a time.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.touch()
-    descriptor, folder = lock(partial), os.open(path.parent, os.O_RDONLY)
+    descriptor = lock(partial)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         yield partial
         os.fsync(descriptor)
@@ -2444,33 +2101,33 @@ def durably(path):
         os.fsync(folder)  # the new name as well
     finally:
         partial.unlink(missing_ok=True)
-        os.close(descriptor), os.close(folder)
+        os.close(descriptor)
+        os.close(folder)
 
 
 def write_durably(path, text):
+    """Write a text file by `durably`."""
     with durably(path) as partial:
         partial.write_text(text)
 
 
-def start_processes(batch_size):
+def start_processes():
     """Set up arithmetic, memory and, under torchrun, the job; returns its number of processes."""
-    torch.set_flush_denormal(
-        True
-    )  # the gradients of particles that have lost their weight are denormal, and slow
+    # The gradients of particles that have lost their weight are denormal, and slow.
+    torch.set_flush_denormal(True)
+    # Keep what is freed: faulting the same large blocks in again costs a tenth of every update.
     with contextlib.suppress(OSError, AttributeError):  # where the C library is not glibc
-        # keep what is freed: faulting the same large blocks in again costs a tenth of every update on a CPU
-        m_trim_threshold, m_mmap_max, libc = -1, -4, ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, -1)
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-    if batch_size % (processes := job()[1]):
-        raise UserError(
-            f"--batch_size={batch_size} does not divide among {processes} processes; start as many as do"
-        )
-    return processes
+    return job()[1]
 
 
 def choose_device(name):
+    """The torch.device of --device. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and job()[1] > 1:
@@ -2482,21 +2139,23 @@ def choose_device(name):
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         raise UserError(
             f"--device={name} cannot be used ({first_line(error)}); try --device=cpu"
-        ) from None
+        ) from error
     return device
 
 
 def describe(device):
+    """A device in words."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return (
-        f"{device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
-    )
+    cpu = platform.processor() or platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads, {cpu}"
 
 
 def job():
     """(rank of this process, number of processes) under torchrun; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def is_first():
@@ -2516,3 +2175,341 @@ def gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+# ---- fast recurrence (skip it at a first reading) ------------------------------------------------
+#
+# VRNN.recurrence once more, with its gradient written out: four times as fast at small sizes.
+# tests/test_model.py holds it to tests/plain.py. First the products, then the two sweeps.
+
+
+def by_onednn(rows, weight):
+    """Whether to ask oneDNN for a product with so many rows.
+
+    On a CPU in float32, where there is much to multiply, it is faster than the library that PyTorch
+    asks on AMD, and as fast on Intel. To set it up takes 20 us.
+    """
+    is_large = weight.numel() >= 1 << 17 and rows * weight.numel() >= 1 << 24
+    is_float_on_cpu = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return is_large and is_float_on_cpu and torch.backends.mkldnn.is_available()
+
+
+def onednn(weight, bias, then, x):
+    """then(x weight^T + bias), where `then` is "none" or "relu"."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+
+
+def product(x, weight, bias=None):
+    """x weight^T + bias, for x of (., in) and weight of (out, in)."""
+    if by_onednn(x.shape[:-1].numel(), weight):
+        return onednn(weight, bias, "none", x)
+    return F.linear(x, weight, bias)
+
+
+def repeated_product(weight, rows):
+    """The function x -> x weight^T, of at most (rows, in), for many frames.
+
+    To lay the weight out once saves up to half the time.
+    """
+    if by_onednn(rows, weight):
+        return functools.partial(onednn, weight, None, "none")
+    transposed = weight.t().contiguous()
+    return lambda x: torch.mm(x, transposed)
+
+
+def repeated_relu_layer(weight, bias, rows):
+    """The function that writes relu(x weight^T + bias) to its second argument, for many frames."""
+    if by_onednn(rows, weight):
+        return lambda x, out: out.copy_(onednn(weight, bias, "relu", x))
+    transposed = weight.t().contiguous()
+    return lambda x, out: torch._addmm_activation(bias, x, transposed, out=out)
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradient by products of the same speed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        x, weight = ctx.saved_tensors
+        d_x = product(d, weight.t()) if ctx.needs_input_grad[0] else None
+        d_bias = d.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return d_x, over_all_rows(d, x), d_bias
+
+
+def over_all_rows(d, below):
+    """Gradient of a weight from those of its outputs and from its inputs, both (., rows, .)."""
+    return d.flatten(0, -2).t() @ below.flatten(0, -2)
+
+
+# The ReLU layers of the two networks inside the recurrence, in one list.
+POSTERIOR = range(3)  # its second to fourth
+PHI_Z = range(3, 7)
+
+
+def has_fast_recurrence(model):
+    """Whether a VRNN has the networks and the steps that are written out below."""
+    layers = [type(layer) for layer in (*model.posterior, *model.phi_z)]
+    steps = [getattr(type(model), step) for step in ("q_z", "into_lstm", "lstm", "recurrence")]
+    return layers == [nn.ReLU, *[Linear, nn.ReLU] * 3, Head, *[Linear, nn.ReLU] * 4] and steps == [
+        VRNN.q_z,
+        VRNN.into_lstm,
+        VRNN.lstm,
+        VRNN.recurrence,
+    ]
+
+
+def fast_recurrence(model, phi_x, noise, h, c, k, ancestors):
+    """What VRNN.recurrence returns."""
+    dtype = phi_x.dtype
+    # The posterior's first layer and the gates see phi_x(x_t) and h_{t-1}: one product for both.
+    x_weight = torch.cat((model.posterior_x.weight, model.lstm_x.weight)).to(dtype)
+    x_bias = torch.cat((model.posterior_x.bias, model.lstm_x.bias)).to(dtype)
+    h_weight = torch.cat((model.posterior_h.weight, model.lstm_h.weight)).to(dtype)
+    from_x = Product.apply(phi_x, x_weight, x_bias)
+    *hidden, head_weight, head_bias = model.posterior.parameters()
+    layers = [p.to(dtype) for p in (*hidden, *model.phi_z.parameters())]
+    h_before, phi_z, q_mean, q_sigma, h, c = Recurrence.apply(
+        k,
+        torch.is_grad_enabled(),
+        ancestors,
+        from_x,
+        noise,
+        h,
+        c,
+        head_weight,
+        head_bias,
+        h_weight,
+        model.lstm_z.weight.to(dtype),
+        *layers,
+    )
+    return h_before, phi_z, (q_mean, q_sigma), h, c
+
+
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
+relu_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+class Recurrence(torch.autograd.Function):
+    """The frames of a rollout, forwards and backwards.
+
+        a_t = from_x_t + [posterior_h | lstm_h] h_{t-1},    split into a_t^q and a_t^gates
+        q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
+        h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
+
+    The backward sweep carries gradients of h and c from frame to frame, and leaves those of
+    pre-activations in `d_*` for all frames, so that the gradient of each weight is one product over
+    all T*B*K rows. Products are in the precision of from_x, but for the head; noise, z, c, mean and
+    sigma keep their own. Ancestors get no gradient.
+
+    Below, name_at[t] is the view of frame t of the tensor `name` (a tuple of views, where it is a
+    list of tensors), made once: to make them in the loop takes longer than small products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        k,
+        keep,
+        ancestors,
+        from_x,
+        noise,
+        h,
+        c,
+        head_weight,
+        head_bias,
+        h_weight,
+        z_weight,
+        *layers,
+    ):
+        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward
+        sweep will follow. layers: weight and bias of those of POSTERIOR and of PHI_Z. Returns
+        h_before (T, B*k, R), phi_z (T, B*k, .), q_mean, q_sigma (T, B*k, Z), and h, c after the
+        last frame.
+        """
+        frames, rows, z_dim = noise.shape
+        rnn_dim = h.shape[1]
+        weights, biases = layers[::2], layers[1::2]
+
+        def room(width, like=from_x, keep=keep):
+            """For all frames; without a backward sweep each writes over the one before."""
+            return like.new_empty(frames if keep else 1, rows, width).expand(frames, -1, -1)
+
+        h_all = from_x.new_empty(frames + 1, rows, rnn_dim)
+        c_all = c.new_empty(frames + 1, rows, rnn_dim)
+        h_all[0] = h
+        c_all[0] = c
+        mean = room(z_dim, c, keep=True)
+        sigma = room(z_dim, c, keep=True)
+        # acts holds a_t at first, then activations: relu(a_t^q) and the four gates.
+        acts = room(len(h_weight))
+        acts_q, gates = acts.tensor_split([-4 * rnn_dim], dim=2)
+        z = room(z_dim, c)
+        tanh_c = room(rnn_dim, c)
+        # of each layer; the last one's is phi_z(z_t), which is returned
+        outputs = [room(len(weight)) for weight in weights[:-1]]
+        outputs.append(room(len(weights[-1]), keep=True))
+
+        from_h = repeated_product(h_weight, rows)
+        from_q = repeated_product(head_weight, rows)
+        from_phi_z = repeated_product(z_weight, rows)
+        relu_layer = [
+            repeated_relu_layer(weight, bias, rows) for weight, bias in zip(weights, biases)
+        ]
+
+        x_at, noise_at = views(from_x.unsqueeze(2), noise)
+        h_at, c_at, tanh_c_at = views(h_all, c_all, tanh_c)
+        acts_q_at, gates_at = views(acts_q, gates)
+        acts_by_particle_at = acts.unflatten(1, (-1, k)).unbind()
+        sigmoids_at = gates[:, :, rnn_dim:].unbind()
+        each_gate_at = frame_by_frame(gates.chunk(4, dim=2))
+        mean_at, sigma_at, z_at = views(mean, sigma, z)
+        output_at = views(*outputs)
+
+        for t in range(frames):
+            # what x_t and h_{t-1} say of z_t and of the gates
+            acts_t = acts_by_particle_at[t]
+            torch.add(from_h(h_at[t]).view_as(acts_t), x_at[t], out=acts_t)
+
+            # posterior: mean and sigma of z_t
+            below = acts_q_at[t].relu_()
+            for i in POSTERIOR:
+                below = relu_layer[i](below, output_at[i][t])
+            units = from_q(below.to(head_weight.dtype)).add_(head_bias)
+            of_mean, of_sigma = units.chunk(2, dim=1)
+            mean_at[t].copy_(of_mean)
+            torch.add(F.softplus(of_sigma), SIGMA_FLOOR, out=sigma_at[t])
+
+            # z_t and phi_z(z_t)
+            torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t])
+            below = z_at[t].to(from_x.dtype)
+            for i in PHI_Z:
+                below = relu_layer[i](below, output_at[i][t])
+
+            # the LSTM: c_t and h_t
+            gates_at[t].add_(from_phi_z(below))
+            candidate, input_, forget, o = each_gate_at[t]
+            candidate.tanh_()
+            sigmoids_at[t].sigmoid_()
+            torch.mul(forget, c_at[t], out=c_at[t + 1]).addcmul_(input_, candidate)
+            torch.tanh(c_at[t + 1], out=tanh_c_at[t])
+            torch.mul(o, tanh_c_at[t], out=h_at[t + 1])
+
+            if ancestors is not None:
+                for part in (h_at[t + 1], c_at[t + 1]):
+                    part.copy_(part[ancestors[t]])
+
+        ctx.k = k
+        ctx.ancestors = ancestors
+        own = (noise, h_weight, z_weight, head_weight, sigma, h_all, c_all, tanh_c, acts, z)
+        ctx.save_for_backward(*own, *outputs, *weights)
+        last_h = h_all[-1].to(h.dtype, copy=True)
+        return h_all[:-1], outputs[-1], mean, sigma, last_h, c_all[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_h_before, d_phi_z, d_mean, d_sigma, d_h, d_c):
+        *own, sigma, h_all, c_all, tanh_c, acts, z = ctx.saved_tensors[:10]
+        noise, h_weight, z_weight, head_weight = own
+        outputs, weights = ctx.saved_tensors[10:17], ctx.saved_tensors[17:]
+        frames, rows, rnn_dim = tanh_c.shape
+        acts_q, gates = acts.tensor_split([-4 * rnn_dim], dim=2)
+        softplus_slope = -torch.expm1(SIGMA_FLOOR - sigma)  # from its value
+
+        # of pre-activations, in the layout of the forward sweep
+        d_acts = torch.empty_like(acts)
+        d_acts_q, d_gates = d_acts.tensor_split([-4 * rnn_dim], dim=2)
+        d_units = head_weight.new_empty(frames, rows, len(head_weight))
+        d_outputs = [torch.empty_like(output) for output in outputs]
+        # of h_t and c_t, carried from frame to frame
+        d_h = d_h.clone()
+        d_c = d_c.clone()
+        scratch = torch.empty_like(d_c)
+
+        to_h = repeated_product(h_weight.t(), rows)
+        to_phi_z = repeated_product(z_weight.t(), rows)
+        to_q = repeated_product(head_weight.t(), rows)
+        to_input = [repeated_product(weight.t(), rows) for weight in weights]
+
+        noise_at, slope_at = views(noise, softplus_slope)
+        c_at, tanh_c_at = views(c_all, tanh_c)
+        acts_q_at = acts_q.unbind()
+        d_acts_at, d_acts_q_at, d_gates_at = views(d_acts, d_acts_q, d_gates)
+        each_gate_at = frame_by_frame(gates.chunk(4, dim=2))
+        d_each_gate_at = frame_by_frame(d_gates.chunk(4, dim=2))
+        d_units_at = d_units.unbind()
+        d_halves_at = frame_by_frame(d_units.chunk(2, dim=2))
+        output_at = views(*outputs)
+        d_output_at = views(*d_outputs)
+        d_h_before_at, d_phi_z_at = views(d_h_before, d_phi_z)
+        d_mean_at, d_sigma_at = views(d_mean, d_sigma)
+
+        for t in reversed(range(frames)):
+            if ctx.ancestors is not None:
+                d_h = torch.zeros_like(d_h).index_add_(0, ctx.ancestors[t], d_h)
+                d_c = torch.zeros_like(d_c).index_add_(0, ctx.ancestors[t], d_c)
+
+            # the LSTM: from h_t and c_t to its gates and c_{t-1}
+            candidate, input_, forget, o = each_gate_at[t]
+            d_candidate, d_input, d_forget, d_o = d_each_gate_at[t]
+            torch.mul(d_h, o, out=scratch)
+            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c_at[t]))
+            sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
+            sigmoid_backward(torch.mul(d_c, candidate, out=scratch), input_, grad_input=d_input)
+            sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
+            tanh_backward(torch.mul(d_c, input_, out=scratch), candidate, grad_input=d_candidate)
+            d_c.mul_(forget)
+
+            # phi_z, to z_t
+            d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
+            for i in reversed(PHI_Z):
+                relu_backward(d, output_at[i][t], 0, grad_input=d_output_at[i][t])
+                d = to_input[i](d_output_at[i][t])
+            d_z = d.to(d_mean.dtype)
+
+            # the posterior: mean and sigma, to a_t^q
+            d_of_mean, d_of_sigma = d_halves_at[t]
+            torch.add(d_z, d_mean_at[t], out=d_of_mean)
+            d_z.mul_(noise_at[t]).add_(d_sigma_at[t])
+            torch.mul(d_z, slope_at[t], out=d_of_sigma)
+            d = to_q(d_units_at[t]).to(acts.dtype)
+            for i in reversed(POSTERIOR):
+                relu_backward(d, output_at[i][t], 0, grad_input=d_output_at[i][t])
+                d = to_input[i](d_output_at[i][t])
+            relu_backward(d, acts_q_at[t], 0, grad_input=d_acts_q_at[t])
+
+            # to h_{t-1}
+            torch.add(to_h(d_acts_at[t]), d_h_before_at[t], out=d_h)
+
+        d_from_x = d_acts
+        if ctx.k > 1:
+            d_from_x = d_acts.view(frames, -1, ctx.k, acts.shape[2]).sum(2)
+        d_layers = []
+        # of each layer: that below it, but for the first of each network
+        inputs = [acts_q, *outputs[:2], z.to(acts.dtype), *outputs[3:-1]]
+        for d, below in zip(d_outputs, inputs):
+            d_layers += [over_all_rows(d, below), d.sum((0, 1))]
+        return (
+            *(None, None, None, d_from_x, None, d_h, d_c),
+            over_all_rows(d_units, outputs[2].to(d_units.dtype)),
+            d_units.sum((0, 1)),
+            over_all_rows(d_acts, h_all[:-1]),
+            over_all_rows(d_gates, outputs[-1]),
+            *d_layers,
+        )
+
+
+def views(*tensors):
+    """For each tensor the views of its frames."""
+    return [tensor.unbind() for tensor in tensors]
+
+
+def frame_by_frame(tensors):
+    """For each frame a tuple of its views in several tensors."""
+    return list(zip(*views(*tensors)))

@@ -14,12 +14,16 @@ import common
 class Hyperparameters:
     """Each is also a flag: --lr 1e-4, --lr=1e-4, --no-dequantize. With --demo, small ones replace these."""
 
+    # data
     data: str = "data/blizzard.h5"  # HDF5 file made by prepare_blizzard.py
-    out_dir: str = (
-        "runs/vrnn_gauss_iwae"  # where the run goes: log, checkpoints, evaluation, generated speech
-    )
+    out_dir: str = "runs/vrnn_gauss_iwae"  # where log, checkpoints, evaluation and speech go
     seed: int = 0  # of initialisation, excerpt order and all noise in training
     device: str = "auto"  # auto takes a GPU if there is one; cpu, cuda, cuda:1, ...
+    seq_frames: int = 40  # frames in a window, through which gradients flow (40 = 0.5 s)
+    reset_freq: int = 4  # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
+    batch_size: int = 128  # sequences in an update, before they are copied k times
+
+    # model
     x_dim: int = 200  # samples in a frame (12.5 ms at 16 kHz)
     z_dim: int = 200  # latent variables in a frame; 0 = an LSTM without them
     rnn_dim: int = 1000  # LSTM units
@@ -29,44 +33,41 @@ class Hyperparameters:
     x2s_dim: int = 600  # ... of phi_x, which the other networks see in place of x
     z2s_dim: int = 500  # ... of phi_z, which the other networks see in place of z
     ar_order: int = 0  # past samples that predict each one in the decoder; 0 = none (published)
+    mirrored_init: bool = True  # linear at first, narrow posterior; off = uniform, as published
+    init_from: str = ""  # best.pt of another run to start from
+
+    # objective
     k: int = 5  # particles per sequence
-    seq_frames: int = 40  # frames in a window, through which gradients flow (40 = 0.5 s)
-    reset_freq: int = 4  # windows in an excerpt, over which the LSTM state is carried (4 = 2 s)
-    batch_size: int = 128  # sequences in an update, before they are copied k times
+    dreg: bool = False  # doubly reparameterised gradient (see objective_dreg)
+    resample: bool = False  # resample the particles within a window (see objective_resampled)
+
+    # optimiser
     lr: float = 3e-4  # Adam's learning rate
     lr_updates: int = 0  # updates in which it falls in a line to a hundredth; 0 = constant
     max_updates: int = 100_000  # about six epochs of the 283-hour Blizzard corpus
-    monitor_every: int = 500  # updates between evaluations on the valid split
-    monitor_windows: int = 512  # windows of the valid split in each, spread evenly
-    eval_k: tuple[int, ...] = (
-        5,
-        100,
-    )  # particles of the iwae_k bounds on test; the first is monitored too
-    eval_recordings: int = (
-        100  # recordings of the test split that are also evaluated whole; 0 = none
-    )
-    grad_clip: float = (
-        2560.0  # largest norm of the gradient (published: 5 batch_size); 0 = no limit
-    )
+    grad_clip: float = 2560.0  # largest norm of the gradient (published: 640); 0 = no limit
     weight_norm: float = (
         1.9365  # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
     )
     ema: float = 0.999  # decay of the averaged weights, which are evaluated; 0 = no averaging
     bf16: bool = False  # matrix products of training in bfloat16; evaluation keeps float32
-    mirrored_init: bool = (
-        True  # linear at first, narrow posterior; off = uniform weights, as published
-    )
+
+    # noise
     x_noise: float = 0.3  # initial noise on the normalised samples; 0 = none, as published
     x_noise_updates: int = 2000  # updates in which it falls to a hundredth, and ends
     dequantize: bool = True  # add uniform(-1/2, 1/2) LSB to the 16-bit samples in training
-    as_published: bool = (
-        False  # reproduce what the 2016 script computed (see objective_as_published)
+
+    # evaluation
+    monitor_every: int = 500  # updates between evaluations on the valid split
+    monitor_windows: int = 512  # windows of the valid split in each, spread evenly
+    eval_k: tuple[int, ...] = (
+        5,
+        100,
+    )  # particles of the iwae_k bounds on test; monitored: the first
+    eval_recordings: int = (
+        100  # recordings of the test split that are also evaluated whole; 0 = none
     )
-    init_from: str = ""  # best.pt of another run to start from
     evaluate: str = ""  # checkpoint to evaluate on the test split of data; nothing is trained
-    dreg: bool = False  # doubly reparameterised gradient (see objective_dreg)
-    resample: bool = False  # resample the particles within a window (see objective_resampled)
-    corrections: str = ""  # to as_published, any of sign,time,gradient,batch
 
 
 def objective(rollout):
@@ -92,21 +93,21 @@ def objective_dreg(rollout, log_p_TBK, log_q_TBK):
 
 
 def at_fixed_z(model, x_TBX, phi_x, z, state, k):
-    """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z): functions of the parameters
-    alone, where z is detached. phi_x: that of the Rollout. state: before the window."""
+    """log p(x_t, z_t | .) and log q(z_t | .), (T, B, k) each, of a given z (T, B*k, Z).
+
+    Functions of the parameters alone, where z is detached. phi_x: that of the Rollout. state:
+    before the window.
+    """
     h, c, *memory = state
-    phi_z, gates = None, model.lstm_x(phi_x).repeat_interleave(k, 1)
-    q = prior = z, z  # of no width, without z
+    phi_z = model.phi_z(z.to(phi_x.dtype)) if model.z_dim else None
+    h_before, _, _ = model.along(model.into_lstm(phi_x, phi_z, h), h, c)
+    q_z = p_z = z, z  # of no width, without z
     if model.z_dim:
-        phi_z = model.phi_z(z.to(phi_x.dtype))
-        gates = gates + model.lstm_z(phi_z)
-    h_before, *_ = model.along(gates, h, c)
-    if model.z_dim:
-        from_x = model.posterior_x(phi_x).repeat_interleave(k, 1)
-        q = common.mean_and_sigma(model.posterior(from_x + model.posterior_h(h_before)))
-        prior = common.mean_and_sigma(model.prior(h_before))
-    log_px, _ = model.likelihood.log_density(x_TBX, model.decode(phi_z, h_before), memory, k)
-    log_pz, log_qz = (common.gaussian_log_density(z, *of_z).view_as(log_px) for of_z in (prior, q))
+        q_z = model.q_z(phi_x, h_before)
+        p_z = model.p_z(h_before)
+    log_px, _ = model.likelihood.log_density(x_TBX, model.p_x(phi_z, h_before), memory, k)
+    log_pz = common.gaussian_log_density(z, *p_z).view_as(log_px)
+    log_qz = common.gaussian_log_density(z, *q_z).view_as(log_px)
     return log_px + log_pz, log_qz
 
 
@@ -125,79 +126,53 @@ def objective_resampled(rollout, resampled_TB):
     return -bound_B.mean() / len(log_w_TBK)
 
 
-def objective_as_published(rollout, corrections=()):
-    """The 2016 script: weights inverted (the worst particle gets the most), flattened by the mean over time, with
-    gradient through them, and summed over the batch. corrections undo single ones of these four."""
-    s_BK = -rollout.log_w_TBK.mean(0)
-    logits_BK = -s_BK if "sign" in corrections else s_BK
-    if "time" in corrections:
-        logits_BK = logits_BK * len(rollout.log_w_TBK)
-    weights_BK = logits_BK.softmax(dim=1)
-    if "gradient" in corrections:
-        weights_BK = weights_BK.detach()
-    loss_B = (weights_BK * s_BK).sum(1)
-    return loss_B.mean() if "batch" in corrections else loss_B.sum()
-
-
-def chosen_corrections(h):
-    """Those of h.corrections, once what excludes each other is ruled out."""
-    chosen = [part.strip() for part in h.corrections.split(",") if part.strip()]
-    for part in chosen:
-        if part not in ("sign", "time", "gradient", "batch"):
-            raise common.UserError(
-                f"--corrections={h.corrections}: {part!r} is none of sign,time,gradient,batch; give "
-                "those of them that are to be corrected"
-            )
-    if chosen and not h.as_published:
-        raise common.UserError(
-            f"--corrections={h.corrections} corrects what was published; add --as_published"
-        )
-    if h.as_published + h.dreg + h.resample > 1:
-        raise common.UserError(
-            "--as_published, --dreg and --resample exclude each other; give one of them"
-        )
+def refuse_contradictions(h):
+    """UserError where the flags of IWAE_K make no sense together."""
+    if h.dreg and h.resample:
+        raise common.UserError("--dreg and --resample exclude each other; give one of them")
     if h.resample and h.k < 3:
         raise common.UserError(
             f"--resample with --k={h.k} never resamples: the effective sample size of two particles "
             "is not under 1; give 3 or more"
         )
-    return chosen
 
 
 def main():
     h = common.parse(Hyperparameters)
-    corrections = chosen_corrections(h)
+    if h.evaluate:
+        return common.evaluate_checkpoint(h)
+    refuse_contradictions(h)
     training = common.Training(h, particles=h.k, monitor_smc=h.resample)
 
     @training.captured
     def update():
-        x_TBX, noise, state = training.window(), training.noise(h.k, h.z_dim), training.state
+        x_TBX = training.window()
+        noise = training.noise(h.k, h.z_dim)
         if h.resample:
             uniform_TB = training.draw(torch.rand, h.batch_size, 1).squeeze(2)
             with torch.no_grad():  # no gradient flows through the choice of ancestors
                 filtering = common.particle_filter(
-                    training.model, x_TBX, state, noise, uniform_TB, h.k, resample_last=True
+                    training.model,
+                    x_TBX,
+                    training.state,
+                    noise,
+                    uniform_TB,
+                    h.k,
+                    resample_last=True,
                 )
-            rollout = training.model(x_TBX, state, noise, h.k, filtering.ancestors)
+            rollout = training.model(x_TBX, training.state, noise, h.k, filtering.ancestors)
             loss = objective_resampled(rollout, filtering.resampled_TB)
         else:
-            rollout = training.model(x_TBX, state, noise, h.k)
-            if h.as_published:
-                loss = objective_as_published(rollout, corrections)
-            elif h.dreg:
+            rollout = training.model(x_TBX, training.state, noise, h.k)
+            loss = objective(rollout)
+            if h.dreg:
                 z = (rollout.q_mean + rollout.q_sigma * noise).detach()
-                loss = objective_dreg(
-                    rollout, *at_fixed_z(training.model, x_TBX, rollout.phi_x, z, state, h.k)
+                log_p_TBK, log_q_TBK = at_fixed_z(
+                    training.model, x_TBX, rollout.phi_x, z, training.state, h.k
                 )
-            else:
-                loss = objective(rollout)
+                loss = objective_dreg(rollout, log_p_TBK, log_q_TBK)
         loss.backward()
-        training.step(
-            loss,
-            rollout.state,
-            divide_by=h.batch_size if h.as_published else 1,
-            replace_non_finite=h.as_published,
-        )
+        training.step(loss, rollout.state)
 
     for _ in training.updates():
         update()

@@ -21,7 +21,7 @@ import prepare_blizzard  # noqa: E402
 ROOT = Path(__file__).parent.parent
 SIZES = (
     "--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
-    "--reset_freq=2 --batch_size=4 --eval_k=2,6 --monitor_windows=8 --device=cpu"
+    "--reset_freq=2 --batch_size=4 --eval_k 2 6 --monitor_windows=8 --device=cpu"
 ).split()
 
 
