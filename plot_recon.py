@@ -1,4 +1,4 @@
-"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder, and print a table.
+"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder, and a table.
 
     python plot_recon.py [FOLDER ...]  draws every FOLDER/*/log.jsonl (default: runs),
                                        a row of panels for each folder
@@ -542,6 +542,7 @@ def draw_curves(axis, runs, styles):
         )
     # The first steep updates and single spikes would stretch the axis: a twentieth lies below it.
     axis.set_ylim(bottom=np.quantile(finite, 0.05))
+    axis.locator_params("x", nbins=6)
     seconds = math.prod(runs[0].frame_sizes) / common.SAMPLE_RATE
     axis.set(
         title=f"valid split while training (5 % lie below)\n{title(runs[0].data)}",
@@ -594,8 +595,8 @@ def draw_bits(axis, tested, styles):
         # It is the same for all runs on the same data.
         axis.axvline(bits_of(tested[0], flac[0]), color="0.3", linestyle="--")
         explained += "; dashed: FLAC"
-    title = f"test split, {tested[0].window_count} windows\nlower is better"
-    axis.set(title=title, xlabel=explained)
+    heading = f"test split, {tested[0].window_count} windows\nlower is better"
+    axis.set(title=heading, xlabel=explained)
 
 
 def first_excerpts(folder):

@@ -77,7 +77,7 @@ def evaluation_of(
 
 @pytest.fixture
 def plot(tmp_path, monkeypatch, capsys):
-    """A function that draws folders below tmp_path; the rows of its tables, each a list of cells."""
+    """A function that draws folders below tmp_path; the rows of its tables, as lists of cells."""
     monkeypatch.chdir(tmp_path)
 
     def plot(*arguments):

@@ -61,7 +61,7 @@ KEPT = ("config.json", "log.jsonl", "windows.csv", "eval.json")
 
 
 def lengths(updates):
-    """Flags of a run whose last fifth, at the lowest learning rate, shows whether it has settled."""
+    """Flags of a run whose last fifth, at the lowest learning rate, shows if it has settled."""
     return [f"--max_updates={round(updates)}", f"--lr_updates={round(0.8 * updates)}"]
 
 
