@@ -1,19 +1,26 @@
-"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder, and print it as a table.
+"""Draw recon.png, the held-out comparison, from the logs of all runs in a folder, and a table.
 
-    python plot_recon.py [FOLDER ...]  draws every FOLDER/*/log.jsonl (default: runs), a row of panels for each folder
-    python plot_recon.py --demo        first trains the three scripts on synthetic data where runs/demo lacks them
+    python plot_recon.py [FOLDER ...]  draws every FOLDER/*/log.jsonl (default: runs),
+                                       a row of panels for each folder
+    python plot_recon.py --demo        first trains the three scripts on synthetic data
+                                       where runs/demo lacks them
 
-Left: a held-out bound while training. Middle: how much each objective's tightest test bound is above that of the first,
-in runs of the same seed on the same windows, with the 95 % interval of the mean over seeds. Right: bits per sample.
-Folders made by --evaluate are rows of the table. Beside the .wav files of a run goes their picture, samples.png.
+Left: a held-out bound while training. Middle: by how much the tightest test bound of each objective
+is above that of the first, in runs of the same seed on the same windows, with the 95 % interval of
+the mean over seeds. Right: bits per sample. Folders made by --evaluate are rows of the table.
+Beside the .wav files of a run goes their picture, samples.png.
 """
 
 import argparse
+import collections
 import contextlib
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -28,483 +35,580 @@ from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.ticker import FixedLocator  # noqa: E402
 
 SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
-SPEECH = dict(
-    real="real", sample="generated", continued="real, continued", resynthesised="resynthesised"
-)
-YARDSTICKS = dict(
-    flac="FLAC", linear_prediction_16="linear prediction, order 16", histogram="histogram"
-)
-PERSONAL = {
-    "name",
-    "seed",
-    "out_dir",
-    "data",
-    "device",
-    "monitor_every",
-    "eval_recordings",
-}  # these set no run apart
-SHOWN_BY = {"lr_updates": "max_updates"} | {
-    name: "rnn_dim" for name in common.SIZES if name != "rnn_dim"
+VARIANTS = {"dreg": "DReG", "resample": "resampled", "init_from": "warm"}
+
+# The bounds on log p(x), loosest first: their name in the logs, where {} is the number of
+# particles, and words that no reader takes for an objective. A new bound is added here alone.
+BOUNDS = {
+    "elbo": "variational bound",
+    "iwae_{}": "importance-weighted bound, {} particles",
+    "smc_{}": "particle-filter bound, {} particles",
 }
-# what the mean of n runs may be off by, in standard errors, at 95 %: Student's t of n - 1 = 1, 2, ... (or more)
+YARDSTICKS = {
+    "flac": "FLAC",
+    "linear_prediction_16": "linear prediction, order 16",
+    "histogram": "histogram",
+}
+SPEECH = ("real", "sample", "continued", "resynthesised")  # so begin the names of sound files
+
+# Settings in which runs of one label may differ, and how the others are said.
+PERSONAL = {"name", "seed", "out_dir", "data", "device", "monitor_every", "eval_recordings"}
+WORDS = {
+    "max_updates": "{:,} updates",
+    "grad_clip": "clipped at {:g}",
+    "rnn_dim": "{} units",
+    "batch_size": "{} sequences",
+}
+# Settings that need not be said where these are changed with them.
+SAID_BY = {size: "rnn_dim" for size in common.SIZES if size != "rnn_dim"}
+SAID_BY["lr_updates"] = "max_updates"
+
+# By how many standard errors the mean of n runs may be off, at 95 %: Student's t of n - 1 = 1, 2,
+# and so on; the last one also stands for more.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-WORDS = dict(
-    max_updates="{:,} updates",
-    grad_clip="clipped at {:g}",
-    rnn_dim="{} units",
-    batch_size="{} sequences",
-)
+
+COLOURS = (*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors)
 LINES = ("-", "--", ":", "-.")
+LOOK = {
+    "axes.grid": True,
+    "axes.labelsize": 8,
+    "axes.titlesize": 9,
+    "errorbar.capsize": 3,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1,
+    "lines.markersize": 5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+NUMBER = (int, float)  # in JSON
+
+
+@dataclass
+class Run:
+    """What is drawn of a run, or of a folder that --evaluate made, which has no curve."""
+
+    folder: Path
+    name: str
+    config: dict
+    data: dict  # file, created_by, mean and std of the training; samples of each split
+    curve: np.ndarray | None = None  # rows: sequences seen, nats per frame on valid by then
+    bounds: dict = field(default_factory=dict)  # {bound: nats per frame on test}; {}: not tested
+    kl: float | None = None  # that part of the variational bound
+    yardsticks: dict = field(default_factory=dict)  # the same as bounds, of FLAC and the like
+    window_count: int = 0  # on test
+    by_window: dict = field(default_factory=dict)  # {bound: nats per frame of each test window}
+    label: str = ""  # the name, and the settings that tell it from others of this name
+
+    @property
+    def is_evaluation(self):
+        return self.curve is None
+
+    @property
+    def seed(self):
+        return self.config["seed"]
+
+    @property
+    def ar_order(self):
+        return self.config.get("ar_order", 0)
+
+    @property
+    def frame_sizes(self):
+        """Samples in a frame, frames in a window."""
+        return self.config["x_dim"], self.config["seq_frames"]
+
+    @property
+    def monitored(self):
+        """The bound on valid by which its checkpoint was chosen."""
+        return f"iwae_{self.config['eval_k'][0]}"
+
+    @property
+    def objective(self):
+        """Its name without the likelihood: what has a colour."""
+        return self.name.partition(" AR-")[0]
 
 
 def train_demo_runs(folder):
     for script in SCRIPTS:
         run = folder / script
-        if not (run / "eval.json").exists():
-            resume = ["--resume"] if (run / "last.pt").exists() else []
-            command = [
-                sys.executable,
-                Path(__file__).with_name(f"{script}.py"),
-                "--demo",
-                f"--out_dir={run}",
-                *resume,
-            ]
-            if status := subprocess.run(command).returncode:
-                sys.exit(status)
+        if (run / "eval.json").exists():
+            continue
+        path = Path(__file__).with_name(f"{script}.py")
+        command = [sys.executable, path, "--demo", f"--out_dir={run}"]
+        if (run / "last.pt").exists():
+            command.append("--resume")
+        status = subprocess.run(command).returncode
+        if status:
+            sys.exit(status)
 
 
-# ---- reading ----
+# ---- bounds --------------------------------------------------------------------------------------
 
 
-def name_of(config):
-    """The name of a run: its objective for the three scripts, and otherwise what its script stated to Training."""
-    script, name = (
-        config["script"],
-        str(config.get("name", config["script"])),
-    )  # older logs have no name
-    if script not in SCRIPTS or name != script:
-        return " ".join(
-            name.replace("$", r"\$").replace("|", "/").split()
-        )  # as Markdown and Matplotlib read it
-    k = config["k"]
-    name = (
-        dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))[script]
-        if config.get("z_dim") != 0
-        else "LSTM"
-    )
-    for variant, suffix in (
-        ("as_published", " as published"),
-        ("corrections", f" but for {config.get('corrections')}"),
-        ("dreg", " DReG"),
-        ("resample", " resampled"),
-        ("init_from", " warm"),
-    ):
-        name += suffix if config.get(variant) else ""
-    return name + (f" AR-{config['ar_order']}" if config.get("ar_order") else "")
+def kind_of(name):
+    """iwae_{} of iwae_5: the key to BOUNDS."""
+    return re.sub("[0-9]+", "{}", name)
 
 
-def in_words(setting, config):
-    """A setting as a reader would say it. The limit on the gradient is that on the gradient of the mean over sequences,
-    of which 2016 took the sum (IWAE) or a k-th (VAE)."""
-    value = config.get(setting)
-    if (
-        setting == "grad_clip"
-        and config.get("as_published")
-        and "batch" not in config.get("corrections", "")
-    ):
-        value *= dict(vrnn_gauss_alt_nll=config["k"], vrnn_gauss_iwae=1 / config["batch_size"]).get(
-            config["script"], 1
-        )
-    if value is None or isinstance(value, bool):
-        return setting if value else f"no {setting}"
-    return (
-        "not clipped"
-        if setting == "grad_clip" and not value
-        else WORDS.get(setting, setting + " {}").format(value)
-    )
+def particles_of(name):
+    return int(re.sub("[^0-9]", "", name) or 0)
 
 
-def label_apart(runs):
-    """Give each run its label: its name, and the settings in which runs of that name differ."""
-    for run in runs:
-        siblings = [other["config"] for other in runs if other["name"] == run["name"]]
-        settings = sorted({name for config in siblings for name in config} - PERSONAL)
-        settings += ["data"] * (
-            run["curve"] is None
-        )  # of evaluations, which may be on files of one name
-        differing = [
-            name for name in settings if len({str(config.get(name)) for config in siblings}) > 1
-        ]
-        run["settings"] = {name: in_words(name, run["config"]) for name in differing}
-        run["label"] = ", ".join(
-            [
-                run["name"],
-                *(
-                    words
-                    for name, words in run["settings"].items()
-                    if SHOWN_BY.get(name) not in differing
-                ),
-            ]
-        )
-    ambiguous = [
-        run
-        for run in runs
-        if any(
-            run["label"] == other["label"] and run["settings"] != other["settings"]
-            for other in runs
-        )
-    ]
-    for run in ambiguous:
-        run["label"] = ", ".join([run["name"], *run["settings"].values()])
+def tightness(name):
+    """Sorts bounds from the loosest to the tightest."""
+    return list(BOUNDS).index(kind_of(name)), particles_of(name)
+
+
+def in_full(name):
+    return BOUNDS[kind_of(name)].format(particles_of(name))
+
+
+def shared_bounds(tested):
+    """Names of the test bounds that all runs have, loosest first."""
+    return [name for name in tested[0].bounds if all(name in run.bounds for run in tested)]
+
+
+def bits_of(run, nats):
+    return common.bits_per_sample(nats, run.config["x_dim"], run.data["std"])
+
+
+def paired(group, reference, bound):
+    """Differences of a test bound between two groups of runs, one for each seed that both have.
+
+    Each is a mean over windows. They must be the same windows in the same unit, so of the same
+    data, normalisation and sizes.
+    """
+    ours = by_seed(group, bound)
+    theirs = by_seed(reference, bound)
+    differences = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        one, other = ours[seed], theirs[seed]
+        if one is not other and not differing(one, other, "data", "frame_sizes", "window_count"):
+            differences.append(np.mean(one.by_window[bound] - other.by_window[bound]))
+    return np.array(differences)
+
+
+def by_seed(runs, bound):
+    return {run.seed: run for run in runs if bound in run.by_window}
+
+
+def differing(one, other, *fields):
+    """Those of the fields of Run in which two runs differ."""
+    return [name for name in fields if getattr(one, name) != getattr(other, name)]
+
+
+def half_width(values):
+    """Half the 95 % interval of the mean of two values or more."""
+    degrees = min(len(values) - 1, len(T_95))
+    return T_95[degrees - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def mean_and_interval(values, digits=2):
+    if len(values) == 0:
+        return ""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {half_width(values):.{digits}f}"
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Damaged(Exception):
+    """What is wrong with a file, in words."""
 
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Turn what a damaged file raises into one sentence that names it and the remedy."""
+    """Name the file, and what to do, where what it holds is found to be Damaged."""
     try:
         yield
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else common.first_line(error)
+    except Damaged as error:
         raise common.UserError(
-            f"{path.parent} holds no readable {path.name} ({why}); {remedy}"
-        ) from None
+            f"{path.parent} holds no readable {path.name} ({error}); {remedy}"
+        ) from error
+
+
+def text_of(path):
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise Damaged("it is no text") from error
+
+
+def from_json(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(common.first_line(error)) from error
+
+
+def part(tree, *names, kind=dict):
+    """tree[name][name].., which must be there and of this kind."""
+    for name in names:
+        if not isinstance(tree, dict) or name not in tree:
+            raise Damaged(f"it has no {name}")
+        tree = tree[name]
+    if not isinstance(tree, kind):
+        raise Damaged(f"its {names[-1]} is {tree!r}")
+    return tree
+
+
+def nats_in(table, name):
+    return part(table, name, "nats_per_frame", kind=NUMBER)
+
+
+def checked_config(config):
+    """A configuration that has what is drawn of every run."""
+    kinds = {"script": str, "seed": int, "eval_k": list, "x_dim": int, "seq_frames": int}
+    for name, kind in kinds.items():
+        part(config, name, kind=kind)
+    if config["script"] in SCRIPTS:
+        part(config, "k", kind=int)
+    if config["x_dim"] <= 0 or not config["eval_k"]:
+        raise Damaged("its x_dim or eval_k is empty")
+    return {"model_class": "VRNN"} | config  # older logs have none, and no other class
+
+
+def checked_data(data):
+    """The data of a run, with what is drawn of them."""
+    for name, kind in {"file": str, "created_by": str, "std": NUMBER}.items():
+        part(data, name, kind=kind)
+    part(data, "samples", "train", kind=NUMBER)
+    if not data["std"] > 0:
+        raise Damaged("its std is not positive")
+    return data
 
 
 def read_run(folder):
-    """A run's header, its curve and its test bounds (None where there are none yet)."""
-    with reading(
-        folder / "log.jsonl", "put this folder elsewhere, because its header cannot be repaired"
-    ):
-        header, *lines = (folder / "log.jsonl").read_text().splitlines() or [""]
-        run = described(folder, **{name: json.loads(header)[name] for name in ("config", "data")})
-    with reading(
-        folder / "log.jsonl",
-        "go on with the run by --resume, which drops torn lines, or remove them",
-    ):
-        curve = [
-            (line["sequences"], line["valid"][run["bound"]]["nats_per_frame"])
-            for line in map(json.loads, lines)
-        ]
-        run["curve"] = np.array(curve, float).reshape(-1, 2)
-    return run | read_tests(folder, "go on with the run by --resume, which writes it anew")
+    """A run in training, or one that has ended, which has test bounds."""
+    log = folder / "log.jsonl"
+    with reading(log, "put this folder elsewhere, because its header cannot be repaired"):
+        first, *lines = text_of(log).splitlines() or [""]
+        header = from_json(first)
+        config = checked_config(part(header, "config"))
+        data = checked_data(part(header, "data"))
+    run = Run(folder, name_of(config), config, data)
+    with reading(log, "go on with the run by --resume, which drops torn lines, or remove them"):
+        run.curve = read_curve(lines, run.monitored)
+    if (folder / "eval.json").exists():
+        read_test(run, "go on with the run by --resume, which writes it anew")
+    return run
+
+
+def read_curve(lines, bound):
+    points = []
+    for line in map(from_json, lines):
+        sequences = part(line, "sequences", kind=NUMBER)
+        points.append((sequences, nats_in(part(line, "valid"), bound)))
+    return np.array(points, float).reshape(-1, 2)
 
 
 def read_evaluation(folder):
-    """The same of a folder made by --evaluate; it has no curve, and its name tells checkpoint and data."""
+    """What --evaluate made: it is named by its checkpoint and its data as well."""
     remedy = "put this folder elsewhere, or make it anew if --evaluate made it"
     with reading(folder / "eval.json", remedy):
-        evaluation = json.loads((folder / "eval.json").read_text())
-        data, checkpoint = evaluation["data"], Path(evaluation["checkpoint"]).name
-        (
-            title(data),
-            common.bits_per_sample(0.0, 1, data["std"]),
-        )  # fail here, where the file has a name
+        evaluation = from_json(text_of(folder / "eval.json"))
+        data = checked_data(part(evaluation, "data"))
+        checkpoint = Path(part(evaluation, "checkpoint", kind=str)).name
     with reading(folder / "config.json", remedy):
-        run = described(folder, json.loads((folder / "config.json").read_text()), data)
-    run["name"] = f"{run['name']}, {checkpoint} on {data['file']}"
-    return run | read_tests(folder, remedy)
+        config = checked_config(from_json(text_of(folder / "config.json")))
+    name = f"{name_of(config)}, {checkpoint} on {data['file']}"
+    run = Run(folder, name, config, data)
+    read_test(run, remedy)
+    return run
 
 
-def described(folder, config, data):
-    """What a configuration, and the data of an evaluation or a training, say of a run."""
-    config = {"ar_order": 0, "model_class": "VRNN", **config}  # older ones have none
-    common.bits_per_sample(
-        0.0, config["x_dim"], data["std"]
-    )  # fail here, where the file has a name
-    is_ours, name = config["script"] in SCRIPTS and config.get("z_dim") != 0, name_of(config)
-    return dict(
-        folder=folder.name,
-        config=config,
-        name=name,
-        objective=name.split(" AR-")[0],
-        seed=int(config["seed"]),
-        order=SCRIPTS.index(config["script"]) if is_ours else len(SCRIPTS),
-        ar_order=config["ar_order"],
-        window=(config["x_dim"], config["seq_frames"]),
-        title=title(data),
-        data=data,
-        curve=None,
-        bound=f"iwae_{config['eval_k'][0]}",
-    )
+def read_test(run, remedy):
+    """Add the bounds on the test split, the yardsticks, and the bounds of each window."""
+    path = run.folder / "eval.json"
+    with reading(path, remedy):
+        evaluation = from_json(text_of(path))
+        run.window_count = part(evaluation, "windows", kind=int)
+        bounds = part(evaluation, "bounds")
+        if "elbo" not in bounds:
+            raise Damaged("it has no elbo")
+        known = [name for name in bounds if kind_of(name) in BOUNDS]
+        run.bounds = {name: nats_in(bounds, name) for name in sorted(known, key=tightness)}
+        run.kl = nats_in(bounds, "kl")
+        if "yardsticks" in evaluation:  # older ones have none
+            yardsticks = part(evaluation, "yardsticks")
+            run.yardsticks = {name: nats_in(yardsticks, name) for name in yardsticks}
+    path = run.folder / "windows.csv"
+    if path.exists():  # older runs have none
+        with reading(path, remedy):
+            run.by_window = read_windows(text_of(path), run.window_count)
 
 
-def read_tests(folder, remedy):
-    with reading(folder / "eval.json", remedy):
-        test = read_test(folder / "eval.json")
-    with reading(folder / "windows.csv", remedy):
-        return dict(
-            test=test,
-            tested=test and test["windows"],
-            windows=read_windows(folder / "windows.csv", test),
+def read_windows(text, count):
+    """{bound: nats per frame of each of so many windows}."""
+    first, *lines = text.splitlines() or [""]
+    names = first.split(",")
+    try:
+        values = np.array([line.split(",") for line in lines], float)
+    except ValueError as error:
+        raise Damaged(common.first_line(error)) from error
+    if values.shape != (count, len(names)):
+        raise Damaged(
+            f"it is no table of {len(names)} columns and the {count} windows of eval.json"
         )
-
-
-def read_test(path):
-    """{"windows": n, "yardsticks": {..}, bound: nats per frame} on the test split; None before it was evaluated."""
-    if not path.exists():
-        return None
-    evaluation = json.loads(path.read_text())
-    bounds = {
-        name: float(bound["nats_per_frame"])
-        for name, bound in evaluation["bounds"].items()
-        if name.startswith(("kl", *common.BOUNDS))
-    }
-    bounds["elbo"], bounds["kl"]  # every evaluation has them
-    yardsticks = {
-        name: float(found["nats_per_frame"])
-        for name, found in evaluation.get("yardsticks", {}).items()
-    }
-    return {"windows": int(evaluation["windows"]), **bounds, "yardsticks": yardsticks}
-
-
-def read_windows(path, test):
-    """{bound: nats per frame of each test window}; None where a run has not stored them."""
-    if not path.exists():
-        return None
-    names, *rows = path.read_text().splitlines()
-    if test and len(rows) != test["windows"]:
-        raise ValueError(f"{path.name} has {len(rows)} windows, eval.json {test['windows']}")
-    return dict(
-        zip(names.split(","), np.array([row.split(",") for row in rows], float).T, strict=True)
-    )
+    return dict(zip(names, values.T))
 
 
 def read_runs(folder):
     """The runs and the evaluations in a folder."""
-    logs, tests = (
-        sorted(folder.glob(f"*/{name}"), key=common.natural_order)
-        for name in ("log.jsonl", "eval.json")
-    )
-    runs = [read_run(log.parent) for log in logs]
-    evaluations = [
-        read_evaluation(test.parent) for test in tests if not test.with_name("log.jsonl").exists()
-    ]
+    runs = []
+    evaluations = []
+    for path in sorted(folder.glob("*"), key=common.natural_order):
+        if (path / "log.jsonl").exists():
+            runs.append(read_run(path))
+        elif (path / "eval.json").exists():
+            evaluations.append(read_evaluation(path))
     if not runs + evaluations:
         raise common.UserError(
             f"{folder} holds no runs (*/log.jsonl); train one first, or try --demo"
         )
-    require_equal(folder, runs)
+    require_equal(runs, "monitored", "data", "frame_sizes")
+    require_equal([run for run in runs if run.bounds], "window_count")
     return runs + evaluations
 
 
+def require_equal(runs, *fields):
+    """Raise UserError where runs cannot be drawn on one axis."""
+    for run in runs[1:]:
+        for name in differing(run, runs[0], *fields):
+            raise common.UserError(
+                f"{run.folder} and {runs[0].folder} differ in their {name.replace('_', ' ')}, so "
+                "their nats cannot be compared; put them into different folders"
+            )
+
+
 def read_folders(folders):
-    """The runs of each folder in the order of its table, with labels that tell those of all folders apart."""
+    """The runs of each folder in the order of its table, labelled alike in all folders."""
     rows = [read_runs(folder) for folder in folders]
-    for is_evaluation in (False, True):
-        label_apart(
-            [run for runs in rows for run in runs if (run["curve"] is None) == is_evaluation]
-        )
-    return [
-        sorted(
-            runs,
-            key=lambda r: (
-                r["curve"] is None,
-                not r["test"],
-                r["order"],
-                common.natural_order(r["label"].lower()),
-            ),
-        )
-        for runs in rows
-    ]
+    everything = list(itertools.chain.from_iterable(rows))
+    label_apart([run for run in everything if not run.is_evaluation], PERSONAL)
+    # Evaluations may be on files of one name, so the path of the data can tell them apart.
+    label_apart([run for run in everything if run.is_evaluation], PERSONAL - {"data"})
+    return [sorted(runs, key=place_in_table) for runs in rows]
+
+
+def place_in_table(run):
+    """Runs before evaluations, tested ones first, and the three objectives before others."""
+    script = run.config["script"]
+    place = len(SCRIPTS)
+    if script in SCRIPTS and run.config.get("z_dim") != 0:
+        place = SCRIPTS.index(script)
+    return run.is_evaluation, not run.bounds, place, common.natural_order(run.label.lower())
 
 
 def references(rows):
-    """For each folder the runs that its others are compared with: those of the first label of the first folder, or of
-    its own where bits of the first would mean something else, or samples are predicted by another likelihood."""
-    chosen = [
-        rows[0]
-        if all(
-            runs[0][what] == rows[0][0][what] for what in ("bound", "data", "window", "ar_order")
-        )
-        else runs
-        for runs in rows
-    ]
-    return [[run for run in runs if run["label"] == runs[0]["label"]] for runs in chosen]
+    """For each folder the runs that its others are compared with: those of the first label.
+
+    It is the first label of the first folder, or of the folder itself where the bounds of the first
+    folder would mean something else, or where samples are predicted by another likelihood.
+    """
+    chosen = []
+    for runs in rows:
+        first_of_all = rows[0][0]
+        if differing(runs[0], first_of_all, "monitored", "data", "frame_sizes", "ar_order"):
+            chosen.append(by_label(runs)[runs[0].label])
+        else:
+            chosen.append(by_label(rows[0])[first_of_all.label])
+    return chosen
 
 
-def require_equal(folder, runs):
-    """Raise UserError where runs cannot be drawn on one axis."""
-    tested = [run for run in runs if run["test"]]
-    for some, what in (runs, "bound"), (runs, "data"), (runs, "window"), (tested, "tested"):
-        for run in some[1:]:
-            if run[what] != some[0][what]:
-                raise common.UserError(
-                    f"{folder / run['folder']} and {folder / some[0]['folder']} differ in their "
-                    f"{what}{' windows' * (what == 'tested')}, so their nats cannot be compared; "
-                    "put them into different folders"
-                )
+# ---- names and labels ----------------------------------------------------------------------------
 
 
-def title(data):
-    minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
-    what = (
-        "synthetic demo data, not speech"
-        if data["created_by"].startswith(common.SYNTHETIC)
-        else data["file"]
-    )
-    return f"{what} ({minutes:.3g} minutes of training recordings)"
+def name_of(config):
+    """The objective of the three scripts, and otherwise the name that a script gives its runs."""
+    script = config["script"]
+    name = str(config.get("name", script))  # older logs have none
+    if script not in SCRIPTS or name != script:
+        # As Markdown and Matplotlib read it.
+        return " ".join(name.replace("$", r"\$").replace("|", "/").split())
+    k = config["k"]
+    objectives = dict(zip(SCRIPTS, ("VRNN", f"VAE_{k}", f"IWAE_{k}")))
+    words = [objectives[script]]
+    if config.get("z_dim") == 0:
+        words = ["LSTM"]
+    for setting, variant in VARIANTS.items():
+        if config.get(setting):
+            words.append(variant)
+    if config.get("ar_order"):
+        words.append(f"AR-{config['ar_order']}")
+    return " ".join(words)
 
 
-def shared_bounds(tested):
-    """Bounds on the test split that all runs have, from the loosest to the tightest."""
-    names = set.intersection(*({"elbo", *run["test"]} for run in tested))
-    return sorted(
-        (name for name in names if name == "elbo" or name.startswith(("iwae", "smc"))),
-        key=lambda name: (name.split("_")[0], int(name.partition("_")[2] or 0)),
-    )
+def in_words(setting, value):
+    """A setting as a reader would say it."""
+    if value is True:
+        return setting
+    if not value:
+        return "not clipped" if setting == "grad_clip" else f"no {setting}"
+    return WORDS.get(setting, setting + " {}").format(value)
 
 
-# ---- pictures ----
+def label_apart(runs, ignored):
+    """Give each run its label: its name, and the settings that tell it from others of that name."""
+    for run in runs:
+        words = [run.name]
+        siblings = [other.config for other in runs if other.name == run.name]
+        for setting in sorted(set().union(*siblings) - ignored):
+            others = [other for other in siblings if is_changed(setting, run.config, other)]
+            said_by = SAID_BY.get(setting)
+            if any(not is_changed(said_by, run.config, other) for other in others):
+                words.append(in_words(setting, run.config.get(setting)))
+        run.label = ", ".join(words)
+
+
+def is_changed(setting, config, other):
+    """Whether two configurations differ in a setting.
+
+    What is off (False, 0, "") is as good as not there, because older logs lack newer settings.
+    """
+    return str(config.get(setting) or None) != str(other.get(setting) or None)
+
+
+def by_label(runs):
+    """{label: its runs}, in the order of the runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def draw(rows, compared_with, out):
-    """A row of three panels for the runs of each folder; a colour means one objective in all of them."""
-    heights = [1.3 + 0.24 * max(8, len({run["label"] for run in runs})) for runs in rows]
-    figure, axes = plt.subplots(
-        len(rows),
-        3,
-        figsize=(12.5, sum(heights)),
-        width_ratios=(1, 0.9, 0.7),
-        squeeze=False,
-        height_ratios=heights,
-        layout="constrained",
-    )
-    names = list(dict.fromkeys(run["objective"] for runs in rows for run in runs))
-    colours = dict(
-        zip(names, [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors] * len(names))
-    )
-    for runs, reference, (left, middle, right) in zip(rows, compared_with, axes):
-        styles = styles_of(runs, colours)
-        draw_curves(left, runs, styles)
-        for axis in (left, middle, right):
-            axis.grid(alpha=0.25)
-        if tested := [run for run in runs if run["test"]]:
-            draw_differences(middle, tested, reference, styles)
-            draw_bits(right, tested, styles)
-        middle.set_yticks(range(len(styles)), styles, fontsize=8)
-        right.set_yticks(range(len(styles)), [])
-        middle.set_ylim(len(styles) - 0.4, -0.6)
-        right.set_ylim(middle.get_ylim())
-        for tick, (colour, _) in zip(middle.get_yticklabels(), styles.values()):
-            tick.set_color(colour)
-    figure.savefig(out, dpi=150)
+    """A row of three panels for each folder's runs; a colour means one objective in all of them."""
+    heights = [1.3 + 0.24 * max(8, len(by_label(runs))) for runs in rows]
+    objectives = [run.objective for run in itertools.chain.from_iterable(rows)]
+    colours = dict(zip(dict.fromkeys(objectives), itertools.cycle(COLOURS)))
+    with plt.rc_context(LOOK):
+        figure, axes = plt.subplots(
+            len(rows),
+            3,
+            figsize=(12.5, sum(heights)),
+            width_ratios=(1, 0.9, 0.7),
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
+        for runs, reference, panels in zip(rows, compared_with, axes):
+            draw_row(panels, runs, reference, styles_of(runs, colours))
+        figure.savefig(out, dpi=150)
     plt.close(figure)
 
 
 def styles_of(runs, colours):
     """{label: (colour, line style)}: the objective, and which of its variants in this folder."""
-    styles, variants = {}, dict.fromkeys(colours, 0)
-    for run in runs:
-        if run["label"] not in styles:
-            styles[run["label"]] = (
-                colours[run["objective"]],
-                LINES[variants[run["objective"]] % len(LINES)],
-            )
-            variants[run["objective"]] += 1
+    styles = {}
+    lines = collections.defaultdict(lambda: itertools.cycle(LINES))
+    for label, group in by_label(runs).items():
+        objective = group[0].objective
+        styles[label] = colours[objective], next(lines[objective])
     return styles
+
+
+def draw_row(panels, runs, reference, styles):
+    left, middle, right = panels
+    draw_curves(left, runs, styles)
+    tested = [run for run in runs if run.bounds]
+    if tested:
+        draw_differences(middle, tested, reference, styles)
+        draw_bits(right, tested, styles)
+    # The labels stand once, in the colours of their curves, for both panels of the test split.
+    middle.set_yticks(range(len(styles)), styles)
+    right.set_yticks(range(len(styles)), [])
+    for axis in (middle, right):
+        axis.set_ylim(len(styles) - 0.4, -0.6)
+    for tick, (colour, _) in zip(middle.get_yticklabels(), styles.values()):
+        tick.set_color(colour)
 
 
 def draw_curves(axis, runs, styles):
     for run in runs:
-        colour, line = styles[run["label"]]
-        axis.plot(*run["curve"].T, line, color=colour, linewidth=1)
-    points = np.concatenate([run["curve"][:, 1] for run in runs])
-    if not len(finite := points[np.isfinite(points)]):
+        colour, line = styles[run.label]
+        axis.plot(*run.curve.T, line, color=colour)
+    points = np.concatenate([run.curve[:, 1] for run in runs])
+    finite = points[np.isfinite(points)]
+    if len(finite) == 0:
         raise common.UserError(
-            f"no finite held-out bound yet in {', '.join(run['folder'] for run in runs)}; wait for "
-            "the first monitoring interval, or leave the folder out"
+            f"no finite held-out bound yet in {', '.join(run.folder.name for run in runs)}; wait "
+            "for the first monitoring interval, or leave the folder out"
         )
-    lowest = np.quantile(
-        finite, 0.05
-    )  # the first steep updates and single spikes would stretch the axis
-    axis.set_ylim(bottom=lowest)
-    axis.set_xlabel(
-        f"training sequences ({math.prod(runs[0]['window']) / common.SAMPLE_RATE:g} s each)",
-        fontsize=9,
+    # The first steep updates and single spikes would stretch the axis: a twentieth lies below it.
+    axis.set_ylim(bottom=np.quantile(finite, 0.05))
+    axis.locator_params("x", nbins=6)
+    seconds = math.prod(runs[0].frame_sizes) / common.SAMPLE_RATE
+    axis.set(
+        title=f"valid split while training (5 % lie below)\n{title(runs[0].data)}",
+        xlabel=f"training sequences ({seconds:g} s each)",
+        ylabel=f"{in_full(runs[0].monitored)}\n(nats/frame)",
     )
-    axis.set_ylabel(f"{in_full(runs[0]['bound'])}\n(nats/frame)", fontsize=9)
-    axis.set_title(f"valid split while training\n{runs[0]['title']}", fontsize=9)
-    axis.text(
-        0.98,
-        0.03,
-        f"{(~(points >= lowest)).sum()} of {len(points)} points lie below",
-        color="0.4",
-        transform=axis.transAxes,
-        fontsize=8,
-        ha="right",
-    )
+
+
+def title(data):
+    minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
+    what = data["file"]
+    if data["created_by"].startswith(common.SYNTHETIC):
+        what = "synthetic demo data, not speech"
+    return f"{what} ({minutes:.3g} minutes of training recordings)"
 
 
 def draw_differences(axis, tested, reference, styles):
-    *_, tightest = shared_bounds(tested)
-    for y, (label, (colour, _)) in enumerate(styles.items()):
-        differences = paired([run for run in tested if run["label"] == label], reference, tightest)
-        if len(differences):
-            axis.plot(
-                differences, [y] * len(differences), "o", markersize=3, color=colour, alpha=0.4
-            )
-            interval = half_width(differences) if len(differences) > 1 else None
-            axis.errorbar(
-                differences.mean(),
-                y,
-                xerr=interval,
-                fmt="D",
-                markersize=5,
-                color=colour,
-                capsize=3,
-                markerfacecolor=colour if interval else "white",
-            )
-    axis.axvline(0, color="0.3", linewidth=1)
+    tightest = shared_bounds(tested)[-1]
+    places = list(styles)
+    for label, group in by_label(tested).items():
+        differences = paired(group, reference, tightest)
+        if len(differences) == 0:
+            continue
+        place = places.index(label)
+        colour, _ = styles[label]
+        axis.plot(differences, [place] * len(differences), "o", ms=3, color=colour, alpha=0.4)
+        interval = half_width(differences) if len(differences) > 1 else None
+        axis.errorbar(differences.mean(), place, xerr=interval, fmt="D", color=colour)
+    axis.axvline(0, color="0.3")
     axis.set_xscale("symlog", linthresh=20, linscale=1)  # linear between -20 and 20
-    axis.xaxis.set(
-        major_locator=FixedLocator((-200, -50, -20, -10, 0, 10, 20, 50, 200)),
-        major_formatter="{x:g}",
-    )
-    axis.set_xlabel(f"{in_full(tightest)},\nabove {reference[0]['label']} (nats/frame)", fontsize=8)
-    axis.set_title(
-        "test split, runs of the same seed\n95 % intervals; hollow: one seed", fontsize=9
+    ticks = FixedLocator((-200, -50, -20, -10, 0, 10, 20, 50, 200))
+    axis.xaxis.set(major_locator=ticks, major_formatter="{x:g}")
+    axis.set(
+        title="test split, runs of the same seed\n95 % intervals; without: one seed",
+        xlabel=f"{in_full(tightest)},\nabove {reference[0].label} (nats/frame)",
     )
 
 
 def draw_bits(axis, tested, styles):
-    loosest, tightest = (shared_bounds(tested)[end] for end in (0, -1))
+    bounds = shared_bounds(tested)
+    places = list(styles)
     for run in tested:
-        for bound, marker in ((loosest, "|"), (tightest, "o")):
-            axis.plot(
-                bits_of(run, run["test"][bound]),
-                list(styles).index(run["label"]),
-                marker,
-                markersize=5,
-                color=styles[run["label"]][0],
-            )
-    if flac := {
-        bits_of(run, run["test"]["yardsticks"]["flac"])
-        for run in tested
-        if run["test"]["yardsticks"]
-    }:
-        axis.axvline(flac.pop(), color="0.3", linestyle="--", linewidth=1)
-    axis.set_xlabel(
-        f"bits per sample by that bound (bar: by the\n{in_full(loosest)}; dashed: FLAC)", fontsize=8
-    )
-    axis.set_title(
-        f"test split, {tested[0]['test']['windows']} windows\nlower is better", fontsize=9
-    )
+        colour, _ = styles[run.label]
+        for bound, marker in ((bounds[0], "|"), (bounds[-1], "o")):
+            bits = bits_of(run, run.bounds[bound])
+            axis.plot(bits, places.index(run.label), marker, color=colour)
+    explained = f"bits per sample by that bound (bar: by the\n{in_full(bounds[0])})"
+    flac = [run.yardsticks["flac"] for run in tested if "flac" in run.yardsticks]
+    if flac:
+        # It is the same for all runs on the same data.
+        axis.axvline(bits_of(tested[0], flac[0]), color="0.3", linestyle="--")
+        explained += "; dashed: FLAC"
+    heading = f"test split, {tested[0].window_count} windows\nlower is better"
+    axis.set(title=heading, xlabel=explained)
 
 
-def bits_of(run, nats):
-    return common.bits_per_sample(nats, run["window"][0], run["data"]["std"])
+def first_excerpts(folder):
+    """The first sound file of each kind."""
+    files = []
+    for kind in SPEECH:
+        files += sorted(folder.glob(f"{kind}_[0-9].wav"))[:1]
+    return files
 
 
-def draw_samples(folder):
-    """Waveform over spectrogram of one excerpt of each kind, as samples.png beside them; its path."""
-    files = [file for kind in SPEECH for file in sorted(folder.glob(f"{kind}_*.wav"))[:1]]
+def draw_samples(files, out):
+    """Waveform over spectrogram of each sound file."""
     figure, axes = plt.subplots(
         2,
         len(files),
@@ -515,13 +619,9 @@ def draw_samples(folder):
         layout="constrained",
     )
     for file, (wave, spectrum) in zip(files, axes.T):
-        with reading(
-            file, "remove it, or have it made anew by --resume of the run, or by --evaluate"
-        ):
-            samples, rate = soundfile.read(file, always_2d=True)
-            samples = np.pad(samples[:, 0], (0, max(0, 1024 - len(samples))))
+        samples, rate = read_sound(file)
         wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.3, color="black")
-        wave.set(title=SPEECH[file.name.split("_")[0]], xlim=(0, len(samples) / rate))
+        wave.set(title=file.name, xlim=(0, len(samples) / rate))
         *_, image = spectrum.specgram(
             samples,
             NFFT=512,
@@ -535,119 +635,79 @@ def draw_samples(folder):
     axes[0, 0].set_ylabel("amplitude")
     axes[1, 0].set_ylabel("Hz")
     figure.colorbar(image, ax=axes[1], label="power per Hz", pad=0.01)
-    figure.savefig(folder / "samples.png", dpi=130)
+    figure.savefig(out, dpi=130)
     plt.close(figure)
-    return folder / "samples.png"
 
 
-# ---- table ----
+def read_sound(file):
+    """Samples of the first channel, at least as many as two windows of the spectrogram; rate."""
+    try:
+        samples, rate = soundfile.read(file, always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise common.UserError(
+            f"{file.parent} holds no readable {file.name} ({common.first_line(error)}); remove it, "
+            "or have it made anew by --resume of the run, or by --evaluate"
+        ) from error
+    missing = max(0, 1024 - len(samples))
+    return np.pad(samples[:, 0], (0, missing)), rate
+
+
+# ---- table ---------------------------------------------------------------------------------------
+
+
+def markdown(rows):
+    """Dicts of {heading: cell} as a table with the headings of the first; cells may be missing."""
+    headings = list(rows[0])
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row in rows:
+        cells = [row.get(heading, "") for heading in headings]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(runs, reference):
-    """The test bounds as Markdown: mean over the runs of each label, and the 95 % interval of that mean.
+    """The test bounds as Markdown: mean over the runs of each label, and its 95 % interval.
 
-    The last column compares the tightest bound to that of the reference, in runs of the same seed on the same windows.
+    The last column compares the tightest bound to that of the reference, in runs of the same seed
+    on the same windows.
     """
-    tested = [run for run in runs if run["test"]]
+    tested = [run for run in runs if run.bounds]
     if not tested:
         return "no run has an eval.json yet"
-    *_, tightest = bounds = shared_bounds(tested)
-    bounds.append("kl")
-    lines = [
-        " | ".join(
-            [
-                "| objective",
-                "runs",
-                *bounds,
-                f"bits/sample ({tightest})",
-                f"{tightest} against {reference[0]['label']}, same seeds |",
-            ]
-        ),
-        "|---" * (len(bounds) + 4) + "|",
-    ]
-    for name in dict.fromkeys(run["label"] for run in tested):
-        group = [run for run in tested if run["label"] == name]
-        cells = [mean_and_interval([run["test"][bound] for run in group]) for bound in bounds]
-        bits = [bits_of(run, run["test"][tightest]) for run in group]
-        lines.append(
-            " | ".join(
-                [
-                    f"| {name}",
-                    str(len(group)),
-                    *cells,
-                    mean_and_interval(bits, 3),
-                    f"{mean_and_interval(paired(group, reference, tightest))} |",
-                ]
-            )
-        )
-    return "\n".join(lines + yardstick_rows(tested, bounds))
+    bounds = shared_bounds(tested)
+    tightest = bounds[-1]
+    in_bits = f"bits/sample ({tightest})"
+    rows = []
+    for label, group in by_label(tested).items():
+        row = {"objective": label, "runs": str(len(group))}
+        for bound in bounds:
+            row[bound] = mean_and_interval([run.bounds[bound] for run in group])
+        row["kl"] = mean_and_interval([run.kl for run in group])
+        row[in_bits] = mean_and_interval([bits_of(run, run.bounds[tightest]) for run in group], 3)
+        differences = paired(group, reference, tightest)
+        row[f"{tightest} against {reference[0].label}, same seeds"] = mean_and_interval(differences)
+        rows.append(row)
+    return markdown(rows + yardstick_rows(tested, tightest, in_bits))
 
 
-def yardstick_rows(tested, bounds):
-    """A row for each yardstick of each data file, with its number where the tightest bound stands."""
+def yardstick_rows(runs, in_nats, in_bits):
+    """A row for each yardstick of each data file, with its numbers under these two headings."""
+    files = {run.data["file"] for run in runs}
     rows = {}
-    for run in tested:
-        of_file = f" on {run['data']['file']}" * (
-            len({other["data"]["file"] for other in tested}) > 1
-        )
-        for name, nats in run["test"]["yardsticks"].items():
-            cells = [
-                f"| {YARDSTICKS.get(name, name)}{of_file}",
-                "",
-                *[""] * (len(bounds) - 2),
-                f"{nats:.2f}",
-                "",
-                f"{bits_of(run, nats):.3f}",
-                " |",
-            ]
-            rows[cells[0]] = " | ".join(cells)
+    for run in runs:
+        for name, nats in run.yardsticks.items():
+            words = YARDSTICKS.get(name, name)
+            if len(files) > 1:
+                words += f" on {run.data['file']}"
+            bits = bits_of(run, nats)
+            rows[words] = {"objective": words, in_nats: f"{nats:.2f}", in_bits: f"{bits:.3f}"}
     return list(rows.values())
 
 
-def paired(group, reference, bound):
-    """Differences of a bound between two groups of runs, one for each seed that both have: means over windows that are
-    the same, in the same unit: of equal data, normalisation and sizes."""
-    by_seed = [
-        {run["seed"]: run for run in runs if bound in (run["windows"] or ())}
-        for runs in (group, reference)
-    ]
-    pairs = [
-        (by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1])
-    ]
-    return np.array(
-        [
-            (one["windows"][bound] - other["windows"][bound]).mean()
-            for one, other in pairs
-            if one is not other
-            and all(one[what] == other[what] for what in ("data", "window", "tested"))
-        ]
-    )
+# ---- command line --------------------------------------------------------------------------------
 
 
-def half_width(values):
-    """Half the 95 % interval of the mean of two values or more."""
-    return T_95[min(len(values) - 1, len(T_95)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5
-
-
-def mean_and_interval(values, digits=2):
-    if not len(values):
-        return ""
-    return f"{np.mean(values):.{digits}f}" + (
-        f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
-    )
-
-
-def in_full(name):
-    """A bound, by its name in the logs, in words that no reader takes for an objective."""
-    kind, _, k = name.partition("_")
-    return {
-        "elbo": "variational bound",
-        "iwae": f"importance-weighted bound, {k} particles",
-        "smc": f"particle-filter bound, {k} particles",
-    }[kind]
-
-
-def main():
+def parse_flags():
     parser = common.OneLineParser(
         prog="plot_recon.py",
         description=__doc__,
@@ -667,37 +727,38 @@ def main():
     parser.add_argument(
         "--demo", action="store_true", help="train the three scripts on synthetic data first"
     )
-    options = parser.parse_args()
-    if options.out.suffix not in (".png", ".pdf", ".svg"):
+    return parser.parse_args()
+
+
+def main():
+    flags = parse_flags()
+    if flags.out.suffix not in (".png", ".pdf", ".svg"):
         raise common.UserError(
-            f"--out={options.out} is no picture; give a name that ends in .png, .pdf or .svg"
+            f"--out={flags.out} is no picture; give a name that ends in .png, .pdf or .svg"
         )
-    folders = options.folders or [Path("runs/demo" if options.demo else "runs")]
-    if options.demo:
+    folders = flags.folders or [Path("runs/demo" if flags.demo else "runs")]
+    if flags.demo:
         train_demo_runs(folders[0])
     rows = read_folders(folders)
     compared_with = references(rows)
-    drawn = [
-        ([run for run in runs if run["curve"] is not None], reference)
-        for runs, reference in zip(rows, compared_with)
-    ]
-    if drawn := [pair for pair in drawn if pair[0]]:
-        draw(*zip(*drawn), options.out)
-    for folder, runs, reference in zip(folders, rows, compared_with):
-        print(f"{folder}: {', '.join(run['folder'] for run in runs)}\n")
-        print(table(runs, reference), end="\n\n")
-    for samples in sorted(
-        {
-            wav.parent
-            for folder in folders
-            for kind in SPEECH
-            for wav in folder.glob(f"*/samples/{kind}_[0-9].wav")
-        },
-        key=common.natural_order,
-    ):
-        print(draw_samples(samples))
+    drawn = []
+    for runs, reference in zip(rows, compared_with):
+        trained = [run for run in runs if not run.is_evaluation]
+        if trained:
+            drawn.append((trained, reference))
     if drawn:
-        print(options.out)
+        draw(*zip(*drawn), flags.out)
+    for folder, runs, reference in zip(folders, rows, compared_with):
+        print(f"{folder}: {', '.join(run.folder.name for run in runs)}\n")
+        print(table(runs, reference), end="\n\n")
+    for run in itertools.chain.from_iterable(rows):
+        files = first_excerpts(run.folder / "samples")
+        if files:
+            picture = run.folder / "samples/samples.png"
+            draw_samples(files, picture)
+            print(picture)
+    if drawn:
+        print(flags.out)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import os
 import numpy as np
 import pytest
 import soundfile
+from matplotlib.axes import Axes
 from tiny import main_of
 
 import common
+import plot_recon
 
 CONFIG = dict(
     script="vrnn_gauss",
@@ -75,7 +77,7 @@ def evaluation_of(
 
 @pytest.fixture
 def plot(tmp_path, monkeypatch, capsys):
-    """A function that draws folders below tmp_path; the rows of its tables, each a list of cells."""
+    """A function that draws folders below tmp_path; the rows of its tables, as lists of cells."""
     monkeypatch.chdir(tmp_path)
 
     def plot(*arguments):
@@ -97,9 +99,9 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
         a=dict(script="mine", name="my objective"),
         b=dict(script="other", name="other"),
         c=dict(iwae, dreg=True),
-        d=dict(iwae, as_published=True, corrections="sign"),
+        d=dict(iwae, name="2016's IWAE_5"),
         e=dict(iwae, resample=True, k=7),
-        f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True),
+        f=dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll"),
         g=dict(init_from="x.pt"),
         h=dict(name="changed"),
         i=dict(z_dim=0, ar_order=16),
@@ -109,8 +111,8 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
     assert [row[0] for row in plot()] == [
         "changed",
         "VRNN warm",
-        "VAE_5 as published",
-        "IWAE_5 as published but for sign",
+        "VAE_5",
+        "2016's IWAE_5",
         "IWAE_5 DReG",
         "IWAE_7 resampled",
         "LSTM AR-16",
@@ -122,36 +124,40 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
 def test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike(
     tmp_path, plot
 ):
-    iwae = dict(
-        script="vrnn_gauss_iwae",
-        name="vrnn_gauss_iwae",
-        as_published=True,
-        corrections="",
-        batch_size=8,
-    )
-    vae = dict(
-        script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll", as_published=True, batch_size=8
-    )
-    runs = dict(
+    vae = dict(script="vrnn_gauss_alt_nll", name="vrnn_gauss_alt_nll")
+    iwae = dict(script="vrnn_gauss_iwae", name="vrnn_gauss_iwae")
+    first = dict(
         a=dict(grad_clip=640.0, max_updates=5000, lr_updates=4000),
-        b=dict(grad_clip=0.0, max_updates=5000),
-        c=dict(grad_clip=640.0, max_updates=12500, lr_updates=10000),
-        d=dict(iwae, grad_clip=40.0),
-        e=dict(iwae, grad_clip=5120.0),
-        f=dict(vae, grad_clip=640.0),
-        g=dict(vae, grad_clip=128.0),
+        b=dict(vae, batch_size=8),
+        c=dict(iwae, bf16=True),
     )
-    for name, config in runs.items():
-        write_run(tmp_path / ("runs" if name in "adf" else "others") / name, **config)
+    second = dict(
+        d=dict(grad_clip=0.0, max_updates=5000, lr_updates=4000),
+        e=dict(grad_clip=640.0, max_updates=12500, lr_updates=10000),
+        f=dict(vae, batch_size=128),
+        g=dict(iwae, bf16=False),
+    )
+    for folder, runs in dict(runs=first, others=second).items():
+        for name, config in runs.items():
+            write_run(tmp_path / folder / name, **config)
     assert [row[0] for row in plot("runs", "others")] == [
         "VRNN, clipped at 640, 5,000 updates",
-        "VAE_5 as published, clipped at 3200",
-        "IWAE_5 as published, clipped at 5",
+        "VAE_5, 8 sequences",
+        "IWAE_5, bf16",
         "VRNN, clipped at 640, 12,500 updates",
         "VRNN, not clipped, 5,000 updates",
-        "VAE_5 as published, clipped at 640",
-        "IWAE_5 as published, clipped at 640",
+        "VAE_5, 128 sequences",
+        "IWAE_5, no bf16",
     ]
+
+
+@pytest.mark.parametrize(
+    "off", (dict(as_published=False), dict(corrections=""), dict(ar_order=0), dict(x_noise=None))
+)
+def test_a_setting_that_is_off_is_as_good_as_one_that_an_older_log_lacks(tmp_path, plot, off):
+    write_run(tmp_path / "runs/old")
+    write_run(tmp_path / "runs/new", seed=1, **off)
+    assert [row[:2] for row in plot()] == [["VRNN", "2"]]
 
 
 def test_runs_that_differ_only_in_what_another_setting_stands_for_are_told_apart_all_the_same(
@@ -366,6 +372,24 @@ def test_yardsticks_are_rows_below_the_runs_in_the_unit_of_their_data(tmp_path, 
     rows = {row[0]: row[-2] for row in plot()}
     assert rows["FLAC on a.h5"] == bits[0]
     assert rows["FLAC on b.h5"] == f"{(np.log(500.0) - 280 / 200) / np.log(2):.3f}"
+
+
+def test_no_yardstick_is_drawn_where_the_data_file_has_none(tmp_path, plot, monkeypatch):
+    write_run(tmp_path / "runs/a")
+    damage(tmp_path / "runs/a/eval.json", '"split"', '"yardsticks": {}, "split"')
+    lines = []
+    monkeypatch.setattr(Axes, "axvline", lambda axis, x, **look: lines.append(x))
+    assert [row[0] for row in plot()] == ["VRNN"]
+    assert lines == [0]  # of the differences
+
+
+def test_an_error_of_our_own_is_not_taken_for_a_damaged_file(tmp_path, plot, monkeypatch):
+    write_run(tmp_path / "runs/a")
+    for name in ("read_curve", "read_windows", "checked_data"):
+        with monkeypatch.context() as patch:
+            patch.setattr(plot_recon, name, lambda *arguments: {}["a typo"])
+            with pytest.raises(KeyError, match="a typo"):
+                plot()
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, plot):
