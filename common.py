@@ -1183,8 +1183,6 @@ class Training:
         if is_first():
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            tqdm.write(progress_line(h, line))  # above the bar, where there is one
-            sys.stdout.flush()
         chosen_by = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"]
         is_best = chosen_by > self.best
         self.best = max(self.best, chosen_by)
@@ -1193,6 +1191,9 @@ class Training:
             best = {part: checkpoint[part] for part in PARTS}
             save_checkpoint(best | dict(model=checkpoint["averaged"]), folder / BEST)
         save_checkpoint(checkpoint, folder / LAST)
+        if is_first():
+            tqdm.write(progress_line(h, line))  # above the bar, where there is one
+            sys.stdout.flush()
 
     def checkpoint(self):
         """The state of the whole job, however many processes share it; each of them must ask."""
@@ -1887,7 +1888,7 @@ def parse(script, argv=None):
     flags = dataclasses.make_dataclass(script.__name__, bare, bases=(script,), frozen=is_frozen)
     flags.__module__ = script.__module__
 
-    h = parse_flags(flags, argv)
+    h = parse_flags(flags(), argv)
     defaults = {}
     if h.demo:
         defaults = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}")
@@ -1901,7 +1902,7 @@ def parse(script, argv=None):
     fields = {field.name for field in dataclasses.fields(script)}
     defaults = {name: value for name, value in defaults.items() if name in fields}
     if defaults:
-        h = parse_flags(flags, argv, default=flags(**defaults))
+        h = parse_flags(flags(**defaults), argv)
     check_values(h)
     return h
 
@@ -1922,34 +1923,35 @@ def configuration_in(path):
     }
 
 
-def parse_flags(flags, argv=None, default=None):
-    """An instance of a dataclass from command-line arguments, by default those of the process.
+def parse_flags(defaults, argv=None):
+    """An instance of a dataclass, from its defaults and command-line arguments.
 
-    Its help is that of its comments and its module's docstring.
-    Raises UserError in place of tyro's framed message, and SystemExit after --help.
+    argv: by default those of the process. Help is made of the comments behind the fields and of
+    the module's docstring. UserError in place of tyro's framed message; SystemExit after --help.
     """
+    script = f"{script_of(type(defaults))}.py"
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
-                flags,
-                prog=f"{script_of(flags)}.py",
-                description=sys.modules[flags.__module__].__doc__,
+                type(defaults),
+                prog=script,
+                description=sys.modules[type(defaults).__module__].__doc__,
                 args=argv,
+                default=defaults,
                 use_underscores=True,
-                **({} if default is None else dict(default=default)),
             )
     except SystemExit as end:
         if end.code == 0:  # after --help
             raise
         message = framed_message(printed.getvalue())
-    names = [field.name for field in dataclasses.fields(flags)]
+    names = [field.name for field in dataclasses.fields(defaults)]
     candidates = [prefix + name for name in names for prefix in ("--", "--no-")]
     if unknown := re.match("Unrecognized options: ([^ ,=]+)", message):
         message = f"unknown argument {unknown[1]!r}"
         if nearest := difflib.get_close_matches(unknown[1], candidates, n=1):
             message += f", did you mean {nearest[0]}?"
-    raise UserError(f"{message}; {script_of(flags)}.py --help lists what is valid")
+    raise UserError(f"{message}; {script} --help lists what is valid")
 
 
 def framed_message(text):
@@ -1986,8 +1988,6 @@ def check_values(h):
         for number in value if isinstance(value, tuple) else (value,):
             if not (isinstance(number, (int, float)) and least <= number < math.inf):
                 raise UserError(f"--{name}={value} is out of range; give at least {least}")
-    if h.ema >= 1:
-        raise UserError(f"--ema={h.ema} never follows the weights; give less than 1")
     if not (h.out_dir and h.eval_k):
         raise UserError("--out_dir or --eval_k is empty; give the folder of the run, or a number")
     if h.z_dim == 0 and h.k > 1:
