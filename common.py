@@ -2102,49 +2102,54 @@ def convert(
     force=False,
     strict=False,
     created_by="prepare_blizzard.py",
+    complete=None,
 ):
     """Write recordings to one HDF5 file, which appears under its name only when it is complete: (source, name, blocks)
     each, where it lies, its name, and an iterator over its samples in 1-D int16 arrays at 16 kHz, or the exception that
     stands in their way. Each goes, whole, to the split that is furthest below its share of the samples so far, so that
-    a rerun gives the same splits; one that raises is skipped, or an error (strict). Returns ["source: why skipped"]."""
+    a rerun gives the same splits; one that raises is skipped, or an error (strict). `complete`, if any, is called with
+    the path of the whole file before that gets its name, and may add to it. Returns ["source: why skipped"]."""
     if not (0 < valid and 0 < test and valid + test < 1):
         raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        stop_requests() as received,
-        durably(out) as partial,
-        h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file,
-    ):
-        writers = [
-            SplitWriter(file.create_group(split), share)
-            for split, share in zip(SPLITS, (1 - valid - test, valid, test))
-        ]
-        skipped = []
-        for source, name, blocks in recordings:
-            if received:
-                sys.exit(128 + received[0])
-            so_far = sum(writer.offsets[-1] for writer in writers)
-            neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
-            try:
-                neediest.append(name, blocks)
-            except BadAudio as why:
-                skipped.append(f"{source}: {why}")
-                if strict:
-                    raise UserError(
-                        f"{skipped[-1]}; mend or remove it, or do without --strict"
-                    ) from None
-        counts = [len(writer.names) for writer in writers]
-        if 0 in counts:
-            why = f" (skipped: {skipped[0]})" if skipped else ""
-            raise UserError(
-                f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
-                "give more recordings or a larger --valid and --test"
-            )
-        (mean, std), *_ = [writer.close() for writer in writers]
-        file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
+    with stop_requests() as received, durably(out) as partial:
+        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
+            writers = [
+                SplitWriter(file.create_group(split), share)
+                for split, share in zip(SPLITS, (1 - valid - test, valid, test))
+            ]
+            skipped = []
+            for source, name, blocks in recordings:
+                if received:
+                    sys.exit(128 + received[0])
+                so_far = sum(writer.offsets[-1] for writer in writers)
+                neediest = max(
+                    writers, key=lambda writer: writer.share * so_far - writer.offsets[-1]
+                )
+                try:
+                    neediest.append(name, blocks)
+                except BadAudio as why:
+                    skipped.append(f"{source}: {why}")
+                    if strict:
+                        raise UserError(
+                            f"{skipped[-1]}; mend or remove it, or do without --strict"
+                        ) from None
+            counts = [len(writer.names) for writer in writers]
+            if 0 in counts:
+                why = f" (skipped: {skipped[0]})" if skipped else ""
+                raise UserError(
+                    f"{sum(counts)} usable recordings leave none for the split {SPLITS[counts.index(0)]}{why}; "
+                    "give more recordings or a larger --valid and --test"
+                )
+            (mean, std), *_ = [writer.close() for writer in writers]
+            file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
+        if complete is not None:
+            complete(partial)
+        if received:
+            sys.exit(128 + received[0])
     return skipped
 
 
