@@ -6,12 +6,15 @@ Takes .npz (every array in it), .npy and sound files (.wav .flac .mp3 .ogg, resa
 the first channel of each. Arrays are (samples,) or (samples, channels). An array of arrays, the
 form of the 2015 Blizzard files, is a pickle and is read with --allow_pickle only. Recordings are
 taken in natural order and go, whole, to the split that is furthest below its share. Unusable files
-are skipped and listed with the reason.
+are skipped and listed with the reason. The file also says what a model has to beat on its test
+split: FLAC, a linear prediction and the histogram of the samples.
 """
 
 import argparse
 import collections
 import contextlib
+import io
+import math
 import multiprocessing
 import os
 import queue
@@ -22,10 +25,14 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import soundfile
 import soxr
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -55,7 +62,9 @@ def convert_files(
     files, unusable, ignored = find_audio(paths)
     folder = Path(f"{Path(out)}.decoded")
     with contextlib.closing(recordings_in(files, unusable, folder, allow_pickle)) as recordings:
-        skipped = common.convert(recordings, out, valid, test, force, strict, created_by)
+        skipped = common.convert(
+            recordings, out, valid, test, force, strict, created_by, complete=add_yardsticks
+        )
     return skipped, ignored
 
 
@@ -271,6 +280,193 @@ def exit_after_parent():
     os._exit(1)
 
 
+# ---- yardsticks ----------------------------------------------------------------------------------
+
+# What a model of the recordings has to beat, in bits. All of it depends on the recordings alone, so
+# it is computed here, once, and kept in the HDF5 file.
+
+WINDOW = 8_000  # samples: the 0.5 s on which models are evaluated at published sizes
+FRAME = 200  # samples: models take whole recordings frame by frame, and leave what remains
+MOST_WINDOWS = 2_048  # of test
+MOST_RECORDINGS = 100  # of test
+FITTED_WINDOWS = 256  # of train, on which the linear prediction is fitted
+WINDOWS_AT_ONCE = 128  # fixed, because each batch has its own noise
+NOISE_SEED = 2015  # fixed, so that the same recordings give the same bits
+ORDER = 16  # samples from which the linear prediction predicts the next
+YARDSTICKS = {  # with their titles in the report
+    "flac": "FLAC",
+    "linear_prediction_16": "linear prediction",
+    "histogram": "histogram",
+}
+
+
+def add_yardsticks(path):
+    """Compute the yardsticks of a whole data file, and add them to it as the group `yardsticks`."""
+    # no lock of HDF5: common.convert holds the file against other processes
+    with h5py.File(path, "r+", locking=False) as file:
+        corpus = SimpleNamespace(mean=file.attrs["mean"], std=file.attrs["std"])
+        for name in ("train", "test"):
+            split = common.Split(name, file[name]["audio"], file[name]["offsets"][:])
+            setattr(corpus, name, split)
+        windows = file.create_group("yardsticks/windows")
+        windows.attrs["samples"] = WINDOW
+        for name, values in window_yardsticks(corpus).items():
+            windows[name] = values
+        recordings = file.create_group("yardsticks/recordings")
+        for name, values in recording_yardsticks(corpus.test).items():
+            recordings[name] = values
+
+
+def window_yardsticks(corpus):
+    """Where the windows of test start, and the bits that each takes: {name: (windows,)}."""
+    starts = window_starts(corpus.test, MOST_WINDOWS)
+    found = {
+        "starts": starts,
+        "flac": np.array([flac_bits(window) for window in windows_at(corpus.test, starts)]),
+        "histogram": np.full(len(starts), WINDOW * entropy(windows_at(corpus.test, starts))),
+    }
+    fitted_starts = window_starts(corpus.train, FITTED_WINDOWS)
+    if len(starts) and len(fitted_starts):
+        fitted = fit_linear_prediction(
+            torch.cat(list(dequantised_windows(corpus.train, fitted_starts, corpus)))
+        )
+        batches = dequantised_windows(corpus.test, starts, corpus)
+        nats = torch.cat([linear_prediction(x, *fitted) for x in batches])
+        # a density of normalised samples: log(std) takes it to steps of 16 bits
+        bits = (WINDOW * math.log(corpus.std) - nats) / math.log(2)
+        found["linear_prediction_16"] = bits.numpy()
+    return found
+
+
+def recording_yardsticks(split):
+    """Which recordings of a split, the samples of each in whole frames, and the bits they take."""
+    lengths = np.diff(split.offsets) // FRAME * FRAME
+    usable = np.flatnonzero(lengths)
+    index = usable[evenly_spread(len(usable), MOST_RECORDINGS)]
+    bits = []
+    for i in index:
+        (recording,) = split.read(split.offsets[[i]], lengths[i])
+        bits.append(flac_bits(recording))
+    return {"index": index, "samples": lengths[index], "flac": np.array(bits)}
+
+
+def evenly_spread(count, at_most):
+    """The indices of `count` things: all, or at_most of them evenly spread."""
+    return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)
+
+
+def window_starts(split, at_most):
+    """First samples of windows of every recording, without overlap: all, or at_most evenly spread.
+
+    The same as common.window_starts gives, but none where every recording is too short, and in
+    memory that does not depend on the number of windows.
+    """
+    counts = np.diff(split.offsets) // WINDOW
+    ends = np.cumsum(counts)
+    chosen = evenly_spread(ends[-1], at_most)
+    recording = np.searchsorted(ends, chosen, side="right")
+    nth_of_recording = chosen - (ends - counts)[recording]
+    return split.offsets[recording] + nth_of_recording * WINDOW
+
+
+def windows_at(split, starts):
+    """Yield int16 (WINDOW,) from each start on."""
+    for start in starts:
+        yield split.read([start], WINDOW)[0]
+
+
+def dequantised_windows(split, starts, corpus):
+    """Yield float64 (., WINDOW) of windows, normalised and dequantised with fixed noise."""
+    for batch, first in enumerate(range(0, len(starts), WINDOWS_AT_ONCE)):
+        pcm = torch.from_numpy(split.read(starts[first : first + WINDOWS_AT_ONCE], WINDOW))
+        generator = torch.Generator().manual_seed(NOISE_SEED + batch)
+        uniform = torch.rand(pcm.shape, generator=generator)
+        yield common.normalise(pcm, corpus, uniform).double()
+
+
+def flac_bits(samples):
+    """Bits of int16 samples in FLAC at the highest compression, without the header of the file."""
+    file = io.BytesIO()
+    soundfile.write(
+        file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
+    )
+    coded = file.getvalue()
+    # A FLAC file is its name (4 bytes), the sizes of the stream with a checksum (38), a text that
+    # names the encoder, and then frames of audio. Every frame begins with its sync code: 14 bits
+    # that are 1, one that is 0, and one that is 0 where all frames are of a size, so ff f8. The
+    # checksum may hold these bytes, hence the search after it; text, which is ASCII, cannot.
+    first_frame = coded.index(b"\xff\xf8", 42)
+    return 8.0 * (len(coded) - first_frame)
+
+
+def entropy(windows):
+    """Bits per sample of a code made for the histogram of all samples in the windows; 0 of none."""
+    counts = np.zeros(1 << 16, np.int64)
+    for window in windows:
+        counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
+    p = counts[counts > 0] / counts.sum()
+    return (p * np.log2(1 / p)).sum()
+
+
+# The linear prediction is a Gaussian about what the samples before predict, with a variance (level)
+# that follows the squared errors e of the prediction:
+#
+#     x_n ~ N(sum_i a_i x_{n-i}, v_n),    v_{n+1} = memory v_n + (1 - memory) e_n^2
+
+
+def fit_linear_prediction(x):
+    """a (ORDER,), memory and first level that suit windows x (W, samples).
+
+    By turns: a, by least squares in which a sample weighs 1 / level, so that quiet ones count as
+    much as loud ones; memory and first level, the most likely pair of a grid.
+    """
+    memories = 1 - 0.5 ** torch.arange(1, 9, dtype=x.dtype)
+    first_levels = 0.25 ** torch.arange(8, dtype=x.dtype)
+    grid = torch.cartesian_prod(memories, first_levels)
+    weights = torch.ones_like(x)
+    for _ in range(6):
+        a = least_squares(x, weights)
+        # on an eighth of the windows, because all pairs are tried
+        nats = linear_prediction(x[::8], a, memory=grid[:, :1], first=grid[:, 1:])
+        memory, first = grid[nats.mean(1).argmax()]
+        steps = squares_and_levels(x, a, memory, first.expand(len(x)))
+        weights = 1 / torch.stack([level for _, level in steps], dim=1)
+    return a, memory, first
+
+
+def least_squares(x, weights):
+    """The a (ORDER,) of least weighted squared errors; x and weights are (W, samples)."""
+    moments = x.new_zeros(ORDER + 1, ORDER + 1)
+    for window, weight in zip(x, weights):
+        lags = F.pad(window, (ORDER, 0)).unfold(0, ORDER + 1, 1)  # row n: x_{n-ORDER}, ..., x_n
+        moments += (lags * weight.unsqueeze(1)).T @ lags
+    # by the pseudo-inverse, which silence has as well: its moments are singular
+    inverse = torch.linalg.pinv(moments[:-1, :-1], hermitian=True)
+    return (inverse @ moments[:-1, -1]).flip(0)
+
+
+def linear_prediction(x, a, memory, first):
+    """Log-likelihood (..., W) of windows x (W, samples); memory and first level: (..., 1)."""
+    total = 0.0
+    for square, level in squares_and_levels(x, a, memory, first):
+        total = total + square / level + level.log()
+    samples = x.shape[1]
+    return -0.5 * (total + samples * math.log(2 * math.pi))
+
+
+def squares_and_levels(x, a, memory, level):
+    """Yield e_n^2 (W,) and v_n (..., W) of each sample in turn."""
+    errors = x.clone()
+    for lag, a_lag in enumerate(a, start=1):
+        errors[:, lag:] -= a_lag * x[:, :-lag]
+    # The level of silence must not become 0, whose logarithm is infinite. With the noise of
+    # dequantisation a square is 1e-11 on average at least, so that this changes nothing else.
+    squares = errors.square().clamp(min=1e-12)
+    for square in squares.T.contiguous():
+        yield square, level
+        level = torch.lerp(square, level, memory)
+
+
 # ---- demo speech ---------------------------------------------------------------------------------
 
 # formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
@@ -462,6 +658,7 @@ def main():
     print(options.out)
     corpus = common.open_corpus(options.out)
     report_splits(corpus)
+    report_yardsticks(corpus.test.audio.file["yardsticks"])
     others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())
     print(f"ignored, of other types: {others or 'none'}")
     print(f"skipped: {len(skipped)}")
@@ -486,6 +683,27 @@ def report_splits(corpus):
         f"too short for one training excerpt of {EXCERPT_SECONDS:g} s: {len(short)} recordings, "
         f"{short.sum() / SAMPLE_RATE:.2f} s"
     )
+
+
+def report_yardsticks(group):
+    """Print the bits per sample of each yardstick, on windows and on whole recordings of test."""
+    windows = group["windows"]
+    recordings = group["recordings"]
+    print(f"{'test, bits per sample':24}{'0.5 s windows':>16}{'whole recordings':>20}")
+    print(f"{'number of them':24}{len(windows['starts']):16,}{len(recordings['index']):20,}")
+    window_samples = windows.attrs["samples"] * len(windows["starts"])
+    recording_samples = recordings["samples"][:].sum()
+    for name, title in YARDSTICKS.items():
+        on_windows = bits_per_sample(windows, name, window_samples)
+        on_recordings = bits_per_sample(recordings, name, recording_samples)
+        print(f"{title:24}{on_windows:>16}{on_recordings:>20}")
+
+
+def bits_per_sample(group, name, samples):
+    """The text of it; "-" where there is no such yardstick, or nothing to measure it on."""
+    if name not in group or samples == 0:
+        return "-"
+    return f"{group[name][:].sum() / samples:.3f}"
 
 
 if __name__ == "__main__":
