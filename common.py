@@ -15,7 +15,6 @@ import difflib
 import fcntl
 import functools
 import inspect
-import io
 import json
 import math
 import os
@@ -957,95 +956,6 @@ def summarise(by_window, seq_frames, x_dim, corpus):
         if not name.startswith(("kl", "log_w_std", "ess")):
             result[name]["bits_per_sample"] = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
     return result
-
-
-def evaluate_yardsticks(corpus, split, seq_frames, x_dim):
-    """What is to be beaten on the windows of a split, in the form of `summarise`. flac: each window coded alone at the
-    highest compression, without its header (`header_bytes`). linear_prediction_16: x_n ~ N(sum_i a_i x_{n-i}, v_n), v_n
-    = l v_{n-1} + (1 - l) e_{n-1}^2; a, l and the first v fitted on train. histogram: entropy of the samples."""
-    samples = seq_frames * x_dim
-    fitted = fit_linear_prediction(corpus, samples)
-    coded, counts, predicted = [], np.zeros(1 << 16, np.int64), []
-    for starts, x_TBX, _ in batches_of_windows(split, 1, samples, corpus):
-        predicted.append(linear_prediction(x_TBX[0].double(), *fitted))
-        for window in split.read(starts, samples):
-            coded.append(flac_size(window))
-            counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
-    p = counts[counts > 0] / counts.sum()
-    bits, headers = torch.tensor(coded, dtype=torch.float64).T
-    entropy = torch.full_like(bits, -(p * np.log2(p)).sum() * samples)
-    flac, histogram = (
-        samples * math.log(corpus.std) - code * math.log(2) for code in (bits, entropy)
-    )  # in nats
-    found = summarise(
-        dict(flac=flac, linear_prediction_16=torch.cat(predicted), histogram=histogram),
-        seq_frames,
-        x_dim,
-        corpus,
-    )
-    found["flac"]["header_bytes"] = headers.mean().item()
-    found["histogram"]["stderr"] = None  # of all windows at once
-    return found
-
-
-def flac_size(samples):
-    """Bits of the audio in a FLAC file of int16 samples, at the highest compression, and bytes of the header before."""
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(
-        file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
-    )
-    coded = file.getvalue()
-    header = coded.index(
-        b"\xff\xf8", 42
-    )  # so begins a frame; before it are sizes and a checksum, to 42, and text
-    return 8 * (len(coded) - header), header
-
-
-def fit_linear_prediction(corpus, samples, order=16):
-    """a (order,), by weighted least squares, and by turns l and the first v, of a grid; of 256 windows of train."""
-    x = torch.cat(
-        [
-            x_TBX[0].double()
-            for _, x_TBX, _ in batches_of_windows(corpus.train, 1, samples, corpus, at_most=256)
-        ]
-    )
-    memory, first = (
-        1 - 0.5 ** torch.arange(1, 9).double().view(-1, 1, 1),
-        0.25 ** torch.arange(8).double().view(-1, 1),
-    )
-    weights = torch.ones_like(x)
-    for _ in range(6):
-        moments = sum(
-            (lags * w.unsqueeze(1)).T @ lags
-            for lags, w in zip(F.pad(x, (order, 0)).unfold(1, order + 1, 1), weights)
-        )
-        a = torch.linalg.solve(moments[:-1, :-1], moments[:-1, -1]).flip(0)
-        best = (
-            linear_prediction(x[::8], a, memory, first).mean(2).argmax()
-        )  # of fewer: it is tried often
-        fitted = a, memory.flatten()[best // len(first)], first.flatten()[best % len(first)]
-        weights = 1 / torch.stack(
-            [v.expand(len(x)) for _, v in squares_and_levels(x, *fitted)], dim=1
-        )
-    return fitted
-
-
-def linear_prediction(x, a, memory, first):
-    """log-likelihood of each window, (..., W), of x (W, samples), for l and first v of (..., 1)."""
-    return sum(
-        -0.5 * (squared / v + (2 * math.pi * v).log())
-        for squared, v in squares_and_levels(x, a, memory, first)
-    )
-
-
-def squares_and_levels(x, a, memory, v):
-    """Yield e_n^2 (W,) and v_n (..., W) for each sample in turn."""
-    errors = F.pad(x, (len(a), 0)).unfold(1, len(a) + 1, 1) @ torch.cat((-a.flip(0), a.new_ones(1)))
-    for squared in errors.square().T:
-        yield squared, v
-        v = torch.lerp(squared, v, memory)
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
