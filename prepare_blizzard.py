@@ -327,9 +327,8 @@ def window_yardsticks(corpus):
     }
     fitted_starts = window_starts(corpus.train, FITTED_WINDOWS)
     if len(starts) and len(fitted_starts):
-        fitted = fit_linear_prediction(
-            torch.cat(list(dequantised_windows(corpus.train, fitted_starts, corpus)))
-        )
+        batches = dequantised_windows(corpus.train, fitted_starts, corpus)
+        fitted = fit_linear_prediction(torch.cat(list(batches)))
         batches = dequantised_windows(corpus.test, starts, corpus)
         nats = torch.cat([linear_prediction(x, *fitted) for x in batches])
         # a density of normalised samples: log(std) takes it to steps of 16 bits

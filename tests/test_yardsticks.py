@@ -139,6 +139,19 @@ def test_the_bits_of_the_linear_prediction_are_those_of_16_bit_samples(corpus, s
     assert bits[nth] == pytest.approx(-nats.item() / math.log(2), rel=1e-5)
 
 
+def test_each_batch_of_windows_is_dequantised_with_its_own_fixed_noise(
+    corpus, short_windows, monkeypatch
+):
+    monkeypatch.setattr(prepare_blizzard, "WINDOWS_AT_ONCE", 2)
+    starts = np.array([0, 900, 4_100])
+    first, second = prepare_blizzard.dequantised_windows(corpus.test, starts, corpus)
+    for x, batch_starts, seed in ((first, starts[:2], 2015), (second, starts[2:], 2016)):
+        pcm = corpus.test.read(batch_starts, 800)
+        uniform = torch.rand(pcm.shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        plain = (pcm + uniform - 0.5 - corpus.mean) / corpus.std
+        np.testing.assert_allclose(x, plain, atol=1e-6)
+
+
 def test_flac_counts_the_audio_of_each_window_and_not_its_header(corpus, short_windows):
     found = prepare_blizzard.window_yardsticks(corpus)["flac"]
     assert found.dtype == np.float64
@@ -182,7 +195,7 @@ def test_constant_windows_have_yardsticks_as_all_others(corpus, short_windows, v
 
 
 def test_exact_silence_can_be_fitted_and_predicted():
-    x = torch.zeros(9, 50, dtype=torch.float64)
+    x = torch.zeros(9, 2_000, dtype=torch.float64)  # so long that the level would come down to 0
     a, memory, first = prepare_blizzard.fit_linear_prediction(x)
     assert (a == 0).all()
     assert prepare_blizzard.linear_prediction(x, a, memory, first).isfinite().all()
