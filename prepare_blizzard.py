@@ -2,15 +2,19 @@
 
     python prepare_blizzard.py FILES AND FOLDERS --out data/blizzard.h5
 
-Takes .npz (every array in it), .npy and sound files (.wav .flac .mp3 .ogg, resampled to 16 kHz); the first channel of
-each. Arrays are (samples,) or (samples, channels). An array of arrays, the form of the 2015 Blizzard files, is a pickle
-and is read with --allow_pickle only. Recordings are taken in natural order and go, whole, to the split that is furthest
-below its share. Unusable files are skipped and listed with the reason.
+Takes .npz (every array in it), .npy and sound files (.wav .flac .mp3 .ogg, resampled to 16 kHz),
+the first channel of each. Arrays are (samples,) or (samples, channels). An array of arrays, the
+form of the 2015 Blizzard files, is a pickle and is read with --allow_pickle only. Recordings are
+taken in natural order and go, whole, to the split that is furthest below its share. Unusable files
+are skipped and listed with the reason. The file also says what a model has to beat on its test
+split: FLAC, a linear prediction and the histogram of the samples.
 """
 
 import argparse
 import collections
 import contextlib
+import io
+import math
 import multiprocessing
 import os
 import queue
@@ -21,8 +25,14 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
 import numpy as np
+import soundfile
+import soxr
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -30,9 +40,8 @@ from common import SAMPLE_RATE, BadAudio, UserError
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-EXCERPT_SECONDS = (
-    2.0  # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
-)
+# a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
+EXCERPT_SECONDS = 2.0
 
 
 def convert_files(
@@ -47,19 +56,22 @@ def convert_files(
 ):
     """Convert the recordings in files and folders to one HDF5 file.
 
-    Returns what was skipped, ["source: why"], and {suffix: count} of the files in folders that are of no known type.
-    Raises UserError.
+    Returns what was skipped, ["source: why"], and {suffix: count} of the files in folders that are
+    of no known type. Raises UserError.
     """
     files, unusable, ignored = find_audio(paths)
     folder = Path(f"{Path(out)}.decoded")
     with contextlib.closing(recordings_in(files, unusable, folder, allow_pickle)) as recordings:
-        return common.convert(recordings, out, valid, test, force, strict, created_by), ignored
+        skipped = common.convert(
+            recordings, out, valid, test, force, strict, created_by, complete=add_yardsticks
+        )
+    return skipped, ignored
 
 
 def recordings_in(files, unusable, folder, allow_pickle=False):
-    """Yield (source, name, blocks) for each recording, as common.convert takes them; folder is for decoded samples.
+    """Yield (source, name, blocks) of each recording, as common.convert takes them.
 
-    What is unusable as a whole counts as one recording.
+    Decoded samples go through `folder`. What is unusable as a whole counts as one recording.
     """
     for path, why in unusable:
         yield path, "", why
@@ -70,38 +82,38 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
             if suffix in AUDIO_SUFFIXES:
                 yield path, name, next(decoded_blocks)
             elif suffix in ARRAY_SUFFIXES:
-                try:
-                    for recording, blocks in common.array_recordings(path, name, allow_pickle):
-                        yield (
-                            path if recording == name else f"{path} ({recording})",
-                            recording,
-                            blocks,
-                        )
-                except Exception as error:  # a damaged file can raise anything
-                    yield path, name, error
+                yield from recordings_in_arrays(path, name, allow_pickle)
             else:
-                yield (
-                    path,
-                    name,
-                    BadAudio(
-                        f"its type is not one of {' '.join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)}; convert it to .wav"
-                    ),
-                )
+                known = " ".join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)
+                yield path, name, BadAudio(f"its type is not one of {known}; convert it to .wav")
 
 
-# ---- finding files --------------------------------------------------------------------------------------------------
+def recordings_in_arrays(path, name, allow_pickle):
+    """Yield (source, name, blocks) of each recording in a .npz or .npy file."""
+    try:
+        for recording, blocks in common.array_recordings(path, name, allow_pickle):
+            source = path if recording == name else f"{path} ({recording})"
+            yield source, recording, blocks
+    except Exception as error:  # a damaged file can raise anything
+        yield path, name, error
+
+
+# ---- finding files -------------------------------------------------------------------------------
 
 
 def find_audio(paths):
-    """Files among `paths` and in the folders among them, in natural order, each once, without hidden files.
+    """Files among `paths` and in the folders among them, in natural order, each once, none hidden.
 
-    Returns [(file, name)], [(file or folder, BadAudio)] of what cannot be read, and {suffix: count} of the files in
-    folders that are of no known type. The name is the path below the folder, without its suffix. Linked folders are
-    followed, each once. Raises UserError where a path does not exist.
+    Returns [(file, name)], [(file or folder, BadAudio)] of what cannot be read, and {suffix: count}
+    of the files in folders that are of no known type. The name is the path below the folder,
+    without its suffix. Linked folders are followed, each once. Raises UserError where a path does
+    not exist.
     """
-    found, unusable, ignored = {}, [], collections.Counter()
     if "" in paths:
         raise UserError("a path is empty; give files or folders of recordings")
+    found = {}  # by the file behind all links, so that each is taken once
+    unusable = []
+    ignored = collections.Counter()
     for path in map(Path, paths):
         if path.is_dir():
             for file in sorted(files_below(path, unusable), key=common.natural_order):
@@ -110,9 +122,8 @@ def find_audio(paths):
                 elif not file.is_file():
                     unusable.append((file, BadAudio("it is no regular file, or a broken link")))
                 else:
-                    found.setdefault(
-                        file.resolve(), (file, file.relative_to(path).with_suffix("").as_posix())
-                    )
+                    name = file.relative_to(path).with_suffix("").as_posix()
+                    found.setdefault(file.resolve(), (file, name))
         elif path.is_file():
             found.setdefault(path.resolve(), (path, path.stem))
         elif path.exists():
@@ -121,39 +132,38 @@ def find_audio(paths):
             )
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
-    return sorted(found.values(), key=lambda one: common.natural_order(one[0])), unusable, ignored
+    files = sorted(found.values(), key=lambda one: common.natural_order(one[0]))
+    return files, unusable, ignored
 
 
 def files_below(folder, unusable):
-    """Files in a folder and the folders below it, without hidden ones; what cannot be listed goes into unusable."""
-    files, seen = [], set()
+    """Files in a folder and those below it, none hidden; what cannot be listed goes to unusable."""
+    files = []
+    seen = set()  # folders behind all links, which may lead in a circle
 
     def cannot_list(error):
         unusable.append((error.filename, BadAudio(f"it cannot be listed ({error.strerror})")))
 
     for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
+        # os.walk goes on with what this list holds afterwards
         folders[:] = [name for name in folders if not name.startswith(".")]
         real = os.path.realpath(where)
         if real in seen:
             folders.clear()
         else:
+            seen.add(real)
             files += [Path(where, name) for name in names if not name.startswith(".")]
-        seen.add(real)
     return files
 
 
-# ---- sound files ----------------------------------------------------------------------------------------------------
+# ---- sound files ---------------------------------------------------------------------------------
 
 
 def sound_file_blocks(path):
     """int16 blocks at 16 kHz of the first channel of a sound file."""
-    import soundfile
-    import soxr
-
     with soundfile.SoundFile(os.fsencode(path)) as file:
-        file.seekable = lambda: (
-            False
-        )  # else it seeks after each read, and an .mp3 of varying rate goes on out of step
+        # else it seeks after each read, and an .mp3 of varying rate goes on out of step
+        file.seekable = lambda: False
         if not 4_000 <= file.samplerate <= 384_000:
             raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
         if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
@@ -165,35 +175,35 @@ def sound_file_blocks(path):
         )
         is_last = False
         while not is_last:
-            block = np.ascontiguousarray(
-                file.read(common.BLOCK, dtype="float32", always_2d=True)[:, 0]
-            )
+            channels = file.read(common.BLOCK, dtype="float32", always_2d=True)
+            block = np.ascontiguousarray(channels[:, 0])
             is_last = len(block) < common.BLOCK
             if not np.isfinite(block).all():
                 raise BadAudio("it holds NaN or infinity; remove or repair these samples")
-            if (peak := np.abs(block).max(initial=0)) > 2:
+            peak = np.abs(block).max(initial=0)
+            if peak > 2:
                 raise BadAudio(f"its peak is {peak:g} times full scale; scale it to [-1, 1]")
             if file.samplerate != SAMPLE_RATE:
                 block = resample.resample_chunk(block, last=is_last)
             yield common.to_int16(block * 32768.0)
 
 
-# Decoders crash on some damaged files, so each file is decoded by a process that is not this one. Its samples come
-# through a file, so that memory depends neither on the length of a recording nor on how many are decoded ahead.
+# Decoders crash on some damaged files, so each file is decoded by a process that is not this one.
+# Its samples come through a file, so that memory depends neither on the length of a recording nor
+# on how many are decoded ahead.
 
 
 def decoded(paths, folder):
-    """Yield the int16 blocks of each sound file, or why it has none, decoded ahead by a process for each core.
+    """Yield the int16 blocks of each sound file, or why it has none, decoded ahead on all cores.
 
-    The blocks of a file hold until the next one is asked for. Its samples lie in `folder`, which is made and removed.
+    The blocks of a file hold until those of the next one are asked for. Its samples lie in
+    `folder`, which is made and removed.
     """
     shutil.rmtree(folder, ignore_errors=True)  # left by a conversion that was killed
     folder.mkdir()
-    waiting, ahead, processes = (
-        collections.deque(enumerate(paths)),
-        collections.deque(),
-        queue.SimpleQueue(),
-    )
+    waiting = collections.deque(enumerate(paths))
+    ahead = collections.deque()  # (file of the samples, its decoding), in the order of paths
+    processes = queue.SimpleQueue()  # those that are idle
     cores = os.cpu_count()
     for _ in range(cores):
         processes.put(new_process())
@@ -217,7 +227,7 @@ def decoded(paths, folder):
 def decode_elsewhere(processes, path, target):
     """The blocks of a sound file, by decode() in an idle process, or why there are none.
 
-    A process that crashes is replaced, and the file tried again: it may not be the cause.
+    A process that crashes is replaced, and the file tried again, which may not be the cause.
     """
     process = processes.get()
     try:
@@ -240,19 +250,21 @@ def decode(path, target):
     with open(target, "wb") as file:
         for block in common.guarded(sound_file_blocks(path)):
             common.require_space(target.parent)
-            file.write(block.tobytes())  # one channel of several does not lie in one piece
+            # a copy, since one channel of several does not lie in one piece
+            file.write(block.tobytes())
 
 
 def blocks_in(target):
+    """Yield the int16 blocks of a file that decode() wrote."""
     with open(target, "rb") as file:
         while len(block := np.fromfile(file, np.int16, common.BLOCK)):
             yield block
 
 
 def new_process():
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # a fork of this process would copy its threads' locks
+    """A process that can decode, as an executor."""
+    # no fork of this process, which would copy the locks of its threads
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["prepare_blizzard"])
     return ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
 
@@ -260,110 +272,321 @@ def new_process():
 def end_with_parent():
     """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-# ---- demo speech ----------------------------------------------------------------------------------------------------
+def exit_after_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# ---- yardsticks ----------------------------------------------------------------------------------
+
+# What a model of the recordings has to beat, in bits. All of it depends on the recordings alone, so
+# it is computed here, once, and kept in the HDF5 file.
+
+WINDOW = 8_000  # samples: the 0.5 s on which models are evaluated at published sizes
+FRAME = 200  # samples: models take whole recordings frame by frame, and leave what remains
+MOST_WINDOWS = 2_048  # of test
+MOST_RECORDINGS = 100  # of test
+FITTED_WINDOWS = 256  # of train, on which the linear prediction is fitted
+WINDOWS_AT_ONCE = 128  # fixed, because each batch has its own noise
+NOISE_SEED = 2015  # fixed, so that the same recordings give the same bits
+ORDER = 16  # samples from which the linear prediction predicts the next
+YARDSTICKS = {  # with their titles in the report
+    "flac": "FLAC",
+    "linear_prediction_16": "linear prediction",
+    "histogram": "histogram",
+}
+
+
+def add_yardsticks(path):
+    """Compute the yardsticks of a whole data file, and add them to it as the group `yardsticks`."""
+    # no lock of HDF5: common.convert holds the file against other processes
+    with h5py.File(path, "r+", locking=False) as file:
+        corpus = SimpleNamespace(mean=file.attrs["mean"], std=file.attrs["std"])
+        for name in ("train", "test"):
+            split = common.Split(name, file[name]["audio"], file[name]["offsets"][:])
+            setattr(corpus, name, split)
+        windows = file.create_group("yardsticks/windows")
+        windows.attrs["samples"] = WINDOW
+        for name, values in window_yardsticks(corpus).items():
+            windows[name] = values
+        recordings = file.create_group("yardsticks/recordings")
+        for name, values in recording_yardsticks(corpus.test).items():
+            recordings[name] = values
+
+
+def window_yardsticks(corpus):
+    """Where the windows of test start, and the bits that each takes: {name: (windows,)}."""
+    starts = window_starts(corpus.test, MOST_WINDOWS)
+    found = {
+        "starts": starts,
+        "flac": np.array([flac_bits(window) for window in windows_at(corpus.test, starts)]),
+        "histogram": np.full(len(starts), WINDOW * entropy(windows_at(corpus.test, starts))),
+    }
+    fitted_starts = window_starts(corpus.train, FITTED_WINDOWS)
+    if len(starts) and len(fitted_starts):
+        batches = dequantised_windows(corpus.train, fitted_starts, corpus)
+        fitted = fit_linear_prediction(torch.cat(list(batches)))
+        batches = dequantised_windows(corpus.test, starts, corpus)
+        nats = torch.cat([linear_prediction(x, *fitted) for x in batches])
+        # a density of normalised samples: log(std) takes it to steps of 16 bits
+        bits = (WINDOW * math.log(corpus.std) - nats) / math.log(2)
+        found["linear_prediction_16"] = bits.numpy()
+    return found
+
+
+def recording_yardsticks(split):
+    """Which recordings of a split, the samples of each in whole frames, and the bits they take."""
+    lengths = np.diff(split.offsets) // FRAME * FRAME
+    usable = np.flatnonzero(lengths)
+    index = usable[evenly_spread(len(usable), MOST_RECORDINGS)]
+    bits = []
+    for i in index:
+        (recording,) = split.read(split.offsets[[i]], lengths[i])
+        bits.append(flac_bits(recording))
+    return {"index": index, "samples": lengths[index], "flac": np.array(bits)}
+
+
+def evenly_spread(count, at_most):
+    """The indices of `count` things: all, or at_most of them evenly spread."""
+    return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)
+
+
+def window_starts(split, at_most):
+    """First samples of windows of every recording, without overlap: all, or at_most evenly spread.
+
+    The same as common.window_starts gives, but none where every recording is too short, and in
+    memory that does not depend on the number of windows.
+    """
+    counts = np.diff(split.offsets) // WINDOW
+    ends = np.cumsum(counts)
+    chosen = evenly_spread(ends[-1], at_most)
+    recording = np.searchsorted(ends, chosen, side="right")
+    nth_of_recording = chosen - (ends - counts)[recording]
+    return split.offsets[recording] + nth_of_recording * WINDOW
+
+
+def windows_at(split, starts):
+    """Yield int16 (WINDOW,) from each start on."""
+    for start in starts:
+        yield split.read([start], WINDOW)[0]
+
+
+def dequantised_windows(split, starts, corpus):
+    """Yield float64 (., WINDOW) of windows, normalised and dequantised with fixed noise."""
+    for batch, first in enumerate(range(0, len(starts), WINDOWS_AT_ONCE)):
+        pcm = torch.from_numpy(split.read(starts[first : first + WINDOWS_AT_ONCE], WINDOW))
+        generator = torch.Generator().manual_seed(NOISE_SEED + batch)
+        uniform = torch.rand(pcm.shape, generator=generator)
+        yield common.normalise(pcm, corpus, uniform).double()
+
+
+def flac_bits(samples):
+    """Bits of int16 samples in FLAC at the highest compression, without the header of the file."""
+    file = io.BytesIO()
+    soundfile.write(
+        file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
+    )
+    coded = file.getvalue()
+    # A FLAC file is its name (4 bytes), the sizes of the stream with a checksum (38), a text that
+    # names the encoder, and then frames of audio. Every frame begins with its sync code: 14 bits
+    # that are 1, one that is 0, and one that is 0 where all frames are of a size, so ff f8. The
+    # checksum may hold these bytes, hence the search after it; text, which is ASCII, cannot.
+    first_frame = coded.index(b"\xff\xf8", 42)
+    return 8.0 * (len(coded) - first_frame)
+
+
+def entropy(windows):
+    """Bits per sample of a code made for the histogram of all samples in the windows; 0 of none."""
+    counts = np.zeros(1 << 16, np.int64)
+    for window in windows:
+        counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
+    p = counts[counts > 0] / counts.sum()
+    return (p * np.log2(1 / p)).sum()
+
+
+# The linear prediction is a Gaussian about what the samples before predict, with a variance (level)
+# that follows the squared errors e of the prediction:
+#
+#     x_n ~ N(sum_i a_i x_{n-i}, v_n),    v_{n+1} = memory v_n + (1 - memory) e_n^2
+
+
+def fit_linear_prediction(x):
+    """a (ORDER,), memory and first level that suit windows x (W, samples).
+
+    By turns: a, by least squares in which a sample weighs 1 / level, so that quiet ones count as
+    much as loud ones; memory and first level, the most likely pair of a grid.
+    """
+    memories = 1 - 0.5 ** torch.arange(1, 9, dtype=x.dtype)
+    first_levels = 0.25 ** torch.arange(8, dtype=x.dtype)
+    grid = torch.cartesian_prod(memories, first_levels)
+    weights = torch.ones_like(x)
+    for _ in range(6):
+        a = least_squares(x, weights)
+        # on an eighth of the windows, because all pairs are tried
+        nats = linear_prediction(x[::8], a, memory=grid[:, :1], first=grid[:, 1:])
+        memory, first = grid[nats.mean(1).argmax()]
+        steps = squares_and_levels(x, a, memory, first.expand(len(x)))
+        weights = 1 / torch.stack([level for _, level in steps], dim=1)
+    return a, memory, first
+
+
+def least_squares(x, weights):
+    """The a (ORDER,) of least weighted squared errors; x and weights are (W, samples)."""
+    moments = x.new_zeros(ORDER + 1, ORDER + 1)
+    for window, weight in zip(x, weights):
+        lags = F.pad(window, (ORDER, 0)).unfold(0, ORDER + 1, 1)  # row n: x_{n-ORDER}, ..., x_n
+        moments += (lags * weight.unsqueeze(1)).T @ lags
+    # by the pseudo-inverse, which silence has as well: its moments are singular
+    inverse = torch.linalg.pinv(moments[:-1, :-1], hermitian=True)
+    return (inverse @ moments[:-1, -1]).flip(0)
+
+
+def linear_prediction(x, a, memory, first):
+    """Log-likelihood (..., W) of windows x (W, samples); memory and first level: (..., 1)."""
+    total = 0.0
+    for square, level in squares_and_levels(x, a, memory, first):
+        total = total + square / level + level.log()
+    samples = x.shape[1]
+    return -0.5 * (total + samples * math.log(2 * math.pi))
+
+
+def squares_and_levels(x, a, memory, level):
+    """Yield e_n^2 (W,) and v_n (..., W) of each sample in turn."""
+    errors = x.clone()
+    for lag, a_lag in enumerate(a, start=1):
+        errors[:, lag:] -= a_lag * x[:, :-lag]
+    # The level of silence must not become 0, whose logarithm is infinite. With the noise of
+    # dequantisation a square is 1e-11 on average at least, so that this changes nothing else.
+    squares = errors.square().clamp(min=1e-12)
+    for square in squares.T.contiguous():
+        yield square, level
+        level = torch.lerp(square, level, memory)
+
+
+# ---- demo speech ---------------------------------------------------------------------------------
 
 # formant frequencies in Hz of /a e i o u/ for an average adult (Peterson and Barney 1952, rounded)
 VOWELS = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
 )
-HOP, SPAN = 80, 512  # samples between spectral frames (5 ms) and in one
+HOP = 80  # samples between spectral frames, 5 ms
+SPAN = 512  # samples in one
+# share of all phones, loudness of the voice and of friction
+PHONES = (
+    (0.65, 1, 0.01),  # vowels
+    (0.12, 0, 0.5),  # fricatives
+    (0.08, 0.6, 0.2),  # voiced fricatives
+    (0.15, 0, 0),  # pauses
+)
 
 
 def make_demo_data(
     out="data/demo.h5", folder="data/demo", seed=0, force=False, valid=0.1, test=0.1
 ):
-    """Synthetic recordings through the same conversion as any other; returns what convert_files returns."""
+    """Synthetic recordings through the same conversion as any other.
+
+    Returns what convert_files returns.
+    """
     write_demo(folder, seed)
-    return convert_files(
-        [folder], out, valid, test, force, created_by=f"{common.SYNTHETIC}, seed {seed}"
-    )
+    created_by = f"{common.SYNTHETIC}, seed {seed}"
+    return convert_files([folder], out, valid, test, force, created_by=created_by)
 
 
 def write_demo(folder, seed=0, minutes=5):
-    """Write synthetic recordings of 5 s as .npz files into folder; the same ones for the same seed."""
-    random = np.random.RandomState(seed)  # frozen by NumPy: the same stream in every version
+    """Write synthetic recordings of 5 s as .npz files into folder, the same for the same seed."""
+    # frozen by NumPy: the same stream in every version
+    random = np.random.RandomState(seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for minute in range(minutes):
-        np.savez(
-            folder / f"demo_{minute}.npz",
-            **{f"demo_{minute}_{i:02}": synthetic_recording(random, 5.0) for i in range(12)},
-        )
+        recordings = {
+            f"demo_{minute}_{i:02}": synthetic_recording(random, seconds=5.0) for i in range(12)
+        }
+        np.savez(folder / f"demo_{minute}.npz", **recordings)
 
 
 def synthetic_recording(random, seconds):
-    """Speech-like int16 audio: glottal pulses and noise through moving formants, with pauses and level changes."""
+    """Speech-like int16 audio: pulses and noise through moving formants, with pauses."""
     frames = int(seconds * SAMPLE_RATE) // HOP
     formants, voiced, fricative = phones(random, frames)
     time_s = np.arange(frames * HOP) / SAMPLE_RATE
-    pitch = random.uniform(90, 220) * (
-        1
-        + 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
-        + 0.02 * np.sin(2 * np.pi * 5 * time_s)
-    )
+
+    # the pitch in Hz rises and falls over a phrase, and trembles at 5 Hz
+    middle = random.uniform(90, 220)
+    phrase = 0.15 * np.sin(2 * np.pi * random.uniform(0.3, 0.8) * time_s)
+    tremble = 0.02 * np.sin(2 * np.pi * 5 * time_s)
+    pitch = middle * (1 + phrase + tremble)
     pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0)
     noise = random.uniform(-1, 1, frames * HOP)
 
-    speech = np.diff(
-        resonate(pulses, voiced, formants, (80, 100, 150)), prepend=0
-    )  # lips radiate the change
+    speech = resonate(pulses, voiced, formants, (80, 100, 150))
+    speech = np.diff(speech, prepend=0)  # lips radiate the change
     speech *= 1 / (abs(speech).max() + 1e-9)
     hiss = resonate(noise, fricative, np.full((frames, 1), 5200.0), (1500,))
     hiss *= 0.25 / (abs(hiss).max() + 1e-9)
     room = 4e-4 * random.uniform(-1, 1, frames * HOP)
-    return common.to_int16(random.uniform(0.15, 0.6) * 32768 * (speech + hiss + room))
+    loudness = random.uniform(0.15, 0.6)
+    return common.to_int16(loudness * 32768 * (speech + hiss + room))
 
 
 def phones(random, frames):
-    """Formants in Hz (frames, 3), loudness of the voice and of friction (frames,) of phones in a random order."""
-    voiced, fricative, level = np.zeros(frames), np.zeros(frames), np.zeros(frames)
+    """Phones in a random order, each fading into the next.
+
+    Returns formants in Hz (frames, 3), and loudness of the voice and of friction (frames,).
+    """
     formants = np.zeros((frames, 3))
+    voiced = np.zeros(frames)
+    fricative = np.zeros(frames)
+    level = np.zeros(frames)
+    shares = [share for share, _, _ in PHONES]
     start = 0
     while start < frames:
         length = random.randint(16, 60)  # 80 to 300 ms
         segment = slice(start, start + length)
-        kind = random.choice(
-            4, p=(0.65, 0.12, 0.08, 0.15)
-        )  # vowel, fricative, voiced fricative, pause
+        _, voice, friction = PHONES[random.choice(len(PHONES), p=shares)]
         formants[segment] = VOWELS[random.randint(len(VOWELS))] * random.uniform(0.9, 1.1)
-        voiced[segment], fricative[segment] = [(1, 0.01), (0, 0.5), (0.6, 0.2), (0, 0)][kind]
+        voiced[segment] = voice
+        fricative[segment] = friction
         level[segment] = random.uniform(0.4, 1.0)
         start += length
-    smooth = np.hanning(13) / np.hanning(13).sum()
-    formants = np.stack([np.convolve(np.pad(f, 6, "edge"), smooth, "valid") for f in formants.T], 1)
-    voiced, fricative, level = (
-        np.convolve(curve, smooth, "same") for curve in (voiced, fricative, level)
-    )
+
+    window = np.hanning(13) / np.hanning(13).sum()
+    for curve in formants.T:
+        curve[:] = np.convolve(np.pad(curve, 6, "edge"), window, "valid")
+    voiced = np.convolve(voiced, window, "same")
+    fricative = np.convolve(fricative, window, "same")
+    level = np.convolve(level, window, "same")
     return formants, voiced * level, fricative * level
 
 
 def resonate(source, gain, resonances, widths):
-    """source (frames * HOP,) through resonators whose frequencies (frames, count) move from frame to frame.
+    """source (frames * HOP,) through resonators that move from frame to frame.
 
-    gain: (frames,); resonances and their widths (count,) in Hz.
+    gain: (frames,); resonances (frames, count) and their widths (count,) in Hz.
     """
     frames = len(gain)
     padded = np.pad(source, SPAN // 2)
-    pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames] * np.hanning(
-        SPAN
-    )
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, SPAN)[::HOP][:frames]
+    pieces = pieces * np.hanning(SPAN)
+
+    # each resonator is a pair of conjugate poles
     omega = np.exp(-2j * np.pi * np.arange(SPAN // 2 + 1) / SPAN)
     response = np.ones((frames, SPAN // 2 + 1), complex)
     for frequency, width in zip(resonances.T, widths, strict=True):
         pole = np.exp((-np.pi * width + 2j * np.pi * frequency) / SAMPLE_RATE)[:, None]
         response *= (1 - abs(pole)) / ((1 - pole * omega) * (1 - pole.conj() * omega))
     pieces = np.fft.irfft(np.fft.rfft(pieces) * response, SPAN) * gain[:, None]
+
     out = np.zeros(len(padded) + HOP)
     for i, piece in enumerate(pieces):
         out[i * HOP : i * HOP + SPAN] += piece
     return out[SPAN // 2 : SPAN // 2 + frames * HOP] * 2 * HOP / SPAN
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_options():
@@ -377,12 +600,9 @@ def parse_options():
     parser.add_argument(
         "--out", help="HDF5 file to write (default: data/blizzard.h5; data/demo.h5 with --demo)"
     )
-    for split, use in dict(valid="validate", test="test").items():
-        parser.add_argument(
-            f"--{split}",
-            type=float,
-            help=f"fraction of samples to {use} on (default: 0.05; 0.1 with --demo)",
-        )
+    share = "fraction of samples to {} on (default: 0.05; 0.1 with --demo)"
+    parser.add_argument("--valid", type=float, help=share.format("validate"))
+    parser.add_argument("--test", type=float, help=share.format("test"))
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--strict", action="store_true", help="treat an unusable recording as an error"
@@ -390,13 +610,14 @@ def parse_options():
     parser.add_argument(
         "--allow_pickle",
         action="store_true",
-        help="read arrays of arrays as well; this executes what the file says, so only from a source "
-        "that you trust",
+        help="read arrays of arrays as well; this executes what the file says, so only from a "
+        "source that you trust",
     )
     parser.add_argument(
         "--demo",
         action="store_true",
-        help="write five minutes of synthetic speech-like recordings to data/demo, and convert them",
+        help="write five minutes of synthetic speech-like recordings to data/demo, and convert "
+        "them",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)"
@@ -408,9 +629,10 @@ def parse_options():
         parser.error("give files or folders of recordings, or --demo alone")
     out, share = ("data/demo.h5", 0.1) if options.demo else ("data/blizzard.h5", 0.05)
     options.out = options.out or out
-    options.valid, options.test = (
-        share if given is None else given for given in (options.valid, options.test)
-    )
+    if options.valid is None:
+        options.valid = share
+    if options.test is None:
+        options.test = share
     return options
 
 
@@ -432,15 +654,26 @@ def main():
             options.strict,
             options.allow_pickle,
         )
-
+    print(options.out)
     corpus = common.open_corpus(options.out)
+    report_splits(corpus)
+    report_yardsticks(corpus.test.audio.file["yardsticks"])
+    others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())
+    print(f"ignored, of other types: {others or 'none'}")
+    print(f"skipped: {len(skipped)}")
+    for reason in skipped:
+        print(f"  {reason}")
+
+
+def report_splits(corpus):
+    """Print how much each split holds."""
     lengths = {split: np.diff(getattr(corpus, split).offsets) for split in common.SPLITS}
-    total = lengths["total"] = np.concatenate(list(lengths.values()))
-    print(f"{options.out}\n{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
+    total = np.concatenate(list(lengths.values()))
+    lengths["total"] = total
+    print(f"{'split':6}{'recordings':>12}{'minutes':>10}{'samples':>16}")
     for split, samples in lengths.items():
-        print(
-            f"{split:6}{len(samples):12,}{samples.sum() / SAMPLE_RATE / 60:10.2f}{samples.sum():16,}"
-        )
+        minutes = samples.sum() / SAMPLE_RATE / 60
+        print(f"{split:6}{len(samples):12,}{minutes:10.2f}{samples.sum():16,}")
     print(
         f"mean {corpus.mean:.4f}, standard deviation {corpus.std:.4f} (of train, in 16-bit steps)"
     )
@@ -449,11 +682,27 @@ def main():
         f"too short for one training excerpt of {EXCERPT_SECONDS:g} s: {len(short)} recordings, "
         f"{short.sum() / SAMPLE_RATE:.2f} s"
     )
-    others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())
-    print(f"ignored, of other types: {others or 'none'}")
-    print(f"skipped: {len(skipped)}")
-    for reason in skipped:
-        print(f"  {reason}")
+
+
+def report_yardsticks(group):
+    """Print the bits per sample of each yardstick, on windows and on whole recordings of test."""
+    windows = group["windows"]
+    recordings = group["recordings"]
+    print(f"{'test, bits per sample':24}{'0.5 s windows':>16}{'whole recordings':>20}")
+    print(f"{'number of them':24}{len(windows['starts']):16,}{len(recordings['index']):20,}")
+    window_samples = windows.attrs["samples"] * len(windows["starts"])
+    recording_samples = recordings["samples"][:].sum()
+    for name, title in YARDSTICKS.items():
+        on_windows = bits_per_sample(windows, name, window_samples)
+        on_recordings = bits_per_sample(recordings, name, recording_samples)
+        print(f"{title:24}{on_windows:>16}{on_recordings:>20}")
+
+
+def bits_per_sample(group, name, samples):
+    """The text of it; "-" where there is no such yardstick, or nothing to measure it on."""
+    if name not in group or samples == 0:
+        return "-"
+    return f"{group[name][:].sum() / samples:.3f}"
 
 
 if __name__ == "__main__":
