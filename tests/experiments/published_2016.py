@@ -362,9 +362,9 @@ class Run:
         nats = valid[f"iwae_{h.eval_k[0]}"]["nats_per_frame"]
         if nats > progress["best"]:
             progress["best"] = nats
-            self.save("best.pt")
-        self.save("last.pt")
+            self.save("best.pt", self.trained())
         self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+        self.save("last.pt", self.checkpoint())
         print(f"update {line['update']:,} | valid iwae_{h.eval_k[0]} {nats:.2f} nats/frame")
 
     def finish(self):
@@ -391,30 +391,41 @@ class Run:
         self.write("eval.json", json.dumps(result, indent=1) + "\n")
         print(*common.evaluation_table(result), sep="\n")
 
-    def save(self, name):
-        checkpoint = dict(
+    def trained(self):
+        """What it takes to evaluate the model."""
+        return dict(
             config=self.log[0]["config"],
             mean=self.corpus.mean,
             std=self.corpus.std,
             update=self.progress["updates"],
             model=self.model.state_dict(),
+        )
+
+    def checkpoint(self):
+        """What it takes to go on as if the run had never stopped."""
+        return dict(
+            **self.trained(),
             optimiser=self.optimiser.state_dict(),
             generator=self.generator.get_state(),
-            left=self.left,
+            left=dict(enumerate(self.left)),
             progress=self.progress,
             log=self.log,
         )
-        with common.durably(self.folder / name) as partial:
-            torch.save(checkpoint, partial)
 
     def restore(self):
         saved = common.load_checkpoint(self.folder / "last.pt", "--resume")
-        common.refuse_changes(saved["log"][0], self.log[0])
+        header, *lines = saved["log"]
+        common.refuse_changes(header, self.log[0])
+        self.log = [{**header, "config": self.log[0]["config"]}, *lines]
+        self.progress = saved["progress"]
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.generator.set_state(saved["generator"])
-        self.left = [part.to(self.device) for part in saved["left"]]
-        self.progress, self.log = saved["progress"], saved["log"]
+        self.left = [part.to(self.device) for part in saved["left"].values()]
+
+    def save(self, name, checkpoint):
+        with common.durably(self.folder / name) as partial:
+            torch.save(checkpoint, partial)
 
     def write(self, name, text):
         common.write_durably(self.folder / name, text)
