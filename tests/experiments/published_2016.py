@@ -3,11 +3,19 @@
     python tests/experiments/published_2016.py --data data/speech.h5 --objective iwae
 
 Without a switch it does what the scripts of github.com/szcom/nips2015_vrnn did, with the library
-github.com/jych/cle: the order of the data, what an update takes of them, the state that goes on to
-the next one, the losses, the clip, Adam, raw weights. Nothing is drawn but z. What it logs is what
-the other scripts log, for plot_recon.py: `sequences` counts windows as they are taken, again at
-every replay, `distinct_windows` without replays; `grad_norm` and `grad_clip` are of the mean over
-the windows of an update.
+github.com/jych/cle. Data are read in order, chapter by chapter, epoch after epoch:
+
+            rows of an update                           limit on the gradient of their mean
+    VRNN    the next 128                                640
+    VAE_5   the same 128 in five updates in a row       3,200
+    IWAE_5  the next 25, five copies of each            25
+
+2016's IWAE_5 asserts that 5 divides the rows of its graph, so it did not run with the 128 of its
+configuration file. With 125 it takes windows at the pace of VAE_5, as its curve suggests.
+
+The state goes on from row to row, whatever these are; samples are neither dequantised nor given
+noise; no weights are averaged. The log is that of the other scripts, for plot_recon.py: `sequences`
+counts windows as they are taken, again at every replay, and `distinct_windows` without replays.
 """
 
 import dataclasses
@@ -30,7 +38,7 @@ import common  # noqa: E402
 
 @dataclasses.dataclass
 class Hyperparameters:
-    """Each is also a flag. What is None by default is as in 2016, where the objective says it."""
+    """Each is also a flag. None stands for 2016's value, which depends on the objective."""
 
     objective: Literal["vrnn", "vae", "iwae"] = "vrnn"  # VRNN, VAE_K or IWAE_K
     k: int = 5  # K of VAE_K and IWAE_K
@@ -80,7 +88,7 @@ class Hyperparameters:
 
 
 def as_in_2016(h):
-    """h without any None."""
+    """h with 2016's value in place of each None. UserError where k does not divide the rows."""
     k = 1 if h.objective == "vrnn" else h.k
     h = dataclasses.replace(h, k=k)
     copies = copies_of(h)
@@ -96,7 +104,7 @@ def as_in_2016(h):
 
 
 def copies_of(h):
-    """Rows of the graph for one window: each has its own z, and its own state."""
+    """Rows of the graph for one window, each with a z and a state of its own."""
     return h.k if h.objective == "iwae" else 1
 
 
@@ -183,7 +191,7 @@ def rows_of(chapters, streams, samples):
 
 
 class InChapters:
-    """The windows of update after update: the next rows, from the first again after the last.
+    """Batches of the rows of 2016: the next ones each time, and the first again after the last.
 
     What an epoch holds beyond whole batches is left out.
     """
@@ -214,7 +222,7 @@ class InChapters:
 
 
 class InExcerpts:
-    """The same of our own order: a stream is the excerpt in one row of a shuffled batch."""
+    """The same for our own order: an excerpt of a shuffled batch takes the place of a stream."""
 
     def __init__(self, split, h, windows):
         sizes = (h.x_dim, h.seq_frames, h.reset_freq, windows)
