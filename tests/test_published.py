@@ -7,21 +7,19 @@ every frame, replaces their random generator.
 from pathlib import Path
 
 import numpy as np
+import published_2016
 import pytest
 import torch
 from published import from_published, load_published_parameters, published_names
 
 import common
-import vrnn_gauss
-import vrnn_gauss_alt_nll
-import vrnn_gauss_iwae
 
 REFERENCE = Path(__file__).parent / "reference"
 PARTICLES = dict(vrnn_gauss=1, vrnn_gauss_alt_nll=1, vrnn_gauss_iwae=5)
-PUBLISHED = dict(
-    vrnn_gauss=vrnn_gauss.objective,
-    vrnn_gauss_iwae=vrnn_gauss_iwae.objective_as_published,
-    vrnn_gauss_alt_nll=lambda rollout: vrnn_gauss_alt_nll.objective_as_published(rollout, 5),
+LOSSES = dict(
+    vrnn_gauss=published_2016.vrnn_loss,
+    vrnn_gauss_iwae=published_2016.iwae_loss,
+    vrnn_gauss_alt_nll=lambda rollout: published_2016.vae_loss(rollout, 5),
 )
 
 
@@ -81,7 +79,7 @@ def test_states_equal_the_published_ones_when_run_frame_by_frame(script):
 @pytest.mark.parametrize("script", PARTICLES)
 def test_loss_and_all_gradients_equal_the_published_ones(script):
     arrays, model, x_TBX, noise, state = load(script)
-    loss = PUBLISHED[script](model(x_TBX, state, noise, PARTICLES[script]))
+    loss = LOSSES[script](model(x_TBX, state, noise, PARTICLES[script]))
     loss.backward()
     assert_equal(loss, arrays["out/loss"])
     published = from_published(
