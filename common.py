@@ -654,12 +654,15 @@ def evaluate(h, model, checkpoint, corpus, folder, config, path):
             windows=len(by_window["elbo"]),
             frames=h.seq_frames,
             bounds=summarise(by_window, h.seq_frames, model.x_dim, corpus),
-            yardsticks=yardsticks(corpus, model.x_dim, "windows"),
+            yardsticks={
+                name: yardstick(bits, model.x_dim, corpus.std)
+                for name, bits in corpus.yardsticks.get(h.seq_frames * model.x_dim, {}).items()
+            },
         )
         if h.eval_recordings:
             result["whole_recordings"] = evaluate_recordings(
                 model, corpus, corpus.test, particles, h.eval_recordings
-            ) | yardsticks(corpus, model.x_dim, "recordings")
+            )
         write_windows(by_window, h.seq_frames, folder / "windows.csv")
         write_durably(folder / EVAL, json.dumps(result, indent=1) + "\n")
         print(f"{path}, update {result['update']:,}", *evaluation_table(result), sep="\n")
@@ -737,20 +740,14 @@ def summarise(by_window, seq_frames, x_dim, corpus):
     return result
 
 
-def yardsticks(corpus, x_dim, kind):
-    """What is to be beaten on `windows` or `recordings` of test, as the data file has it."""
-    return {
-        name: dict(
-            nats_per_frame=x_dim * (math.log(corpus.std) - bits * math.log(2)),
-            stderr=None,
-            bits_per_sample=bits,
-        )
-        for name, bits in corpus.yardsticks.get(kind, {}).items()
-    }
+def yardstick(bits, x_dim, std):
+    """What is to be beaten, in the form of `summarise`, from its bits per sample."""
+    nats = x_dim * (math.log(std) - bits * math.log(2))
+    return dict(nats_per_frame=nats, stderr=None, bits_per_sample=bits)
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
-    """smc_k on whole recordings from a zero state, at_most of them evenly spread.
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC there.
 
     The mean over all frames; stderr over recordings, of the ratio of their nats to their frames.
     """
@@ -779,7 +776,11 @@ def evaluate_recordings(model, corpus, split, k, at_most):
         stderr=stderr,
         bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
     )
-    return {f"smc_{k}": found}
+    result = {f"smc_{k}": found}
+    if corpus.flac_bits.keys() >= set(chosen):
+        bits = sum(corpus.flac_bits[i] for i in chosen) / int(frames.sum() * model.x_dim)
+        result["flac"] = yardstick(bits, model.x_dim, corpus.std)
+    return result
 
 
 def describe_corpus(corpus):
@@ -1350,14 +1351,16 @@ def piece_starts(split, samples, at_most=math.inf):
     All of them, or at_most, evenly spread. Raises UserError where there are none.
     """
     counts = np.diff(split.offsets) // samples
-    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(split.offsets[:-1], counts) + nth * samples
-    if len(starts) == 0:
+    ends = np.cumsum(counts)
+    if ends[-1] == 0:
         raise UserError(
             f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; "
             "give longer recordings or a smaller --seq_frames"
         )
-    return evenly_spread(starts, at_most)
+    chosen = evenly_spread(np.arange(ends[-1]), at_most)
+    recording = np.searchsorted(ends, chosen, side="right")
+    first = (ends - counts)[recording]  # piece of the recording
+    return split.offsets[recording] + (chosen - first) * samples
 
 
 def evenly_spread(items, at_most):
@@ -1525,7 +1528,8 @@ class Corpus:
     train: Split
     valid: Split
     test: Split
-    yardsticks: dict  # {"windows" or "recordings": {name: bits per sample}} of the test split
+    yardsticks: dict  # {samples of a window: {name: bits per sample of test}}
+    flac_bits: dict  # {recording of test: bits in FLAC}
 
 
 def open_corpus(path):
@@ -1541,8 +1545,10 @@ def open_corpus(path):
             raise ValueError("it has no usable mean and std")
         splits = {name: read_split(file, name) for name in SPLITS}
         created_by = str(file.attrs.get("created_by"))
-        yardsticks = json.loads(file.attrs.get("yardsticks", "{}"))
-        return Corpus(str(path), created_by, mean, std, **splits, yardsticks=yardsticks)
+        yardsticks, flac_bits = read_yardsticks(file)
+        return Corpus(
+            str(path), created_by, mean, std, **splits, yardsticks=yardsticks, flac_bits=flac_bits
+        )
     except FileNotFoundError as error:
         raise UserError(
             f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER "
@@ -1574,6 +1580,20 @@ def read_split(file, name):
     if not (ends_match and (np.diff(offsets) > 0).all()):
         raise ValueError(f"it has inconsistent offsets in split {name}")
     return Split(name, audio, offsets)
+
+
+def read_yardsticks(file):
+    """`yardsticks` and `flac_bits` of a Corpus, as prepare_blizzard.py measured them, if it did."""
+    if "yardsticks" not in file:
+        return {}, {}
+    windows, recordings = file["yardsticks/windows"], file["yardsticks/recordings"]
+    samples = int(windows.attrs["samples"])
+    yardsticks = {}
+    for name, bits in windows.items():
+        if name != "starts" and len(bits):
+            yardsticks[name] = float(bits[:].mean()) / samples
+    index, bits = recordings["index"][:], recordings["flac"][:]
+    return {samples: yardsticks}, dict(zip(index.tolist(), bits.tolist()))
 
 
 # ---- arrays (.npz, .npy) -------------------------------------------------------------------------

@@ -11,7 +11,6 @@ the mean over seeds. Right: bits per sample. Folders made by --evaluate are rows
 Beside the .wav files of a run goes their picture, samples.png.
 """
 
-import argparse
 import collections
 import contextlib
 import itertools
@@ -26,6 +25,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import soundfile
+from tyro.conf import Positional
 
 import common
 
@@ -707,31 +707,17 @@ def yardstick_rows(runs, in_nats, in_bits):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def parse_flags():
-    parser = common.OneLineParser(
-        prog="plot_recon.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="FOLDER",
-        help="of runs (default: runs; runs/demo with --demo)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("recon.png"), help="picture to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="train the three scripts on synthetic data first"
-    )
-    return parser.parse_args()
+@dataclass
+class Flags:
+    """Flags of this script."""
+
+    folders: Positional[tuple[Path, ...]] = ()  # of runs (default: runs; runs/demo with --demo)
+    out: Path = Path("recon.png")  # picture to write
+    demo: bool = False  # train the three scripts on synthetic data first
 
 
 def main():
-    flags = parse_flags()
+    flags = common.parse_flags(Flags())
     if flags.out.suffix not in (".png", ".pdf", ".svg"):
         raise common.UserError(
             f"--out={flags.out} is no picture; give a name that ends in .png, .pdf or .svg"

@@ -10,7 +10,6 @@ are skipped and listed with the reason. The file also says what a model has to b
 split: FLAC, a linear prediction and the histogram of the samples.
 """
 
-import argparse
 import collections
 import contextlib
 import io
@@ -24,6 +23,7 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +34,7 @@ import soxr
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from tyro.conf import Positional
 
 import common
 from common import SAMPLE_RATE, BadAudio, UserError
@@ -341,7 +342,7 @@ def recording_yardsticks(split):
     """Which recordings of a split, the samples of each in whole frames, and the bits they take."""
     lengths = np.diff(split.offsets) // FRAME * FRAME
     usable = np.flatnonzero(lengths)
-    index = usable[evenly_spread(len(usable), MOST_RECORDINGS)]
+    index = common.evenly_spread(usable, MOST_RECORDINGS)
     bits = []
     for i in index:
         (recording,) = split.read(split.offsets[[i]], lengths[i])
@@ -349,23 +350,14 @@ def recording_yardsticks(split):
     return {"index": index, "samples": lengths[index], "flac": np.array(bits)}
 
 
-def evenly_spread(count, at_most):
-    """The indices of `count` things: all, or at_most of them evenly spread."""
-    return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)
-
-
 def window_starts(split, at_most):
     """First samples of windows of every recording, without overlap: all, or at_most evenly spread.
 
-    The same as common.window_starts gives, but none where every recording is too short, and in
-    memory that does not depend on the number of windows.
+    None where every recording is too short.
     """
-    counts = np.diff(split.offsets) // WINDOW
-    ends = np.cumsum(counts)
-    chosen = evenly_spread(ends[-1], at_most)
-    recording = np.searchsorted(ends, chosen, side="right")
-    nth_of_recording = chosen - (ends - counts)[recording]
-    return split.offsets[recording] + nth_of_recording * WINDOW
+    if np.diff(split.offsets).max() < WINDOW:
+        return np.zeros(0, np.int64)
+    return common.piece_starts(split, WINDOW, at_most)
 
 
 def windows_at(split, starts):
@@ -589,50 +581,31 @@ def resonate(source, gain, resonances, widths):
 # ---- command line --------------------------------------------------------------------------------
 
 
+@dataclass
+class Flags:
+    """Flags of this script."""
+
+    paths: Positional[tuple[str, ...]] = ()  # files, and folders to search
+    out: str = "data/blizzard.h5"  # HDF5 file to write; data/demo.h5 with --demo
+    valid: float = 0.05  # fraction of samples to validate on; 0.1 with --demo
+    test: float = 0.05  # fraction of samples to test on; 0.1 with --demo
+    force: bool = False  # replace the file if it exists
+    strict: bool = False  # treat an unusable recording as an error
+    # read arrays of arrays as well; this executes what the file says: only if you trust its source
+    allow_pickle: bool = False
+    demo: bool = False  # write five minutes of synthetic recordings to data/demo, and convert them
+    seed: int = 0  # of the synthetic recordings
+
+
 def parse_options():
-    parser = common.OneLineParser(
-        prog="prepare_blizzard.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("paths", nargs="*", help="files, and folders to search")
-    parser.add_argument(
-        "--out", help="HDF5 file to write (default: data/blizzard.h5; data/demo.h5 with --demo)"
-    )
-    share = "fraction of samples to {} on (default: 0.05; 0.1 with --demo)"
-    parser.add_argument("--valid", type=float, help=share.format("validate"))
-    parser.add_argument("--test", type=float, help=share.format("test"))
-    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    parser.add_argument(
-        "--strict", action="store_true", help="treat an unusable recording as an error"
-    )
-    parser.add_argument(
-        "--allow_pickle",
-        action="store_true",
-        help="read arrays of arrays as well; this executes what the file says, so only from a "
-        "source that you trust",
-    )
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="write five minutes of synthetic speech-like recordings to data/demo, and convert "
-        "them",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the synthetic recordings (%(default)s)"
-    )
-    options = parser.parse_args()
+    """The flags, with what depends on --demo in place. Raises UserError."""
+    options = common.parse_flags(Flags())
+    if options.demo:
+        options = common.parse_flags(Flags(out="data/demo.h5", valid=0.1, test=0.1))
     if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed={options.seed} is out of range")
+        raise UserError(f"--seed={options.seed} is out of range; give one from 0 to {2**32 - 1}")
     if options.demo == bool(options.paths):
-        parser.error("give files or folders of recordings, or --demo alone")
-    out, share = ("data/demo.h5", 0.1) if options.demo else ("data/blizzard.h5", 0.05)
-    options.out = options.out or out
-    if options.valid is None:
-        options.valid = share
-    if options.test is None:
-        options.test = share
+        raise UserError("give files or folders of recordings, or --demo alone; --help says more")
     return options
 
 

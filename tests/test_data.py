@@ -758,9 +758,9 @@ def test_epochs_differ_in_order_and_offset():
 
 
 def test_held_out_windows_tile_every_recording():
-    starts = common.window_starts(InMemory([25, 9, 10, 31]), 10)
+    starts = common.piece_starts(InMemory([25, 9, 10, 31]), 10)
     assert starts.tolist() == [0, 10, 34, 44, 54, 64]
-    assert common.window_starts(InMemory([1_000]), 10, at_most=3).tolist() == [0, 500, 990]
+    assert common.piece_starts(InMemory([1_000]), 10, at_most=3).tolist() == [0, 500, 990]
 
 
 def test_normalisation_and_dequantisation():

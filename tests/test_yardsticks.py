@@ -206,7 +206,7 @@ def test_windows_are_those_of_the_evaluation_and_evenly_spread(short_windows, at
     lengths = (2_500, 799, 800, 1, 12_001, 30)  # 3, 0, 1, 0, 15 and no windows
     split = Recordings("test", *(np.zeros(length, np.int16) for length in lengths))
     starts = prepare_blizzard.window_starts(split, at_most)
-    assert starts.tolist() == common.window_starts(split, 800, at_most).tolist()
+    assert starts.tolist() == common.piece_starts(split, 800, at_most).tolist()
     assert len(starts) == min(at_most, 19)
     assert starts.dtype == np.int64
 

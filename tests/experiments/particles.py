@@ -35,7 +35,7 @@ WINDOWS, BATCH, DRAWS = 64, 8, 50
 
 def windows(model, corpus, split, frames, count):
     """The first `frames` frames of windows that are the same for every number of frames, (frames, count, X)."""
-    starts = common.window_starts(split, max(FRAMES) * model.x_dim, count)
+    starts = common.piece_starts(split, max(FRAMES) * model.x_dim, count)
     return common.frames_at(
         split, starts, frames, model.x_dim, corpus, torch.Generator().manual_seed(0)
     )

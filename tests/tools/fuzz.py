@@ -204,8 +204,8 @@ def read_corpus_whole(path):
     excerpts = common.Excerpts(corpus.train, 20, 5, 2, 4, 0)
     for batch in range(min(excerpts.batches_per_epoch, 50)):
         excerpts.batch(batch)
-    common.window_starts(corpus.valid, 100, 8)
-    common.window_starts(corpus.test, 100, 8)
+    common.piece_starts(corpus.valid, 100, 8)
+    common.piece_starts(corpus.test, 100, 8)
 
 
 def train_from(kind, path, run):
