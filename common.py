@@ -14,7 +14,6 @@ import copy
 import ctypes
 import dataclasses
 import difflib
-import fcntl
 import functools
 import inspect
 import io
@@ -35,6 +34,7 @@ from typing import Annotated
 
 import h5py
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -825,8 +825,6 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     real_N are beginnings of the longest recordings, sample_N are generated. Of a VRNN there are
     also resynthesised_N, and continued_N, generated after the first `given` frames of real_N.
     """
-    import soundfile
-
     folder.mkdir(exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     lengths = np.diff(split.offsets) // model.x_dim
@@ -845,7 +843,7 @@ def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = x_TX.double().flatten() * corpus.std + corpus.mean
-            path = folder / f"{kind}_{i}.wav"
+            path = os.fsencode(folder / f"{kind}_{i}.wav")
             soundfile.write(path, to_int16(samples.cpu().numpy()), SAMPLE_RATE)
 
 
@@ -889,8 +887,8 @@ class Training:
             parameters = sum(p.numel() for p in self.model.parameters())
             print(
                 f"{self.config['name']}: {parameters / 1e6:.2f} M parameters on {self.processes} x "
-                f"{describe(self.device)}; {self.excerpts.batches_per_epoch} batches an epoch; "
-                f"log in {self.folder / LOG}",
+                f"{describe(self.device)}, about {self.memory_in_gb():.1f} GB of memory each; "
+                f"{self.excerpts.batches_per_epoch} batches an epoch; log in {self.folder / LOG}",
                 flush=True,
             )
 
@@ -942,6 +940,17 @@ class Training:
         zeros = dict(made=0, clipped=0, skipped=0, skipped_in_a_row=0)
         zeros |= dict(loss_sum=0.0, losses=0.0, grad_norm=0.0)
         self.counts = {name: torch.tensor(zero, device=device) for name, zero in zeros.items()}
+
+    def memory_in_gb(self):
+        """Roughly what an update takes: more of it than there is would end the process wordlessly.
+
+        Parameters with gradient, moments and average, and what each row keeps of each layer's
+        output: itself, its gradient, and about as much again on the way.
+        """
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        parameters = sum(layer.weight.numel() for layer in layers)
+        rows = self.h.seq_frames * len(self.state[0])
+        return 4e-9 * (5 * parameters + 3 * rows * sum(layer.out_features for layer in layers))
 
     def header(self):
         """The first line of the log."""
@@ -1105,23 +1114,29 @@ class Training:
             disable=not is_first() or None,
         )
         with stop_requests() as received, bar:
-            while self.made < h.max_updates:
-                started = time.monotonic()
-                self.next_window()
-                self.allow_tf32(True)
-                yield
-                self.allow_tf32(False)
-                self.made += 1
-                is_due = self.made % h.monitor_every == 0 or self.made >= h.max_updates
-                if is_due:
-                    self.counts["made"].item()  # wait for the device
-                self.seconds += time.monotonic() - started
-                bar.update()
-                self.stop_if_nothing_is_learnt()
-                if is_due:
-                    self.monitor()
-                if signal_number := max(gather(max(received, default=0))):
-                    self.save_and_exit(signal_number)
+            try:
+                while self.made < h.max_updates:
+                    started = time.monotonic()
+                    self.next_window()
+                    self.allow_tf32(True)
+                    yield
+                    self.allow_tf32(False)
+                    self.made += 1
+                    is_due = self.made % h.monitor_every == 0 or self.made >= h.max_updates
+                    if is_due:
+                        self.counts["made"].item()  # wait for the device
+                    self.seconds += time.monotonic() - started
+                    bar.update()
+                    self.stop_if_nothing_is_learnt()
+                    if is_due:
+                        self.monitor()
+                    if signal_number := max(gather(max(received, default=0))):
+                        self.save_and_exit(signal_number)
+            except UserError:
+                # Data that cannot be read, for one: keep what is learnt.
+                if self.processes == 1:
+                    save_checkpoint(self.checkpoint(), self.folder / LAST)
+                raise
 
     def next_window(self):
         """Put the next window in place, and the state before it: zeros at an excerpt's start."""
@@ -1511,9 +1526,15 @@ class Split:
         try:
             return np.stack([self.audio[start : start + samples] for start in starts])
         except (OSError, RuntimeError) as error:
+            path, why = self.audio.file.filename, first_line(error)
+            # so HDF5 passes on what the system said, such as errno = 5, an input/output error
+            if re.search("errno = [1-9]", str(error)):
+                raise UserError(
+                    f"data file {path} cannot be read ({why}); see to its disk or network, and go "
+                    "on with --resume"
+                ) from error
             raise UserError(
-                f"data file {self.audio.file.filename} is damaged in split {self.name} "
-                f"({first_line(error)}); {REMAKE}"
+                f"data file {path} is damaged in split {self.name} ({why}); {REMAKE}"
             ) from error
 
 
@@ -1561,7 +1582,8 @@ def open_corpus(path):
 
 def open_hdf5(path):
     # Excerpts are random: a cache of chunks would only read more.
-    file = h5py.File(path, "r", rdcc_nbytes=0)
+    # It is written once, so no lock is needed, and some network file systems have none.
+    file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)
     # That of the chunk index would grow by 38 MB over 283 hours, and win no time.
     cache = file.id.get_mdc_config()
     cache.set_initial_size = True
@@ -1599,6 +1621,7 @@ def read_yardsticks(file):
 # ---- arrays (.npz, .npy) -------------------------------------------------------------------------
 
 BLOCK = 1 << 16  # samples at a time, so that memory does not depend on the length of a recording
+MAX_CHANNELS = 8  # more have spectra and other features, not recordings
 MAX_EXPANSION = 100  # of a zip archive; speech shrinks to about half, silence to a thousandth
 
 
@@ -1630,32 +1653,77 @@ def array_recordings(path, name, allow_pickle=False):
     A recording is an array or, with allow_pickle, one of an array of arrays, to read which
     executes what the file says. Raises what makes the whole file unusable.
     """
-    # Python 2 wrote some.
-    load = functools.partial(np.load, allow_pickle=allow_pickle, encoding="latin1")
     if path.suffix.lower() == ".npy":
-        mmap_mode = None if allow_pickle else "r"
-        yield from recordings_of(lambda: load(path, mmap_mode=mmap_mode), name)
+        yield from recordings_of(lambda: npy_array(path, allow_pickle), name)
         return
-    with path.open("rb") as file, load(file) as archive:
-        expanded = sum(member.file_size for member in archive.zip.infolist())
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # so every zip archive begins
+            raise BadAudio("it is no .npz file")
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise BadAudio(f"it cannot be read ({first_line(error)})") from error
+        expanded = sum(member.file_size for member in archive.infolist())
         if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
             fold = expanded // path.stat().st_size
             raise BadAudio(
                 f"it expands {fold:,}-fold, as no speech does; store what it should hold with "
                 "numpy.savez"
             )
-        members = {member for member in archive.zip.namelist() if member.endswith(".npy")}
+        members = {member for member in archive.namelist() if member.endswith(".npy")}
         if not members:
             raise BadAudio("it holds no arrays")
         for member in sorted(members, key=natural_order):
-            load_member = functools.partial(archive.__getitem__, member)
-            yield from recordings_of(load_member, f"{name}/{member.removesuffix('.npy')}")
+            load = functools.partial(npz_array, archive, member, allow_pickle)
+            yield from recordings_of(load, f"{name}/{member.removesuffix('.npy')}")
+
+
+def npy_array(path, allow_pickle):
+    """The array of a .npy file, which stays there as long as it is no pickle."""
+    with path.open("rb") as file:
+        if allow_pickle:
+            return only_array(file, allow_pickle)
+        require_npy(file)
+    array = np.load(path, mmap_mode="r")
+    refuse_surplus(path.stat().st_size - array.offset - array.nbytes)
+    return array
+
+
+def npz_array(archive, member, allow_pickle):
+    with archive.open(member) as file:
+        return only_array(file, allow_pickle)
+
+
+def only_array(file, allow_pickle):
+    """The array of an open .npy file. Raises BadAudio where there is none, or more than one."""
+    require_npy(file)
+    array = np.load(file, allow_pickle=allow_pickle, encoding="latin1")  # Python 2 wrote some
+    refuse_surplus(len(file.read()))
+    return array
+
+
+def require_npy(file):
+    # NumPy takes whatever begins otherwise for a pickle.
+    if file.read(6) != b"\x93NUMPY":
+        raise BadAudio("it is no .npy file")
+    file.seek(0)
+
+
+def refuse_surplus(count):
+    if count:
+        raise BadAudio(
+            f"{count:,} bytes follow its first array; save every array in a file of its own, or "
+            "all with numpy.savez"
+        )
 
 
 def recordings_of(load, name):
     """The recordings of one array: itself, or each of its elements where it is one of arrays."""
     try:
         array = np.asanyarray(load())
+    except BadAudio as why:
+        yield name, why
+        return
     except Exception as error:  # a damaged header can raise anything
         why = f"it cannot be read ({first_line(error)})"
         if re.search("allow_pickle|Python objects", str(error)):
@@ -1665,11 +1733,18 @@ def recordings_of(load, name):
             )
         yield name, BadAudio(why)
         return
-    if array.dtype.hasobject:
-        for i, part in enumerate(array.flat):
-            yield f"{name}/{i}", pcm16_blocks(part)
-    else:
+    if not array.dtype.hasobject:
         yield name, pcm16_blocks(array)
+        return
+    if array.size == 0:
+        yield name, BadAudio("it holds no recordings")
+        return
+    parts = array.flat
+    if np.ndim(parts[0]) == 0:  # NumPy has split recordings of equal lengths into samples
+        length = array.shape[-1]
+        parts = array.reshape(-1, length) if length > MAX_CHANNELS else [array]
+    for i, part in enumerate(parts):
+        yield f"{name}/{i}", pcm16_blocks(part)
 
 
 def pcm16_blocks(array):
@@ -1679,10 +1754,13 @@ def pcm16_blocks(array):
     24 bits; floats of full scale 1, or as int16 where whole.
     """
     array = np.asarray(array)
+    if array.dtype.hasobject:
+        array = np.array(array.tolist())
     shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
-    if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], 1024):
+    if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], MAX_CHANNELS):
         raise BadAudio(
-            f"its shape {shape} is neither (samples,) nor (samples, channels); transpose or split it"
+            f"its shape {shape} is neither (samples,) nor (samples, channels) with at most "
+            f"{MAX_CHANNELS} channels; transpose or split it, or leave it out if it is no audio"
         )
     if kind not in "if" or itemsize == 1:
         raise BadAudio(f"its type {array.dtype} is not audio; save int16, int32 or floats")
@@ -1693,6 +1771,8 @@ def pcm16_blocks(array):
         return
     peak = np.max([0, *(np.abs(block.astype(np.float64)).max() for block in blocks)])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
+    if kind == "f" and peak <= 1 and all((block >= 0).all() for block in blocks):
+        raise BadAudio("none of its values is negative, as samples are; it is no audio")
     if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
     elif kind == "f" and peak <= 2:
@@ -1771,8 +1851,9 @@ def save_checkpoint(checkpoint, path):
             with durably(path) as partial:
                 torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:
+            remedy = "--resume" if path.exists() else "start again"
             raise UserError(
-                f"{path} cannot be written ({first_line(error)}); make room and --resume"
+                f"{path} cannot be written ({first_line(error)}); make room and {remedy}"
             ) from error
 
 
@@ -1950,6 +2031,9 @@ def parse_flags(defaults, argv=None):
     the module's docstring. UserError in place of tyro's framed message; SystemExit after --help.
     """
     script = f"{script_of(type(defaults))}.py"
+    # The shell leaves the ~ of --out_dir=~/run as it is.
+    home = os.path.expanduser("~")
+    argv = [re.sub("^(--[^=]*=)~(?=/|$)", rf"\1{home}", text) for text in argv or sys.argv[1:]]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -2024,8 +2108,34 @@ class UserError(Exception):
     """Something only the user can mend; its text names file or option, problem and remedy."""
 
 
+class Unfailing:
+    """A stream to print to. Where it fails, as a closed pipe does, the run goes on in silence."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *arguments):
+        try:
+            action(*arguments)
+        except OSError:
+            # what is still in its buffer goes there as well
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_as_script(main):
     """Call main(); what only the user can mend becomes one sentence and exit status 2."""
+    sys.stdout = Unfailing(sys.stdout or open(os.devnull, "w"))
+    sys.stderr = Unfailing(sys.stderr or open(os.devnull, "w"))
     try:
         return main()
     except KeyboardInterrupt:
@@ -2073,9 +2183,9 @@ def first_line(error):
 
 @contextlib.contextmanager
 def stop_requests():
-    """A list that gets Ctrl-C or SIGTERM, so that what is in hand can be finished.
+    """A list that gets Ctrl-C and other requests to end, so that what is in hand can be finished.
 
-    The same signal once more kills.
+    The same signal once more kills. What is ignored, as SIGHUP under nohup, stays ignored.
     """
     received = []
 
@@ -2084,9 +2194,11 @@ def stop_requests():
         signal.signal(number, signal.SIG_DFL)
 
     with contextlib.ExitStack() as last:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, receive)
-            last.callback(signal.signal, number, before)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                before = signal.signal(number, receive)
+                last.callback(signal.signal, number, before)
         yield received
 
 
@@ -2094,12 +2206,14 @@ def lock(path):
     """A descriptor that holds a file or folder against other processes, until it is closed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        import fcntl
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
             f"{path} is being written by another process; wait for it, or give another name"
         ) from error
-    except OSError:  # some network file systems know no locks
+    except (ImportError, OSError):  # Windows and some network file systems know no such locks
         pass
     return descriptor
 
@@ -2141,8 +2255,10 @@ def start_processes():
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    of_torchrun = [os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR")]
+    if all(of_torchrun) and int(of_torchrun[0]) > 1 and not dist.is_initialized():
+        # gloo between CPUs, NCCL between GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return job()[1]
 
 
