@@ -786,7 +786,7 @@ def evaluate_recordings(model, corpus, split, k, at_most):
 def describe_corpus(corpus):
     """What logs and evaluations say of their data."""
     return dict(
-        file=Path(corpus.path).name,
+        file=printable(Path(corpus.path).name),
         created_by=corpus.created_by,
         mean=corpus.mean,
         std=corpus.std,
@@ -1431,7 +1431,7 @@ class SplitWriter:
         if squares * (end - start) == total**2:
             raise BadAudio(f"all of its {end - start:,} samples are the same")
         self.offsets.append(end)
-        self.names.append(name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
+        self.names.append(printable(name).replace("\0", "\\0"))
         self.total += total
         self.squares += squares
 
@@ -1633,6 +1633,11 @@ def natural_order(text):
     """Sort key that puts data_9 before data_10, and no two texts in one place."""
     parts = re.split("([0-9]+)", str(text))
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], str(text)
+
+
+def printable(name):
+    """A file name in UTF-8, whatever its bytes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def guarded(blocks):
