@@ -2273,15 +2273,18 @@ PHI_Z = range(3, 7)
 
 
 def has_fast_recurrence(model):
-    """Whether a VRNN has the networks and the steps that are written out below."""
-    layers = [type(layer) for layer in (*model.posterior, *model.phi_z)]
+    """Whether a VRNN has the steps and the networks that are written out below."""
     steps = [getattr(type(model), step) for step in ("q_z", "into_lstm", "lstm", "recurrence")]
-    return layers == [nn.ReLU, *[Linear, nn.ReLU] * 3, Head, *[Linear, nn.ReLU] * 4] and steps == [
-        VRNN.q_z,
-        VRNN.into_lstm,
-        VRNN.lstm,
-        VRNN.recurrence,
-    ]
+    if steps != [VRNN.q_z, VRNN.into_lstm, VRNN.lstm, VRNN.recurrence]:
+        return False
+    layers = []
+    for network in (model.posterior_x, model.posterior_h, model.posterior, model.phi_z):
+        layers += [type(layer) for layer in network.modules()]
+    for network in (model.lstm_x, model.lstm_z, model.lstm_h):
+        layers += [type(layer) for layer in network.modules()]
+    posterior = [nn.Sequential, nn.ReLU, *[Linear, nn.ReLU] * 3, Head]
+    phi_z = [nn.Sequential, *[Linear, nn.ReLU] * 4]
+    return layers == [Linear, Linear, *posterior, *phi_z, Linear, Linear, Linear]
 
 
 def fast_recurrence(model, phi_x, noise, h, c, k, ancestors):
