@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1922,7 +1923,10 @@ def parse(script, argv=None):
     fields = {field.name for field in dataclasses.fields(script)}
     defaults = {name: value for name, value in defaults.items() if name in fields}
     if defaults:
-        h = parse_flags(flags(**defaults), argv)
+        with warnings.catch_warnings():
+            # tyro warns of a checkpoint's senseless values, which are refused below.
+            warnings.simplefilter("ignore")
+            h = parse_flags(flags(**defaults), argv)
     check_values(h)
     return h
 
