@@ -779,8 +779,9 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     )
     result = {f"smc_{k}": found}
     if corpus.flac_bits.keys() >= set(chosen):
-        bits = sum(corpus.flac_bits[i] for i in chosen) / int(frames.sum() * model.x_dim)
-        result["flac"] = yardstick(bits, model.x_dim, corpus.std)
+        bits = sum(corpus.flac_bits[i] for i in chosen)
+        samples = sum(corpus.flac_samples[i] for i in chosen)
+        result["flac"] = yardstick(bits / samples, model.x_dim, corpus.std)
     return result
 
 
@@ -1531,6 +1532,7 @@ class Corpus:
     test: Split
     yardsticks: dict  # {samples of a window: {name: bits per sample of test}}
     flac_bits: dict  # {recording of test: bits in FLAC}
+    flac_samples: dict  # {recording of test: how many samples these are of}
 
 
 def open_corpus(path):
@@ -1546,10 +1548,8 @@ def open_corpus(path):
             raise ValueError("it has no usable mean and std")
         splits = {name: read_split(file, name) for name in SPLITS}
         created_by = str(file.attrs.get("created_by"))
-        yardsticks, flac_bits = read_yardsticks(file)
-        return Corpus(
-            str(path), created_by, mean, std, **splits, yardsticks=yardsticks, flac_bits=flac_bits
-        )
+        yardsticks = read_yardsticks(file)
+        return Corpus(str(path), created_by, mean, std, **splits, **yardsticks)
     except FileNotFoundError as error:
         raise UserError(
             f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER "
@@ -1584,17 +1584,21 @@ def read_split(file, name):
 
 
 def read_yardsticks(file):
-    """`yardsticks` and `flac_bits` of a Corpus, as prepare_blizzard.py measured them, if it did."""
+    """Those fields of a Corpus, as prepare_blizzard.py measured them, or empty if it did not."""
     if "yardsticks" not in file:
-        return {}, {}
+        return dict(yardsticks={}, flac_bits={}, flac_samples={})
     windows, recordings = file["yardsticks/windows"], file["yardsticks/recordings"]
     samples = int(windows.attrs["samples"])
     yardsticks = {}
     for name, bits in windows.items():
         if name != "starts" and len(bits):
             yardsticks[name] = float(bits[:].mean()) / samples
-    index, bits = recordings["index"][:], recordings["flac"][:]
-    return {samples: yardsticks}, dict(zip(index.tolist(), bits.tolist()))
+    index = recordings["index"][:].tolist()
+    return dict(
+        yardsticks={samples: yardsticks},
+        flac_bits=dict(zip(index, recordings["flac"][:].tolist())),
+        flac_samples=dict(zip(index, recordings["samples"][:].tolist())),
+    )
 
 
 # ---- arrays (.npz, .npy) -------------------------------------------------------------------------
