@@ -1,11 +1,12 @@
-"""What about clipping does the harm: train VRNN with gradients scaled to a norm that is the same for all batches.
+"""What about clipping does the harm: train VRNN with gradients of one norm for all batches.
 
-    python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99] [flags of vrnn_gauss.py]
+    python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99] [flags of VRNN]
 
---norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
-sizes of experiment.py, until it reaches 640, at which the others are clipped. No batch then counts more than another,
-and yet the scale grows as it does without clipping. --norm=median clips at twice the median norm of the last 100
-updates, which last.pt does not hold: a resumed run begins with none. The log holds the norms before they were scaled.
+--norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median
+of a trial run at the sizes of experiment.py, until it reaches 640, at which the others are
+clipped. No batch then counts more than another, and yet the scale grows as it does without
+clipping. --norm=median clips at twice the median norm of the last 100 updates, which last.pt does
+not hold: a resumed run begins with none. The log holds the norms before they were scaled.
 experiment.py has the runs.
 """
 
