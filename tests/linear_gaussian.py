@@ -53,7 +53,7 @@ class LinearGaussian:
         self.proposal = proposal
 
     def evidence(self, x_TBX):
-        """What the x seen by the proposal add to z_t, for every t: a precision, and that times a mean."""
+        """Precision, and its product with the mean, that the x it sees add to z_t, for every t."""
         if self.proposal == "filtering":
             return [(C * C / R**2, C * x / R**2) for x in x_TBX]
         if self.proposal == "prior":

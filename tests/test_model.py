@@ -1,4 +1,4 @@
-"""The VRNN against the same model written plainly, and subclasses that do a thing in another way."""
+"""The VRNN against the same model written plainly, and subclasses with something of their own."""
 
 import pytest
 import torch
