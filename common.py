@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -778,8 +779,9 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     )
     result = {f"smc_{k}": found}
     if corpus.flac_bits.keys() >= set(chosen):
-        bits = sum(corpus.flac_bits[i] for i in chosen) / int(frames.sum() * model.x_dim)
-        result["flac"] = yardstick(bits, model.x_dim, corpus.std)
+        bits = sum(corpus.flac_bits[i] for i in chosen)
+        samples = sum(corpus.flac_samples[i] for i in chosen)
+        result["flac"] = yardstick(bits / samples, model.x_dim, corpus.std)
     return result
 
 
@@ -1551,6 +1553,7 @@ class Corpus:
     test: Split
     yardsticks: dict  # {samples of a window: {name: bits per sample of test}}
     flac_bits: dict  # {recording of test: bits in FLAC}
+    flac_samples: dict  # {recording of test: how many samples these are of}
 
 
 def open_corpus(path):
@@ -1566,10 +1569,8 @@ def open_corpus(path):
             raise ValueError("it has no usable mean and std")
         splits = {name: read_split(file, name) for name in SPLITS}
         created_by = str(file.attrs.get("created_by"))
-        yardsticks, flac_bits = read_yardsticks(file)
-        return Corpus(
-            str(path), created_by, mean, std, **splits, yardsticks=yardsticks, flac_bits=flac_bits
-        )
+        yardsticks = read_yardsticks(file)
+        return Corpus(str(path), created_by, mean, std, **splits, **yardsticks)
     except FileNotFoundError as error:
         raise UserError(
             f"data file {path} does not exist; make it with 'python prepare_blizzard.py FOLDER "
@@ -1605,17 +1606,21 @@ def read_split(file, name):
 
 
 def read_yardsticks(file):
-    """`yardsticks` and `flac_bits` of a Corpus, as prepare_blizzard.py measured them, if it did."""
+    """Those fields of a Corpus, as prepare_blizzard.py measured them, or empty if it did not."""
     if "yardsticks" not in file:
-        return {}, {}
+        return dict(yardsticks={}, flac_bits={}, flac_samples={})
     windows, recordings = file["yardsticks/windows"], file["yardsticks/recordings"]
     samples = int(windows.attrs["samples"])
     yardsticks = {}
     for name, bits in windows.items():
         if name != "starts" and len(bits):
             yardsticks[name] = float(bits[:].mean()) / samples
-    index, bits = recordings["index"][:], recordings["flac"][:]
-    return {samples: yardsticks}, dict(zip(index.tolist(), bits.tolist()))
+    index = recordings["index"][:].tolist()
+    return dict(
+        yardsticks={samples: yardsticks},
+        flac_bits=dict(zip(index, recordings["flac"][:].tolist())),
+        flac_samples=dict(zip(index, recordings["samples"][:].tolist())),
+    )
 
 
 # ---- arrays (.npz, .npy) -------------------------------------------------------------------------
@@ -2008,7 +2013,10 @@ def parse(script, argv=None):
     fields = {field.name for field in dataclasses.fields(script)}
     defaults = {name: value for name, value in defaults.items() if name in fields}
     if defaults:
-        h = parse_flags(flags(**defaults), argv)
+        with warnings.catch_warnings():
+            # tyro warns of a checkpoint's senseless values, which are refused below.
+            warnings.simplefilter("ignore")
+            h = parse_flags(flags(**defaults), argv)
     check_values(h)
     return h
 
@@ -2394,15 +2402,18 @@ PHI_Z = range(3, 7)
 
 
 def has_fast_recurrence(model):
-    """Whether a VRNN has the networks and the steps that are written out below."""
-    layers = [type(layer) for layer in (*model.posterior, *model.phi_z)]
+    """Whether a VRNN has the steps and the networks that are written out below."""
     steps = [getattr(type(model), step) for step in ("q_z", "into_lstm", "lstm", "recurrence")]
-    return layers == [nn.ReLU, *[Linear, nn.ReLU] * 3, Head, *[Linear, nn.ReLU] * 4] and steps == [
-        VRNN.q_z,
-        VRNN.into_lstm,
-        VRNN.lstm,
-        VRNN.recurrence,
-    ]
+    if steps != [VRNN.q_z, VRNN.into_lstm, VRNN.lstm, VRNN.recurrence]:
+        return False
+    layers = []
+    for network in (model.posterior_x, model.posterior_h, model.posterior, model.phi_z):
+        layers += [type(layer) for layer in network.modules()]
+    for network in (model.lstm_x, model.lstm_z, model.lstm_h):
+        layers += [type(layer) for layer in network.modules()]
+    posterior = [nn.Sequential, nn.ReLU, *[Linear, nn.ReLU] * 3, Head]
+    phi_z = [nn.Sequential, *[Linear, nn.ReLU] * 4]
+    return layers == [Linear, Linear, *posterior, *phi_z, Linear, Linear, Linear]
 
 
 def fast_recurrence(model, phi_x, noise, h, c, k, ancestors):

@@ -1,9 +1,7 @@
 """What vrnn_gauss_iwae.py alone can do."""
 
-import json
-
 import pytest
-from tiny import SIZES, run
+from tiny import SIZES, lines_of, run
 
 
 def test_a_resampled_run_also_logs_the_bound_that_it_trains(data, tmp_path):
@@ -16,21 +14,22 @@ def test_a_resampled_run_also_logs_the_bound_that_it_trains(data, tmp_path):
         "--k=3",
         "--max_updates=4",
         "--monitor_every=2",
-        "--eval_k=4,8",
+        *("--eval_k", 4, 8),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    for line in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()[1:]):
-        assert line["valid"]["smc_4"]["nats_per_frame"] != line["valid"]["iwae_4"]["nats_per_frame"]
+    _, *lines = lines_of(tmp_path / "run/log.jsonl")
+    assert len(lines) == 2
+    for line in lines:
+        valid = line["valid"]
+        assert valid["smc_4"]["nats_per_frame"] != valid["iwae_4"]["nats_per_frame"]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     (
         (["--resample", "--k=2"], ["--resample", "--k=2", "3 or more"]),
-        (["--resample", "--dreg"], ["exclude each other"]),
-        (["--corrections=sign"], ["--corrections=sign", "--as_published"]),
-        (["--as_published", "--corrections=sing"], ["'sing'", "sign,time,gradient,batch"]),
+        (["--resample", "--dreg"], ["--resample", "--dreg", "exclude each other"]),
     ),
 )
 def test_flags_that_make_no_sense_are_refused_in_one_sentence(data, tmp_path, flags, words):
@@ -42,6 +41,8 @@ def test_flags_that_make_no_sense_are_refused_in_one_sentence(data, tmp_path, fl
         *flags,
         cwd=tmp_path,
     )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert all(word in result.stderr for word in words)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
     assert not (tmp_path / "run").exists()

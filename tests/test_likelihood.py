@@ -11,7 +11,6 @@ from tiny import SIZES, main_of, write_tiny_data
 from torch.distributions import MultivariateNormal
 
 import common
-import plot_recon
 import vrnn_gauss
 import vrnn_gauss_alt_nll
 import vrnn_gauss_iwae
@@ -312,7 +311,7 @@ def test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter(case)
         e = torch.randn(BATCH, model.z_dim, generator=generator, dtype=torch.float64)
         rollout, h = plain_rollout(model, x_t[None], state, e[None], 1), state[0]
         phi_z = model.phi_z(rollout.q_mean[0] + rollout.q_sigma[0] * e) if model.z_dim else None
-        drawn, memory = model.likelihood.sample(model.decode(phi_z, h), memory, generator)
+        drawn, memory = model.likelihood.sample(model.p_x(phi_z, h), memory, generator)
         x.append(drawn)
         state = rollout.state
     torch.testing.assert_close(found, torch.stack(x))
@@ -362,7 +361,6 @@ def test_scripts_learn_a_filter_evaluate_and_generate_with_it(runs):
 
 
 def test_a_run_without_latent_variables_reports_every_bound_and_all_are_equal(runs):
-    evaluation = json.loads((runs / "vrnn_gauss/eval.json").read_text())
     bounds, others = (
         json.loads((runs / run / "eval.json").read_text())["bounds"]
         for run in ("vrnn_gauss", "vrnn_gauss_iwae")
@@ -373,7 +371,6 @@ def test_a_run_without_latent_variables_reports_every_bound_and_all_are_equal(ru
             bounds["elbo"]["nats_per_frame"], rel=1e-6
         )
     assert bounds["kl"]["nats_per_frame"] == 0 and bounds["ess_smc_6"]["mean"] == 6
-    assert evaluation["whole_recordings"]["smc_6"]["ess"] == 6
 
 
 def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkeypatch, capsys):
@@ -393,7 +390,8 @@ def test_a_run_with_a_filter_is_evaluated_again_and_drawn(runs, tmp_path, monkey
     capsys.readouterr()
     main_of("plot_recon", str(runs))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 4 + len(plot_recon.YARDSTICKS) and (tmp_path / "recon.png").exists()
+    assert len(rows) == 4  # its frames are not those of the yardsticks in the data file
+    assert (tmp_path / "recon.png").exists()
 
 
 def test_a_checkpoint_from_before_there_was_a_filter_is_evaluated_whatever_the_script_says(

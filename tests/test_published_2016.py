@@ -16,6 +16,9 @@ from tiny import assert_same_run, main_of, write_quiet_data
 from torch.testing import assert_close
 
 import common
+import vrnn_gauss_iwae
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 TINY = dict(
     x_dim=20,
@@ -29,6 +32,7 @@ TINY = dict(
     seq_frames=5,
     streams=3,
     eval_k=(2, 6),
+    eval_recordings=2,
     monitor_windows=8,
     init="by_width",
     device="cpu",
@@ -424,15 +428,46 @@ def test_single_corrections_of_the_loss_of_iwae(favoured, over_time, through_wei
     assert_close(gradient, expected_gradient)
 
 
+def test_the_weights_of_2016_on_a_case_small_enough_to_read():
+    """One sequence, two frames, two particles.
+
+    The second is three times as good in each frame: weights 1 and 9.
+    """
+    one_frame = [[0.0, math.log(3)]]
+    log_w_TBK = torch.tensor([one_frame, one_frame], dtype=torch.float64, requires_grad=True)
+    rollout = SimpleNamespace(log_w_TBK=log_w_TBK)
+
+    def weights(**corrections):
+        """Of the two particles in the gradient."""
+        loss = published_2016.iwae_loss(rollout, **corrections)
+        (gradient,) = torch.autograd.grad(loss, log_w_TBK)
+        return pytest.approx((-gradient.sum(0).flatten()).tolist())
+
+    assert published_2016.iwae_loss(rollout).item() == pytest.approx(-math.log(3) / 4)
+    fixed = dict(through_weights=False)
+    # the worse particle counts three times as much
+    assert weights(**fixed) == [3 / 4, 1 / 4]
+    # the mean over time flattens 1 : 9 to 1 : 3
+    assert weights(**fixed, favoured="best") == [1 / 4, 3 / 4]
+    assert weights(**fixed, favoured="best", over_time="sum") == [1 / 10, 9 / 10]
+    assert weights(**fixed, over_time="sum") == [9 / 10, 1 / 10]
+    # 0.96 to 0.04: the gradient through the weights adds to it
+    s = [0.0, -math.log(3)]
+    mean = 3 / 4 * s[0] + 1 / 4 * s[1]
+    assert weights() == [3 / 4 * (1 + s[0] - mean), 1 / 4 * (1 + s[1] - mean)]
+
+
 def test_all_corrections_together_give_the_gradient_of_the_bound():
     torch.manual_seed(0)
     log_w_TBK = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     rollout = SimpleNamespace(log_w_TBK=log_w_TBK)
     loss = published_2016.iwae_loss(rollout, "best", "sum", False, "mean")
     bound = log_w_TBK.sum(0).exp().mean(1).log().mean() / 5
-    (ours,) = torch.autograd.grad(loss, log_w_TBK)
+    (gradient,) = torch.autograd.grad(loss, log_w_TBK)
     (correct,) = torch.autograd.grad(-bound, log_w_TBK)
-    assert_close(ours, correct)
+    (of_script,) = torch.autograd.grad(vrnn_gauss_iwae.objective(rollout), log_w_TBK)
+    assert_close(gradient, correct)
+    assert_close(gradient, of_script)
 
 
 def test_the_switches_reach_the_loss(start):
@@ -512,7 +547,7 @@ def test_the_raw_weights_are_evaluated_on_valid(objective, runs, data):
     assert line["valid"] == common.summarise(bounds, 5, 20, corpus)
 
 
-def test_the_weights_of_the_best_bound_on_valid_are_tested(start):
+def test_the_weights_of_the_best_bound_on_valid_are_tested(start, tmp_path):
     """Of three evaluations on valid, which are made up, the second is the best."""
     run = start(**OBJECTIVES["vrnn"], lr=0.01, max_updates=3, monitor_every=1)
     made_up = iter((1.0, 3.0, 2.0))
@@ -523,14 +558,21 @@ def test_the_weights_of_the_best_bound_on_valid_are_tested(start):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "window_bounds", window_bounds)
         run.train()
+    run.corpus.yardsticks = {WINDOW: dict(flac=7.0)}  # as if the file had them
     run.finish()
     model = model_in(run.folder / "best.pt")
     bounds = common.window_bounds(model, run.corpus, run.corpus.test, (2, 6), 5, smc=6)
     evaluation = json.loads((run.folder / "eval.json").read_text())
     assert evaluation["update"] == 2
+    assert evaluation["script"] == "published_2016"
+    assert evaluation["name"] == "VRNN of 2016"
     assert evaluation["bounds"] == common.summarise(bounds, 5, 20, run.corpus)
-    assert evaluation["yardsticks"].keys() >= {"flac", "histogram"}
-    assert (run.folder / "windows.csv").read_text() == common.windows_table(bounds, 5)
+    assert evaluation["yardsticks"] == dict(flac=common.yardstick(7.0, 20, run.corpus.std))
+    common.write_windows(bounds, 5, tmp_path / "expected.csv")
+    assert (run.folder / "windows.csv").read_text() == (tmp_path / "expected.csv").read_text()
+    whole = common.evaluate_recordings(model, run.corpus, run.corpus.test, 6, 2)
+    assert evaluation["whole_recordings"] == whole
+    assert (run.folder / "samples/continued_1.wav").exists()
 
 
 @pytest.mark.parametrize(
@@ -542,9 +584,8 @@ def test_the_weights_of_the_best_bound_on_valid_are_tested(start):
     ],
     ids=lambda changes: changes["objective"],
 )
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(changes, data, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(changes, data, tmp_path):
     """It stops after seven updates, amid the replays of VAE_3 and amid an excerpt."""
-    monkeypatch.setattr(common, "evaluate_yardsticks", lambda *_: {})  # they take long
     common_flags = dict(**changes, lr=0.01, monitor_every=7)
     at_once = flags(data, **common_flags, out_dir=tmp_path / "at_once")
     in_two = flags(data, **common_flags, out_dir=tmp_path / "in_two")

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny products gain nothing from threads, and lose much where cores are shared
-)
+# Tiny products gain nothing from threads, and lose much where cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import h5py  # noqa: E402
 import numpy as np  # noqa: E402
@@ -20,9 +19,12 @@ import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZES = (
-    "--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 --seq_frames=5 "
-    "--reset_freq=2 --batch_size=4 --eval_k 2 6 --monitor_windows=8 --device=cpu"
+    "--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 "
+    "--seq_frames=5 --reset_freq=2 --batch_size=4 --eval_k 2 6 --monitor_windows=8 --device=cpu"
 ).split()
+# What differs between equal runs: in a line of the log, and in a checkpoint.
+OF_ONE_RUN = ("seconds", "config")
+OF_ONE_STATE = ("seconds", "out_dir", "max_updates")
 
 
 def smooth_noise(random, samples):
@@ -53,7 +55,8 @@ def run(script, *arguments, cwd):
 
 def main_of(script, *arguments):
     """Call the main of a script in this process."""
-    module, before = importlib.import_module(script), sys.argv
+    module = importlib.import_module(script)
+    before = sys.argv
     sys.argv = [f"{script}.py", *map(str, arguments)]
     try:
         module.main()
@@ -61,13 +64,18 @@ def main_of(script, *arguments):
         sys.argv = before
 
 
+def lines_of(path):
+    """The objects of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log_of(folder):
     """The lines of a log without what differs between equal runs."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in ("seconds", "config")}
-        for line in lines
-    ]
+    lines = lines_of(folder / "log.jsonl")
+    for line in lines:
+        for name in OF_ONE_RUN:
+            line.pop(name, None)
+    return lines
 
 
 def assert_same_run(one, other):
@@ -76,40 +84,52 @@ def assert_same_run(one, other):
         assert line == other_line, f"{line} is not {other_line}"
     assert (one / "eval.json").read_text() == (other / "eval.json").read_text(), "eval.json differs"
     for file in ("last.pt", "best.pt"):
-        ours, theirs = (state_in(folder / file) for folder in (one, other))
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
-            assert name.endswith(("seconds", "out_dir", "max_updates")) or same(
-                value, theirs[name]
-            ), name
+        state = state_in(one / file)
+        other_state = state_in(other / file)
+        assert state.keys() == other_state.keys()
+        for name, value in state.items():
+            if not name.endswith(OF_ONE_STATE):
+                assert is_same(value, other_state[name]), f"{name} of {file} differs"
+
+
+def is_same(one, other):
+    """Whether two leaves of a checkpoint are equal, in type as well."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 def tiny_training(module, data, out, *flags, particles=None, **options):
-    """(hyperparameters, Training) of a script's module at tiny sizes; h.k particles unless the number is given."""
-    h = common.parse(
-        module.Hyperparameters, [*SIZES, f"--data={data}", f"--out_dir={out}", *map(str, flags)]
-    )
+    """(hyperparameters, Training) of a script's module at tiny sizes.
+
+    particles: by default h.k of them.
+    """
+    given = [f"--data={data}", f"--out_dir={out}", *map(str, flags)]
+    h = common.parse(module.Hyperparameters, [*SIZES, *given])
     return h, common.Training(h, particles or h.k, **options)
 
 
-def update_with(training, objective, **step_options):
+def update_with(training, objective):
     """An update such as the scripts have, with this objective."""
 
     def update():
         k = training.particles
-        x_TBX, noise = training.window(), training.noise(k, training.h.z_dim)
+        x_TBX = training.window()
+        noise = training.noise(k, training.h.z_dim)
         rollout = training.model(x_TBX, training.state, noise, k)
         loss = objective(rollout)
         loss.backward()
-        training.step(loss, rollout.state, **step_options)
+        training.step(loss, rollout.state)
 
     return update
 
 
 def make_updates(training, update, count):
-    """The loop of the scripts, count updates further; it ends with an evaluation and a checkpoint."""
-    training.h.max_updates = training.progress["updates"] + count
+    """The loop of the scripts, count updates further.
+
+    It ends with an evaluation and a checkpoint.
+    """
+    training.h.max_updates = training.made + count
     for _ in training.updates():
         update()
 
@@ -117,10 +137,9 @@ def make_updates(training, update, count):
 def state_in(path):
     """{path: leaf} of a checkpoint, without its log, which must be the one beside it."""
     state = torch.load(path, weights_only=True)
-    if log := state.pop("log", None):
-        assert log == [
-            json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()
-        ]
+    log = state.pop("log", None)
+    if log:
+        assert log == lines_of(path.parent / "log.jsonl")
     return flat(state)
 
 
@@ -128,11 +147,10 @@ def flat(tree, path=""):
     """{path: leaf} of nested dicts."""
     if not isinstance(tree, dict):
         return {path: tree}
-    return {
-        name: leaf
-        for key, part in tree.items()
-        for name, leaf in flat(part, f"{path}/{key}").items()
-    }
+    leaves = {}
+    for key, part in tree.items():
+        leaves |= flat(part, f"{path}/{key}")
+    return leaves
 
 
 def write_quiet_data(path, **recordings):

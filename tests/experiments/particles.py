@@ -1,24 +1,25 @@
-"""How the weights of particles collapse, and what is left of the gradient, as K and the length of a sequence grow.
+"""How the weights of particles collapse, and the gradient's noise, as K and the length grow.
 
-    python tests/experiments/particles.py runs/vrnn_gauss/best.pt [--data data/speech.h5] [--out particles.json]
+    python tests/experiments/particles.py best.pt [--data data/speech.h5] [--out it.json]
 
-For T frames and K particles, on windows of the valid split from a zero state: the standard deviation of log w over
-particles, the effective sample size (ESS) of the K weights of whole sequences and, mean over frames, of a particle
-filter, and both bounds. Next what the 2016 script made of the same weights, softmax of minus the mean over time of
-log w: their ESS, and the share of the worst particle. Then the signal-to-noise ratio (SNR) of the gradient of each
-objective with respect to the parameters of the posterior and to all others, over draws of z on a fixed batch of the
-training split:
+For T frames and K particles, on windows of the valid split from a zero state: the standard
+deviation of log w over particles, the effective sample size (ESS) of the K weights of whole
+sequences and, mean over frames, of a particle filter, and both bounds. Next what the 2016 script
+made of the same weights, softmax of minus the mean over time of log w: their ESS, and the share of
+the worst particle. Then the signal-to-noise ratio (SNR) of the gradient of each objective with
+respect to the parameters of the posterior and to all others, over draws of z on a fixed batch of
+the training split:
 
-    SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated without bias as |mean g|^2 - trace Cov g / draws
+    SNR = |E g| / sqrt(trace Cov g),  |E g|^2 estimated by |mean g|^2 - trace Cov g / draws
 
-(Rainforth et al. 2018, arXiv 1802.04537, look at single parameters.) Prints Markdown; --out also keeps the numbers.
+without bias. (Rainforth et al. 2018, arXiv 1802.04537, look at single parameters.) Prints
+Markdown; --out also keeps the numbers.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -33,61 +34,52 @@ GRADIENTS = [(40, 1), (40, 2), (40, 5), (40, 20), (10, 5), (160, 5)]  # (T, K)
 WINDOWS, BATCH, DRAWS = 64, 8, 50
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def windows(model, corpus, split, frames, count):
-    """The first `frames` frames of windows that are the same for every number of frames, (frames, count, X)."""
+    """The first `frames` frames of windows, (frames, count, X); these are always the same."""
     starts = common.piece_starts(split, max(FRAMES) * model.x_dim, count)
-    return common.frames_at(
-        split, starts, frames, model.x_dim, corpus, torch.Generator().manual_seed(0)
-    )
+    return common.frames_at(split, starts, frames, model.x_dim, corpus, seeded(0))
 
 
 def collapse(model, corpus):
     rows = []
     for frames in FRAMES:
         x_TBX = windows(model, corpus, corpus.valid, frames, WINDOWS)
-        bounds = common.estimate_bounds(model, x_TBX, PARTICLES, torch.Generator().manual_seed(1))
+        bounds = common.estimate_bounds(model, x_TBX, PARTICLES, seeded(1))
         for k in PARTICLES:
-            estimate_TB, ess_TB = common.estimate_smc(
-                model, x_TBX, k, torch.Generator().manual_seed(2)
-            )
+            estimate_TB, ess_TB = common.estimate_smc(model, x_TBX, k, seeded(2))
             row = dict(
                 frames=frames,
                 k=k,
-                log_w_std=bounds["log_w_std"],
-                ess_iwae=bounds[f"ess_iwae_{k}"],
-                ess_smc=ess_TB.mean(0),
-                elbo=bounds["elbo"] / frames,
-                iwae=bounds[f"iwae_{k}"] / frames,
-                smc=estimate_TB[-1] / frames,
+                log_w_std=bounds["log_w_std"].mean().item(),
+                ess_iwae=bounds[f"ess_iwae_{k}"].mean().item(),
+                ess_smc=ess_TB.mean().item(),
+                elbo=bounds["elbo"].mean().item() / frames,
+                iwae=bounds[f"iwae_{k}"].mean().item() / frames,
+                smc=estimate_TB[-1].mean().item() / frames,
             )
-            rows.append(
-                {
-                    name: value.mean().item() if isinstance(value, torch.Tensor) else value
-                    for name, value in row.items()
-                }
-            )
+            rows.append(row)
     return rows
 
 
 def as_published(model, corpus, k=5):
     rows = []
     for frames in FRAMES:
-        noise = torch.randn(
-            frames, WINDOWS * k, model.z_dim, generator=torch.Generator().manual_seed(1)
-        )
-        log_w_TBK = model(
-            windows(model, corpus, corpus.valid, frames, WINDOWS), noise=noise, k=k
-        ).log_w_TBK
+        x_TBX = windows(model, corpus, corpus.valid, frames, WINDOWS)
+        noise = torch.randn(frames, WINDOWS * k, model.z_dim, generator=seeded(1))
+        log_w_TBK = model(x_TBX, noise=noise, k=k).log_w_TBK
         logits_BK = -log_w_TBK.mean(0)
-        rows.append(
-            dict(
-                frames=frames,
-                k=k,
-                ess_iwae=common.effective_sample_size(log_w_TBK.sum(0)).mean().item(),
-                ess_published=common.effective_sample_size(logits_BK).mean().item(),
-                worst_published=logits_BK.softmax(1).amax(1).mean().item(),
-            )
+        row = dict(
+            frames=frames,
+            k=k,
+            ess_iwae=common.effective_sample_size(log_w_TBK.sum(0)).mean().item(),
+            ess_published=common.effective_sample_size(logits_BK).mean().item(),
+            worst_published=logits_BK.softmax(1).amax(1).mean().item(),
         )
+        rows.append(row)
     return rows
 
 
@@ -107,7 +99,8 @@ def losses(model, x_TBX, k):
         return vrnn_gauss_iwae.objective_dreg(rollout, *at_fixed_z)
 
     def resampled():
-        eps, uniform_TB = noise(), torch.rand(frames, batch)
+        eps = noise()
+        uniform_TB = torch.rand(frames, batch)
         with torch.no_grad():
             filtering = common.particle_filter(
                 model, x_TBX, state, eps, uniform_TB, k, resample_last=True
@@ -131,22 +124,20 @@ def losses(model, x_TBX, k):
 def signal_to_noise(model, loss):
     """SNR of the gradient with respect to the posterior's parameters and to the others."""
     names, parameters = zip(*model.named_parameters())
-    of_posterior = [name.startswith("posterior") for name in names]
-    sums = SimpleNamespace(
-        g=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
-        squares=[torch.zeros_like(p, dtype=torch.float64) for p in parameters],
-    )
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     for _ in range(DRAWS):
-        for g, total, squares in zip(torch.autograd.grad(loss(), parameters), sums.g, sums.squares):
-            total += g
-            squares += g.double() ** 2
+        gradients = torch.autograd.grad(loss(), parameters)
+        for i, gradient in enumerate(gradients):
+            sums[i] += gradient
+            squares[i] += gradient.double() ** 2
     ratios = []
-    for wanted in (True, False):
+    for is_wanted in (True, False):
         signal = noise = 0.0
-        for total, squares, belongs in zip(sums.g, sums.squares, of_posterior):
-            if belongs == wanted:
-                mean = total / DRAWS
-                variance = (squares / DRAWS - mean**2) * DRAWS / (DRAWS - 1)
+        for i, name in enumerate(names):
+            if name.startswith("posterior") == is_wanted:
+                mean = sums[i] / DRAWS
+                variance = (squares[i] / DRAWS - mean**2) * DRAWS / (DRAWS - 1)
                 signal += (mean**2 - variance / DRAWS).sum().item()
                 noise += variance.sum().item()
         ratios.append((max(0.0, signal) / noise) ** 0.5)
@@ -188,36 +179,36 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    checkpoint = common.load_checkpoint(options.checkpoint, "checkpoint")
+    checkpoint = common.read_checkpoint(options.checkpoint, "checkpoint")
     model = common.VRNN(**{name: checkpoint["config"][name] for name in common.SIZES})
-    model.load_state_dict(checkpoint["model"])
+    common.load_parameters(model, checkpoint, options.checkpoint, "checkpoint")
     corpus = common.open_corpus(options.data)
     with torch.no_grad():
-        weights, published = collapse(model, corpus), as_published(model, corpus)
+        weights = collapse(model, corpus)
+        published = as_published(model, corpus)
     gradients = gradient_quality(model, corpus)
     print(
-        f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of the valid split\n\n"
-        f"{markdown(weights)}\n\nas published\n\n{markdown(published)}\n\n"
-        f"{DRAWS} draws on {BATCH} windows of the training split\n\n{markdown(gradients)}"
+        f"{options.checkpoint}, update {checkpoint['update']}: {WINDOWS} windows of valid",
+        markdown(weights),
+        "as published",
+        markdown(published),
+        f"{DRAWS} draws on {BATCH} windows of the training split",
+        markdown(gradients),
+        sep="\n\n",
     )
     if options.out:
-        options.out.write_text(
-            json.dumps(
-                dict(
-                    checkpoint=options.checkpoint.parent.name,
-                    update=checkpoint["update"],
-                    commit=common.commit(),
-                    windows=WINDOWS,
-                    batch=BATCH,
-                    draws=DRAWS,
-                    weights=weights,
-                    published=published,
-                    gradients=gradients,
-                ),
-                indent=1,
-            )
-            + "\n"
+        result = dict(
+            checkpoint=options.checkpoint.parent.name,
+            update=checkpoint["update"],
+            commit=common.commit(),
+            windows=WINDOWS,
+            batch=BATCH,
+            draws=DRAWS,
+            weights=weights,
+            published=published,
+            gradients=gradients,
         )
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

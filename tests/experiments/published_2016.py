@@ -85,6 +85,7 @@ class Hyperparameters:
     monitor_every: int = 2000  # updates between evaluations on the valid split
     monitor_windows: int = 512  # windows of the valid split in each, spread evenly
     eval_k: tuple[int, ...] = (5, 100)  # particles of the bounds on test; the first is monitored
+    eval_recordings: int = 100  # recordings of test that are also evaluated whole; 0 = none
 
 
 def as_in_2016(h):
@@ -236,7 +237,7 @@ class InExcerpts:
         return pcm_TBX, self.streams, torch.full_like(self.streams, number)
 
 
-# ---- a run -------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 def new_model(h):
@@ -288,7 +289,7 @@ class Run:
         self.log = [header_of(h, self.corpus, self.device)]
         if h.resume:
             self.restore()
-        elif (self.folder / "last.pt").exists():
+        elif (self.folder / common.LAST).exists():
             raise common.UserError(
                 f"{self.folder} holds a run; --resume, or give another --out_dir"
             )
@@ -370,34 +371,19 @@ class Run:
         nats = valid[f"iwae_{h.eval_k[0]}"]["nats_per_frame"]
         if nats > progress["best"]:
             progress["best"] = nats
-            self.save("best.pt", self.trained())
-        self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
-        self.save("last.pt", self.checkpoint())
+            self.save(common.BEST, self.trained())
+        self.write(common.LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+        self.save(common.LAST, self.checkpoint())
         print(f"update {line['update']:,} | valid iwae_{h.eval_k[0]} {nats:.2f} nats/frame")
 
     def finish(self):
-        """Evaluate best.pt on the test split, as the other scripts do: eval.json, windows.csv."""
-        h, corpus = self.h, self.corpus
-        best = common.load_checkpoint(self.folder / "best.pt", "--resume")
+        """Evaluate best.pt on the test split, as the other scripts do."""
+        best = common.read_checkpoint(self.folder / common.BEST, "--resume")
         self.model.load_state_dict(best["model"])
-        bounds = common.window_bounds(
-            self.model, corpus, corpus.test, h.eval_k, h.seq_frames, smc=max(h.eval_k)
+        config = self.log[0]["config"]
+        common.evaluate(
+            self.h, self.model, best, self.corpus, self.folder, config, path=common.BEST
         )
-        result = dict(
-            script=best["config"]["script"],
-            name=best["config"]["name"],
-            checkpoint="best.pt",
-            data=common.describe_corpus(corpus),
-            split="test",
-            update=best["update"],
-            windows=len(bounds["elbo"]),
-            frames=h.seq_frames,
-            bounds=common.summarise(bounds, h.seq_frames, h.x_dim, corpus),
-            yardsticks=common.evaluate_yardsticks(corpus, corpus.test, h.seq_frames, h.x_dim),
-        )
-        self.write("windows.csv", common.windows_table(bounds, h.seq_frames))
-        self.write("eval.json", json.dumps(result, indent=1) + "\n")
-        print(*common.evaluation_table(result), sep="\n")
 
     def trained(self):
         """What it takes to evaluate the model."""
@@ -421,7 +407,7 @@ class Run:
         )
 
     def restore(self):
-        saved = common.load_checkpoint(self.folder / "last.pt", "--resume")
+        saved = common.read_checkpoint(self.folder / common.LAST, "--resume")
         header, *lines = saved["log"]
         common.refuse_changes(header, self.log[0])
         self.log = [{**header, "config": self.log[0]["config"]}, *lines]
