@@ -1884,13 +1884,15 @@ DEMO = dict(
     x_noise_updates=500,
 )
 
-# The least that makes sense of each, where it is not any number.
+# The least that makes sense of each, where it is not any number, and the most: it is far more than
+# anyone needs, and less than what overflows.
 LEAST = dict.fromkeys(SIZES, 1)
 LEAST |= dict.fromkeys(("k", "seq_frames", "reset_freq", "batch_size", "max_updates"), 1)
 LEAST |= dict.fromkeys(("monitor_every", "monitor_windows", "eval_k", "x_noise_updates"), 1)
 LEAST |= dict.fromkeys(("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings"), 0)
 LEAST |= dict.fromkeys(("grad_clip", "weight_norm", "x_noise", "ema"), 0)
 LEAST |= dict(lr=1e-30)
+MOST = 10**9
 
 RESUME = "go on from last.pt in out_dir"
 SMALL = "small sizes and synthetic data, for about three minutes on two CPU cores"
@@ -2006,8 +2008,10 @@ def check_values(h):
     for name, least in LEAST.items():
         value = getattr(h, name, least)
         for number in value if isinstance(value, tuple) else (value,):
-            if not (isinstance(number, (int, float)) and least <= number < math.inf):
-                raise UserError(f"--{name}={value} is out of range; give at least {least}")
+            if not (isinstance(number, (int, float)) and least <= number <= MOST):
+                raise UserError(
+                    f"--{name}={value} is out of range; give at least {least}, at most {MOST}"
+                )
     if not (h.out_dir and h.eval_k):
         raise UserError("--out_dir or --eval_k is empty; give the folder of the run, or a number")
     if h.z_dim == 0 and h.k > 1:
