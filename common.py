@@ -1971,6 +1971,8 @@ def parse_flags(defaults, argv=None):
     candidates = [prefix + name for name in names for prefix in ("--", "--no-")]
     if unknown := re.match("Unrecognized options: ([^ ,=]+)", message):
         message = f"unknown argument {unknown[1]!r}"
+        # not all of them are flags: --no-resume is none
+        candidates = [name for name in candidates if name != unknown[1]]
         if nearest := difflib.get_close_matches(unknown[1], candidates, n=1):
             message += f", did you mean {nearest[0]}?"
     raise UserError(f"{message}; {script} --help lists what is valid")
