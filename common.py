@@ -1994,11 +1994,16 @@ def script_of(cls):
 
 
 def refuse_untyped(script):
-    """UserError where a value in a script's dataclass has no type: it would be no flag."""
+    """UserError where a value in a script's dataclass would be no flag.
+
+    It has no type, or @dataclass is missing.
+    """
     for cls in script.__mro__[:-1]:
+        is_dataclass = "__dataclass_fields__" in vars(cls)
+        typed = inspect.get_annotations(cls) if is_dataclass else ()
         for name, value in vars(cls).items():
-            is_value = not (name.startswith("_") or callable(value) or isinstance(value, property))
-            if is_value and name not in inspect.get_annotations(cls):
+            is_method = callable(value) or hasattr(value, "__get__")  # or a property
+            if name not in typed and not is_method and not name.startswith("_"):
                 raise UserError(
                     f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = "
                     "VALUE below @dataclass"
