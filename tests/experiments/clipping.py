@@ -1,12 +1,14 @@
-"""What about clipping does the harm: train VRNN with gradients scaled to a norm that is the same for all batches.
+"""What about clipping does the harm: VRNN with gradients scaled to one norm for all batches.
 
-    python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99] [flags of vrnn_gauss.py]
+    python tests/experiments/clipping.py [--norm growing|median] [--beta2 0.99]
+                                         [flags of vrnn_gauss.py]
 
---norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of a trial run at the
-sizes of experiment.py, until it reaches 640, at which the others are clipped. No batch then counts more than another,
-and yet the scale grows as it does without clipping. --norm=median clips at twice the median norm of the last 100
-updates, which last.pt does not hold: a resumed run begins with none. The log holds the norms before they were scaled.
-experiment.py has the runs.
+--norm=growing gives every gradient the norm that those of VRNN have by themselves, in the median of
+a trial run at the sizes of experiment.py, until it reaches 640, at which the others are clipped. No
+batch then counts more than another, and yet the scale grows as it does without clipping.
+--norm=median clips at twice the median norm of the last 100 updates, which last.pt does not hold: a
+resumed run begins with none. The log holds the norms before they were scaled. experiment.py has the
+runs.
 """
 
 import sys
@@ -20,35 +22,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import vrnn_gauss  # noqa: E402
 
-UPDATES, MEDIAN_NORMS = (
-    (0, 125, 375, 625, 875),
-    (60, 123, 272, 490, 640),
-)  # linear between them, 640 from there on
+# Linear between them, 640 from there on.
+UPDATES = (0, 125, 375, 625, 875)
+MEDIAN_NORMS = (60, 123, 272, 490, 640)
 
 
 @dataclass
 class Hyperparameters(vrnn_gauss.Hyperparameters):
     """Each is also a flag."""
 
-    out_dir: str = (
-        "runs/clipping"  # where the run goes: log, checkpoints, evaluation, generated speech
-    )
-    norm: str = (
-        "clipped"  # of the gradient: clipped at grad_clip, growing, or clipped by the median
-    )
+    out_dir: str = "runs/clipping"  # where log, checkpoints, evaluation and speech go
+    norm: str = "clipped"  # of the gradient: clipped at grad_clip, growing, or by the median
     beta2: float = 0.999  # decay of Adam's second moment
 
 
 def median_norms(device):
     """The norm for each update up to the last of UPDATES."""
-    updates = np.arange(UPDATES[-1] + 1)
-    return torch.tensor(
-        np.interp(updates, UPDATES, MEDIAN_NORMS), dtype=torch.float32, device=device
-    )
+    norms = np.interp(np.arange(UPDATES[-1] + 1), UPDATES, MEDIAN_NORMS)
+    return torch.tensor(norms, dtype=torch.float32, device=device)
 
 
 def limited(norm, recent, update):
-    """A norm, but at most twice the median of `recent`, where it takes the place of the oldest; NaN there is none."""
+    """A norm, but at most twice the median of `recent`, where it replaces the oldest; NaN is none."""
     recent[update % len(recent)] = norm
     return torch.minimum(norm, 2 * recent.nanmedian())
 
@@ -60,17 +55,18 @@ def main():
             f"--norm={h.norm} is none of clipped, growing, median; give one of them"
         )
     name = "VRNN limited by the median norm" if h.norm == "median" else "VRNN"
+    if h.evaluate:
+        return common.evaluate_checkpoint(h)
     training = common.Training(h, particles=h.k, name=name)
-    if not h.evaluate:
-        training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
-    norms, recent = (
-        median_norms(training.device),
-        torch.full((100,), torch.nan, device=training.device),
-    )
+    training.optimiser.param_groups[0]["betas"] = (0.9, h.beta2)
+    norms = median_norms(training.device)
+    recent = torch.full((100,), torch.nan, device=training.device)
+    counts = training.counts
 
     @training.captured
     def update():
-        x_TBX, noise = training.window(), training.noise(h.k, h.z_dim)
+        x_TBX = training.window()
+        noise = training.noise(h.k, h.z_dim)
         rollout = training.model(x_TBX, training.state, noise, h.k)
         loss = vrnn_gauss.objective(rollout)
         loss.backward()
@@ -80,13 +76,13 @@ def main():
             gradients = [p.grad for p in training.model.parameters()]
             norm = torch.nn.utils.get_total_norm(gradients)
             if h.norm == "growing":
-                wanted = norms.take(training.counts.updates.clamp(max=UPDATES[-1]))
+                wanted = norms.take(counts["made"].clamp(max=UPDATES[-1]))
             else:
-                wanted = limited(norm, recent, training.counts.updates)
-            training.counts.clipped += wanted < norm
+                wanted = limited(norm, recent, counts["made"])
+            counts["clipped"] += wanted < norm
             torch._foreach_mul_(gradients, wanted / norm)
             training.step(loss, rollout.state)
-            training.counts.grad_norm.copy_(norm)  # for the log
+            counts["grad_norm"].copy_(norm)  # for the log
 
     for _ in training.updates():
         update()

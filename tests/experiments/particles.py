@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    checkpoint = common.load_checkpoint(options.checkpoint, "checkpoint")
+    checkpoint = common.read_checkpoint(options.checkpoint, "checkpoint")
     model = common.VRNN(**{name: checkpoint["config"][name] for name in common.SIZES})
     model.load_state_dict(checkpoint["model"])
     corpus = common.open_corpus(options.data)
