@@ -1224,6 +1224,11 @@ class Training:
                 f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; "
                 "give no fewer"
             )
+        ours = self.checkpoint()
+        for part in ("model", "averaged", "states", "counts", "optimiser", "generator"):
+            if not is_built_like(checkpoint[part], ours[part]):
+                why = f"is not a usable checkpoint (its {part} does not fit this run)"
+                raise refusal(self.folder / LAST, "--resume", why)
         self.log = [{**before, "config": self.config}, *lines]
         self.model.load_state_dict(checkpoint["model"])
         self.averaged.load_state_dict(checkpoint["averaged"])
@@ -1730,6 +1735,7 @@ STATE = dict(
     seconds=float,
     best=float,
 )
+HEADER = dict(config=dict, data=dict, device=str)  # what decides whether a log can go on
 
 
 def claim(h):
@@ -1821,15 +1827,32 @@ def read_checkpoint(path, option, more_parts=None):
 
 def check_parts(checkpoint, parts):
     """ValueError where a checkpoint lacks a part, or has a senseless one. parts: {name: type}."""
-    for part, kind in parts.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), kind):
-            raise ValueError(f"it has no usable {part}")
+    check_types(checkpoint, parts)
+    if "log" in parts:
+        check_types(next(iter(checkpoint["log"]), None), HEADER)
     std_is_usable = math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf
     if not std_is_usable or checkpoint["update"] < 0:
         raise ValueError("its mean, std or update is out of range")
     if not all(torch.is_tensor(p) and p.isfinite().all() for p in checkpoint["model"].values()):
         raise ValueError("its parameters are not finite")
     checkpoint["config"] = json.loads(json.dumps(checkpoint["config"]))
+
+
+def check_types(saved, kinds):
+    """ValueError where a dict lacks a part, or has one of another type. kinds: {name: type}."""
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            raise ValueError(f"it has no usable {name}")
+
+
+def is_built_like(saved, ours):
+    """Whether nested dicts have the same keys, and tensors the same shapes and types."""
+    if isinstance(ours, dict):
+        has_same_keys = isinstance(saved, dict) and saved.keys() == ours.keys()
+        return has_same_keys and all(is_built_like(saved[key], ours[key]) for key in ours)
+    if torch.is_tensor(ours):
+        return torch.is_tensor(saved) and (saved.shape, saved.dtype) == (ours.shape, ours.dtype)
+    return type(saved) is type(ours)
 
 
 def load_parameters(model, checkpoint, path, option):
