@@ -1241,6 +1241,11 @@ class Training:
                 f"--max_updates={self.h.max_updates}: {checkpoint['update']} are made; "
                 "give no fewer"
             )
+        ours = self.checkpoint()
+        for part in ("model", "averaged", "states", "counts", "optimiser", "generator"):
+            if not is_built_like(checkpoint[part], ours[part]):
+                why = f"is not a usable checkpoint (its {part} does not fit this run)"
+                raise refusal(self.folder / LAST, "--resume", why)
         self.log = [{**before, "config": self.config}, *lines]
         self.model.load_state_dict(checkpoint["model"])
         self.averaged.load_state_dict(checkpoint["averaged"])
@@ -1820,6 +1825,7 @@ STATE = dict(
     seconds=float,
     best=float,
 )
+HEADER = dict(config=dict, data=dict, device=str)  # what decides whether a log can go on
 
 
 def claim(h):
@@ -1912,15 +1918,32 @@ def read_checkpoint(path, option, more_parts=None):
 
 def check_parts(checkpoint, parts):
     """ValueError where a checkpoint lacks a part, or has a senseless one. parts: {name: type}."""
-    for part, kind in parts.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), kind):
-            raise ValueError(f"it has no usable {part}")
+    check_types(checkpoint, parts)
+    if "log" in parts:
+        check_types(next(iter(checkpoint["log"]), None), HEADER)
     std_is_usable = math.isfinite(checkpoint["mean"]) and 0 < checkpoint["std"] < math.inf
     if not std_is_usable or checkpoint["update"] < 0:
         raise ValueError("its mean, std or update is out of range")
     if not all(torch.is_tensor(p) and p.isfinite().all() for p in checkpoint["model"].values()):
         raise ValueError("its parameters are not finite")
     checkpoint["config"] = json.loads(json.dumps(checkpoint["config"]))
+
+
+def check_types(saved, kinds):
+    """ValueError where a dict lacks a part, or has one of another type. kinds: {name: type}."""
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            raise ValueError(f"it has no usable {name}")
+
+
+def is_built_like(saved, ours):
+    """Whether nested dicts have the same keys, and tensors the same shapes and types."""
+    if isinstance(ours, dict):
+        has_same_keys = isinstance(saved, dict) and saved.keys() == ours.keys()
+        return has_same_keys and all(is_built_like(saved[key], ours[key]) for key in ours)
+    if torch.is_tensor(ours):
+        return torch.is_tensor(saved) and (saved.shape, saved.dtype) == (ours.shape, ours.dtype)
+    return type(saved) is type(ours)
 
 
 def load_parameters(model, checkpoint, path, option):
@@ -1975,13 +1998,15 @@ DEMO = dict(
     x_noise_updates=500,
 )
 
-# The least that makes sense of each, where it is not any number.
+# The least that makes sense of each, where it is not any number, and the most: it is far more than
+# anyone needs, and less than what overflows.
 LEAST = dict.fromkeys(SIZES, 1)
 LEAST |= dict.fromkeys(("k", "seq_frames", "reset_freq", "batch_size", "max_updates"), 1)
 LEAST |= dict.fromkeys(("monitor_every", "monitor_windows", "eval_k", "x_noise_updates"), 1)
 LEAST |= dict.fromkeys(("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings"), 0)
 LEAST |= dict.fromkeys(("grad_clip", "weight_norm", "x_noise", "ema"), 0)
 LEAST |= dict(lr=1e-30)
+MOST = 10**9
 
 RESUME = "go on from last.pt in out_dir"
 SMALL = "small sizes and synthetic data, for about three minutes on two CPU cores"
@@ -2066,6 +2091,8 @@ def parse_flags(defaults, argv=None):
     candidates = [prefix + name for name in names for prefix in ("--", "--no-")]
     if unknown := re.match("Unrecognized options: ([^ ,=]+)", message):
         message = f"unknown argument {unknown[1]!r}"
+        # not all of them are flags: --no-resume is none
+        candidates = [name for name in candidates if name != unknown[1]]
         if nearest := difflib.get_close_matches(unknown[1], candidates, n=1):
             message += f", did you mean {nearest[0]}?"
     raise UserError(f"{message}; {script} --help lists what is valid")
@@ -2087,11 +2114,16 @@ def script_of(cls):
 
 
 def refuse_untyped(script):
-    """UserError where a value in a script's dataclass has no type: it would be no flag."""
+    """UserError where a value in a script's dataclass would be no flag.
+
+    It has no type, or @dataclass is missing.
+    """
     for cls in script.__mro__[:-1]:
+        is_dataclass = "__dataclass_fields__" in vars(cls)
+        typed = inspect.get_annotations(cls) if is_dataclass else ()
         for name, value in vars(cls).items():
-            is_value = not (name.startswith("_") or callable(value) or isinstance(value, property))
-            if is_value and name not in inspect.get_annotations(cls):
+            is_method = callable(value) or hasattr(value, "__get__")  # or a property
+            if name not in typed and not is_method and not name.startswith("_"):
                 raise UserError(
                     f"{script_of(script)}.py: {name} cannot become a flag; write {name}: TYPE = "
                     "VALUE below @dataclass"
@@ -2103,8 +2135,10 @@ def check_values(h):
     for name, least in LEAST.items():
         value = getattr(h, name, least)
         for number in value if isinstance(value, tuple) else (value,):
-            if not (isinstance(number, (int, float)) and least <= number < math.inf):
-                raise UserError(f"--{name}={value} is out of range; give at least {least}")
+            if not (isinstance(number, (int, float)) and least <= number <= MOST):
+                raise UserError(
+                    f"--{name}={value} is out of range; give at least {least}, at most {MOST}"
+                )
     if not (h.out_dir and h.eval_k):
         raise UserError("--out_dir or --eval_k is empty; give the folder of the run, or a number")
     if h.z_dim == 0 and h.k > 1:

@@ -42,9 +42,7 @@ class Hyperparameters:
     lr_updates: int = 0  # updates in which it falls in a line to a hundredth; 0 = constant
     max_updates: int = 100_000  # about six epochs of the 283-hour Blizzard corpus
     grad_clip: float = 2560.0  # largest norm of the gradient (published: 640); 0 = no limit
-    weight_norm: float = (
-        1.9365  # largest norm of a unit's incoming weights (not of lstm_h); 0 = none
-    )
+    weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
     ema: float = 0.999  # decay of the averaged weights, which are evaluated; 0 = no averaging
     bf16: bool = False  # matrix products of training in bfloat16; evaluation keeps float32
 
@@ -56,13 +54,8 @@ class Hyperparameters:
     # evaluation
     monitor_every: int = 500  # updates between evaluations on the valid split
     monitor_windows: int = 512  # windows of the valid split in each, spread evenly
-    eval_k: tuple[int, ...] = (
-        5,
-        100,
-    )  # particles of the iwae_k bounds on test; monitored: the first
-    eval_recordings: int = (
-        100  # recordings of the test split that are also evaluated whole; 0 = none
-    )
+    eval_k: tuple[int, ...] = (5, 100)  # particles of the iwae_k bounds; monitored: the first
+    eval_recordings: int = 100  # recordings of the test split evaluated whole as well; 0 = none
     evaluate: str = ""  # checkpoint to evaluate on the test split of data; nothing is trained
 
 

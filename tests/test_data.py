@@ -37,22 +37,21 @@ def recordings(count=12, samples=5_000):
     return {f"rec_{i}": noise(samples + 37 * i, seed=i) for i in range(count)}
 
 
-def convert(folder, tmp_path, **options):
+def convert(folder, tmp_path, valid=0.2, test=0.2, **options):
     """The file that a folder becomes, and why recordings were skipped."""
     out = tmp_path / "out.h5"
-    skipped, _ = prepare_blizzard.convert_files(
-        [folder], out, **dict(dict(valid=0.2, test=0.2), **options)
-    )
+    skipped, _ = prepare_blizzard.convert_files([folder], out, valid, test, **options)
     return out, skipped
 
 
 def sizes(path):
     """{split: (recordings, samples)} of a converted file."""
     corpus = common.open_corpus(path)
-    return {
-        split: (len(getattr(corpus, split).offsets) - 1, len(getattr(corpus, split).audio))
-        for split in common.SPLITS
-    }
+    found = {}
+    for name in common.SPLITS:
+        split = getattr(corpus, name)
+        found[name] = (len(split.offsets) - 1, len(split.audio))
+    return found
 
 
 def count(path):
@@ -61,20 +60,24 @@ def count(path):
 
 def read_back(path):
     """{name: samples} and {split: names} of a converted file."""
-    audio, splits = {}, {}
+    audio = {}
+    names = {}
     with h5py.File(path) as file:
         for split in common.SPLITS:
             group = file[split]
-            splits[split] = [name.decode() for name in group["names"]]
-            for name, start, end in zip(
-                splits[split], group["offsets"][:-1], group["offsets"][1:], strict=True
-            ):
-                audio[name] = group["audio"][start:end]
-    return audio, splits
+            names[split] = [name.decode() for name in group["names"]]
+            recordings = np.split(group["audio"][:], group["offsets"][1:-1])
+            audio |= zip(names[split], recordings, strict=True)
+    return audio, names
+
+
+def numbers_in(name):
+    """Key of the natural order of names whose words are all the same."""
+    return [int(number) for number in re.findall("[0-9]+", name)]
 
 
 def converted_array(tmp_path, array):
-    """The samples that an array becomes when converted among good recordings, or why it was skipped."""
+    """The samples that an array becomes, converted among good recordings, or why it is skipped."""
     folder = tmp_path / "in"
     folder.mkdir(exist_ok=True)
     np.savez(folder / "good.npz", **recordings())
@@ -98,21 +101,16 @@ def test_int16_round_trips_exactly_in_natural_order_and_whole(tmp_path):
         np.testing.assert_array_equal(audio[name], array)
     assert sum(map(len, splits.values())) == len(stored)
     for names in splits.values():
-        assert names == sorted(
-            names, key=lambda name: [int(number) for number in re.findall("[0-9]+", name)]
-        )
+        assert names == sorted(names, key=numbers_in)
     assert splits["train"][0] == "data_9/data_9_0"
 
 
 def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples(tmp_path):
     lengths = dict(a=40_000, b=10_000, c=10_000, d=30_000, e=10_000, f=32_000)
     items = [(f"file of {name}", name, [noise(length)]) for name, length in lengths.items()]
-    damaged = (
-        "file of g",
-        "g",
-        (noise(9_000) if i == 0 else [][0] for i in range(2)),
-    )  # fails after its first block
-    skipped = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
+    fails_after_its_first_block = (noise(9_000) if i == 0 else [][0] for i in range(2))
+    items.append(("file of g", "g", fails_after_its_first_block))
+    skipped = common.convert(iter(items), tmp_path / "out.h5", valid=0.25, test=0.25)
     assert skipped == ["file of g: it cannot be read (list index out of range)"]
     assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
     assert read_back(tmp_path / "out.h5")[1] == dict(
@@ -145,11 +143,9 @@ def test_statistics_are_those_of_train_alone(tmp_path):
         train = file["train/audio"][:].astype(float)
         assert file.attrs["mean"] == pytest.approx(train.mean(), rel=1e-12)
         assert file.attrs["std"] == pytest.approx(train.std(), rel=1e-12)
-        assert (file.attrs["format"], file.attrs["version"], file.attrs["sample_rate"]) == (
-            "vrnn-audio",
-            1,
-            16000,
-        )
+        assert file.attrs["format"] == "vrnn-audio"
+        assert file.attrs["version"] == 1
+        assert file.attrs["sample_rate"] == 16_000
 
 
 def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
@@ -197,7 +193,9 @@ def test_pcm_of_every_type_becomes_the_same_int16(tmp_path):
 )
 def test_an_array_that_is_no_audio_is_skipped_with_its_reason(tmp_path, array, reason):
     skipped = converted_array(tmp_path, array)
-    assert isinstance(skipped, str) and reason in skipped and "it.npy" in skipped
+    assert isinstance(skipped, str)
+    assert reason in skipped
+    assert "it.npy" in skipped
 
 
 def ragged(arrays):
@@ -223,12 +221,10 @@ def save_pickled(path, array, pickler=pickle._Pickler):
 class AsPython2(pickle._Pickler):
     """Writes bytes as the str of Python 2, which wrote the 2015 Blizzard files."""
 
-    dispatch = {
-        **pickle._Pickler.dispatch,
-        bytes: lambda self, data: self.write(
-            pickle.BINSTRING + struct.pack("<I", len(data)) + data
-        ),
-    }
+    def save_text(self, data):
+        self.write(pickle.BINSTRING + struct.pack("<I", len(data)) + data)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_text}
 
 
 @pytest.mark.parametrize("pickler", (pickle._Pickler, AsPython2))
@@ -245,11 +241,14 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
     ]
     save_pickled(folder / f"it.{suffix}", ragged(arrays), pickler)
     out, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and f"it.{suffix}" in skipped[0] and "--allow_pickle" in skipped[0]
+    (why,) = skipped
+    assert f"it.{suffix}" in why
+    assert "--allow_pickle" in why
     assert all(name.startswith("good/") for name in read_back(out)[0])
 
     out, skipped = convert(folder, tmp_path, force=True, allow_pickle=True)
-    audio, name = read_back(out)[0], "it" if suffix == "npy" else "it/a"
+    audio, _ = read_back(out)
+    name = "it" if suffix == "npy" else "it/a"
     assert len(audio) == 15
     assert skipped == [
         f"{folder}/it.{suffix} ({name}/3): its type <U9 is not audio; save int16, int32 or floats"
@@ -261,14 +260,14 @@ def test_an_array_of_arrays_is_refused_but_for_allow_pickle(tmp_path, suffix, pi
 def test_an_element_that_is_no_array_is_skipped_alone(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(
-        folder / "it.npz", **recordings(), a=ragged([noise(2_900), [[1, 2], [3]], noise(3_000, 1)])
-    )
+    elements = ragged([noise(2_900), [[1, 2], [3]], noise(3_000, 1)])
+    np.savez(folder / "it.npz", **recordings(), a=elements)
     out, skipped = convert(folder, tmp_path, allow_pickle=True)
-    assert {"it/a/0", "it/a/2"} <= read_back(out)[0].keys() and len(read_back(out)[0]) == 14
-    assert len(skipped) == 1 and skipped[0].startswith(
-        f"{folder}/it.npz (it/a/1): it cannot be read ("
-    )
+    audio, _ = read_back(out)
+    assert len(audio) == 14
+    assert {"it/a/0", "it/a/2"} <= audio.keys()
+    (why,) = skipped
+    assert why.startswith(f"{folder}/it.npz (it/a/1): it cannot be read (")
 
 
 class Exploit:
@@ -282,17 +281,18 @@ class Exploit:
 @pytest.mark.parametrize("suffix", ("npy", "npz"))
 @pytest.mark.parametrize("header", ("object", "damaged"))
 def test_nothing_that_a_file_says_is_executed_without_allow_pickle(tmp_path, suffix, header):
-    folder, harm = tmp_path / "in", tmp_path / "harm"
+    folder = tmp_path / "in"
+    harm = tmp_path / "harm"
     folder.mkdir()
     np.savez(folder / "good.npz", **recordings())
     evil = folder / f"evil.{suffix}"
     save_pickled(evil, ragged([Exploit(str(harm)), noise(100)]))
     if header == "damaged":
-        evil.write_bytes(
-            pickle.dumps(Exploit(str(harm)))
-        )  # numpy.load takes a file without a header for a pickle
+        # numpy.load takes a file without a header for a pickle
+        evil.write_bytes(pickle.dumps(Exploit(str(harm))))
     _, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and str(evil) in skipped[0]
+    (why,) = skipped
+    assert str(evil) in why
     assert not harm.exists()
     if header == "object":
         convert(folder, tmp_path, force=True, allow_pickle=True)
@@ -303,10 +303,10 @@ def test_a_checkpoint_that_would_execute_is_refused(tmp_path):
     harm = str(tmp_path / "harm")
     torch.save(dict(model=Exploit(harm)), tmp_path / "evil.pt")
     with pytest.raises(common.UserError, match="not a usable checkpoint"):
-        common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
+        common.read_checkpoint(tmp_path / "evil.pt", "--init_from")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Exploit(harm)))
     with pytest.raises(common.UserError, match="not a usable checkpoint"):
-        common.load_checkpoint(tmp_path / "evil.pt", "--init_from")
+        common.read_checkpoint(tmp_path / "evil.pt", "--init_from")
     assert not os.path.exists(harm)
 
 
@@ -322,10 +322,8 @@ def test_names_that_are_no_unicode_are_no_obstacle(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     assert result.returncode == 0, result.stderr
-    assert (
-        r"ignored, of other types: 1 .\udce9" in result.stdout
-        and count(tmp_path / "data/blizzard.h5") == 13
-    )
+    assert r"ignored, of other types: 1 .\udce9" in result.stdout
+    assert count(tmp_path / "data/blizzard.h5") == 13
 
 
 def test_an_mp3_of_varying_rate_is_read_as_in_one_piece(tmp_path):
@@ -334,7 +332,8 @@ def test_an_mp3_of_varying_rate_is_read_as_in_one_piece(tmp_path):
     whole, rate = soundfile.read(tmp_path / "it.mp3", dtype="float32")
     expected = common.to_int16(32768 * soxr.resample(whole, rate, RATE, quality="VHQ"))
     found = np.concatenate(list(prepare_blizzard.sound_file_blocks(tmp_path / "it.mp3")))
-    assert len(found) == len(expected) and abs(found.astype(int) - expected).max() <= 1
+    assert len(found) == len(expected)
+    assert abs(found.astype(int) - expected).max() <= 1
 
 
 def test_floats_far_above_full_scale_are_refused_in_a_sound_file_as_in_an_array(tmp_path):
@@ -343,16 +342,15 @@ def test_floats_far_above_full_scale_are_refused_in_a_sound_file_as_in_an_array(
     np.savez(folder / "good.npz", **recordings())
     soundfile.write(folder / "loud.wav", noise(9_000).astype(np.float32), RATE, subtype="FLOAT")
     _, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and re.search(
-        "loud.wav: its peak is .* times full scale; scale it", skipped[0]
-    )
+    (why,) = skipped
+    assert re.search("loud.wav: its peak is .* times full scale; scale it", why)
 
 
 def test_the_splits_depend_on_names_alone(tmp_path):
-    """Not on the order of arguments, or in which a folder is listed or an archive holds its members."""
-    assert sorted(["a_1", "a_01", "a_001"], key=common.natural_order) == sorted(
-        ["a_001", "a_01", "a_1"], key=common.natural_order
-    )
+    """Not on the order of arguments, of a folder's listing or of the members of an archive."""
+    names = ["a_1", "a_01", "a_001"]
+    in_order = sorted(names, key=common.natural_order)
+    assert sorted(names[::-1], key=common.natural_order) == in_order
     for name in ("a_10", "a_2", "a_02"):
         np.save(tmp_path / f"{name}.npy", noise(3_000))
     paths = [tmp_path / f"{name}.npy" for name in ("a_10", "a_2", "a_02")]
@@ -366,10 +364,8 @@ def test_sound_files_are_resampled_to_16_khz_mono(tmp_path, suffix):
     rate, hertz = 44_100, 440.0
     tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
     soundfile.write(tmp_path / f"tone.{suffix}", np.stack([tone, 0 * tone], 1), rate)
-    audio = (
-        np.concatenate(list(prepare_blizzard.sound_file_blocks(tmp_path / f"tone.{suffix}")))
-        / 32768
-    )
+    blocks = prepare_blizzard.sound_file_blocks(tmp_path / f"tone.{suffix}")
+    audio = np.concatenate(list(blocks)) / 32768
     assert len(audio) == pytest.approx(2 * RATE, abs=0.1 * RATE if suffix == "mp3" else 2)
     middle = audio[RATE // 2 : RATE // 2 + RATE]
     assert np.argmax(np.abs(np.fft.rfft(middle))) == hertz
@@ -389,12 +385,12 @@ def test_the_first_of_two_channels_at_16_khz_is_taken_exactly(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(6):
-        soundfile.write(
-            folder / f"{i}.wav", np.stack([noise(9_000, i), noise(9_000, 9)], axis=1), RATE
-        )
+        channels = np.stack([noise(9_000, i), noise(9_000, 9)], axis=1)
+        soundfile.write(folder / f"{i}.wav", channels, RATE)
     out, skipped = convert(folder, tmp_path)
     audio, _ = read_back(out)
-    assert not skipped and len(audio) == 6
+    assert not skipped
+    assert len(audio) == 6
     for name, samples in audio.items():
         np.testing.assert_array_equal(samples, noise(9_000, int(name)))
 
@@ -412,12 +408,10 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
     (folder / ".hidden.wav").write_text("no audio")
     out, skipped = convert(folder, tmp_path)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}
-    assert [reason.split(":")[0].rsplit("/", 1)[1] for reason in skipped] == [
-        "b.npy",
-        "c.wav",
-        "d.npz",
-    ]
-    assert prepare_blizzard.find_audio([folder])[2] == {".txt": 1}
+    damaged = [Path(why.split(":")[0]).name for why in skipped]
+    assert damaged == ["b.npy", "c.wav", "d.npz"]
+    _, _, ignored = prepare_blizzard.find_audio([folder])
+    assert ignored == {".txt": 1}
     with pytest.raises(common.UserError, match="b.npy: it cannot be read .mmap length.*--strict"):
         convert(folder, tmp_path, force=True, strict=True)
     assert read_back(out)[0].keys() == {f"a/{name}" for name in stored}  # the old file stays
@@ -425,8 +419,10 @@ def test_a_damaged_recording_is_skipped_whole_and_the_others_stay(tmp_path):
 
 
 def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tmp_path):
-    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
-    folder.mkdir(), elsewhere.mkdir()
+    folder = tmp_path / "in"
+    elsewhere = tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
     np.savez(elsewhere / "a.npz", **recordings())
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(folder)
@@ -434,10 +430,8 @@ def test_linked_folders_are_followed_once_and_what_cannot_be_read_is_reported(tm
     os.mkfifo(folder / "fifo.wav")
     out, skipped = convert(folder, tmp_path)
     assert count(out) == 12
-    assert [why.split(": ")[0] for why in skipped] == [
-        str(folder / "dangling.wav"),
-        str(folder / "fifo.wav"),
-    ]
+    unreadable = [why.split(": ")[0] for why in skipped]
+    assert unreadable == [str(folder / "dangling.wav"), str(folder / "fifo.wav")]
     with pytest.raises(common.UserError, match="dangling.wav.*without --strict"):
         convert(folder, tmp_path, force=True, strict=True)
 
@@ -448,7 +442,8 @@ def test_an_archive_that_expands_beyond_measure_is_refused(tmp_path):
     np.savez(folder / "good.npz", **recordings())
     np.savez_compressed(folder / "bomb.npz", a=np.zeros(20_000_000, np.int16), b=noise(1_000))
     _, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and re.search("bomb.npz: it expands [0-9,]+-fold", skipped[0])
+    (why,) = skipped
+    assert re.search("bomb.npz: it expands [0-9,]+-fold", why)
 
 
 def test_constant_recordings_are_skipped(tmp_path):
@@ -474,7 +469,9 @@ def test_constant_recordings_are_skipped(tmp_path):
 
 
 def crash(path, target):
-    os.abort() if path.stem in ("13", "14") else prepare_blizzard.decode(path, target)
+    if path.stem in ("13", "14"):
+        os.abort()
+    prepare_blizzard.decode(path, target)
 
 
 def crash_once(path, target):
@@ -507,10 +504,8 @@ def test_sound_files_decoded_ahead_keep_their_order_and_a_crash_costs_its_own_fi
     assert skipped == [f"{folder}/{name}.wav: it crashes its decoder" for name in lost]
     audio, splits = read_back(out)
     np.testing.assert_array_equal(audio.pop("5b/rec_0"), recordings(1)["rec_0"])
-    assert all(
-        names == sorted(names, key=lambda name: int(name.split("b")[0]))
-        for names in splits.values()
-    )
+    for names in splits.values():
+        assert names == sorted(names, key=numbers_in)
     assert audio.keys() == lengths.keys() - set(lost)
     for name, samples in audio.items():
         np.testing.assert_array_equal(samples, noise(lengths[name], int(name)))
@@ -526,13 +521,15 @@ def test_few_sound_files_are_decoded_ahead_so_that_the_disk_holds_few_of_their_s
         np.testing.assert_array_equal(np.concatenate(list(next(blocks))), noise(100, i))
     time.sleep(0.2)
     held = [int(path.name) for path in (tmp_path / "decoded").iterdir()]
-    assert held and min(held) >= 19 and max(held) <= 20 + 2 * os.cpu_count()
+    assert min(held) >= 19
+    assert max(held) <= 20 + 2 * os.cpu_count()
     blocks.close()
     assert not (tmp_path / "decoded").exists()
 
 
 def test_conversion_ends_before_the_disk_is_full_and_leaves_no_file(tmp_path, monkeypatch):
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder = tmp_path / "in"
+    out = tmp_path / "out"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings())
     with monkeypatch.context() as patch:
@@ -548,18 +545,20 @@ def test_conversion_ends_before_the_disk_is_full_and_leaves_no_file(tmp_path, mo
 
 
 def processes_below(pid):
-    children = [
-        int(child)
-        for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()
-    ]
-    return children + [pid for child in children for pid in processes_below(child)]
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout
+    found = []
+    for child in map(int, listed.split()):
+        found += [child, *processes_below(child)]
+    return found
 
 
 def runs(pid):
+    """Whether there is such a process, and it is no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        _, after_its_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)
     except OSError:
         return False
+    return after_its_name.split()[0] != "Z"
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
@@ -582,9 +581,10 @@ def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_ag
         time.sleep(0.05)
     decoders = processes_below(conversion.pid)
     assert len(decoders) >= min(2, os.cpu_count())
-    (os.killpg if number == signal.SIGINT else os.kill)(
-        conversion.pid, number
-    )  # Ctrl-C reaches every process
+    if number == signal.SIGINT:
+        os.killpg(conversion.pid, number)  # Ctrl-C reaches every process
+    else:
+        os.kill(conversion.pid, number)
     conversion.wait(60)
     deadline = time.monotonic() + 20
     while any(map(runs, decoders)) and time.monotonic() < deadline:
@@ -626,9 +626,8 @@ def test_a_recording_named_twice_is_taken_once(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     np.savez(folder / "a.npz", **recordings())
-    prepare_blizzard.convert_files(
-        [folder, folder, folder / "a.npz"], tmp_path / "out.h5", 0.2, 0.2
-    )
+    thrice = [folder, folder, folder / "a.npz"]
+    prepare_blizzard.convert_files(thrice, tmp_path / "out.h5", 0.2, 0.2)
     assert count(tmp_path / "out.h5") == 12
 
 
@@ -645,11 +644,11 @@ def test_a_hostile_header_costs_its_own_file_only(tmp_path, header):
     folder.mkdir()
     np.savez(folder / "good.npz", **recordings())
     text = header.encode().ljust(117) + b"\n"
-    (folder / "it\u00b2.npy").write_bytes(
-        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-    )
+    magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+    (folder / "it\u00b2.npy").write_bytes(magic + text)
     _, skipped = convert(folder, tmp_path)
-    assert len(skipped) == 1 and "it\u00b2.npy" in skipped[0]
+    (why,) = skipped
+    assert "it\u00b2.npy" in why
 
 
 def test_convert_refuses_what_it_cannot_do_and_leaves_no_file(tmp_path):
@@ -686,7 +685,7 @@ def write_corpus(path, change=lambda file: None):
         (lambda file: file.attrs.update(std=0.0), "mean and std"),
         (lambda file: file.attrs.update(sample_rate=44_100), "not of .* sample_rate 16000"),
         (lambda file: file.attrs.__delitem__("sample_rate"), "not of .* sample_rate 16000"),
-        (lambda file: file.__delitem__("test"), "not a readable HDF5 file .*test"),
+        (lambda file: file.__delitem__("test"), "not readable HDF5 .*test"),
         (
             lambda file: file["valid/offsets"].write_direct(np.array([0, 400, 900])),
             "inconsistent offsets",
@@ -701,14 +700,16 @@ def test_an_inconsistent_hdf5_file_is_refused_by_name(tmp_path, change, reason):
     path = write_corpus(tmp_path / "x.h5", change)
     with pytest.raises(common.UserError, match=reason) as error:
         common.open_corpus(path)
-    assert str(path) in str(error.value) and "prepare_blizzard.py" in str(error.value)
+    assert str(path) in str(error.value)
+    assert "prepare_blizzard.py" in str(error.value)
 
 
 class InMemory:
     """A Split of numbered samples: sample i of the split is i."""
 
     def __init__(self, lengths):
-        self.name, self.offsets = "train", np.concatenate([[0], np.cumsum(lengths)])
+        self.name = "train"
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
 
     def read(self, starts, samples):
         return np.asarray(starts)[:, None] + np.arange(samples)
@@ -724,23 +725,23 @@ def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_an
     lengths, batch, epoch
 ):
     x_dim, frames, reset_freq = 5, 3, 2
+    sizes = (x_dim, frames, reset_freq, batch)
     samples = x_dim * frames * reset_freq
+    split = InMemory(lengths)
     if sum(length // samples for length in lengths) < batch:
         with pytest.raises(common.UserError, match="--batch_size"):
-            common.Excerpts(InMemory(lengths), x_dim, frames, reset_freq, batch, seed=7)
+            common.Excerpts(split, *sizes, seed=7)
         return
-    split = InMemory(lengths)
-    excerpts = common.Excerpts(split, x_dim, frames, reset_freq, batch, seed=7)
+    excerpts = common.Excerpts(split, *sizes, seed=7)
     first = epoch * excerpts.batches_per_epoch
     groups = [excerpts.batch(first + i) for i in range(excerpts.batches_per_epoch)]
-    again = common.Excerpts(split, x_dim, frames, reset_freq, batch, seed=7)
+    again = common.Excerpts(split, *sizes, seed=7)
     for i in reversed(range(len(groups))):
         assert torch.equal(again.batch(first + i), groups[i])
 
-    runs = (
-        torch.cat(groups, dim=2).permute(2, 0, 1, 3).flatten(1)
-    )  # (excerpts, samples), windows back in order
     assert groups[0].shape == (reset_freq, frames, batch, x_dim)
+    # (excerpts, samples), windows back in order
+    runs = torch.cat(groups, dim=2).permute(2, 0, 1, 3).flatten(1)
     assert (runs.diff(dim=1) == 1).all()
     recording = np.searchsorted(split.offsets, runs.numpy(), side="right")
     assert (recording == recording[:, :1]).all()
@@ -749,12 +750,14 @@ def test_excerpts_lie_inside_one_recording_overlap_nowhere_and_depend_on_seed_an
 
 def test_epochs_differ_in_order_and_offset():
     excerpts = common.Excerpts(InMemory([1_000, 1_017]), 5, 3, 2, 4, seed=0)
-    starts = [
-        excerpts.batch(epoch * excerpts.batches_per_epoch)[0, 0, :, 0].tolist()
-        for epoch in range(3)
-    ]
-    assert starts[0] != starts[1] != starts[2]
-    assert {s % 30 for s in starts[0]} != {s % 30 for s in starts[1]}
+    starts = []
+    for epoch in range(3):
+        batch = excerpts.batch(epoch * excerpts.batches_per_epoch)
+        starts.append(batch[0, 0, :, 0])
+    offsets = [set((of_epoch % 30).tolist()) for of_epoch in starts]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+    assert offsets[0] != offsets[1]
 
 
 def test_held_out_windows_tile_every_recording():
@@ -769,58 +772,55 @@ def test_normalisation_and_dequantisation():
     torch.testing.assert_close(common.normalise(pcm, corpus), (pcm.float() - 3) / 2)
     uniform = torch.rand(50, 40, generator=torch.Generator().manual_seed(0))
     spread = common.normalise(pcm, corpus, uniform) * 2 + 3 - pcm
-    assert spread.min() >= -0.5 and spread.max() <= 0.5 and abs(spread.mean()) < 0.02
+    assert spread.min() >= -0.5
+    assert spread.max() <= 0.5
+    assert abs(spread.mean()) < 0.02
     assert spread.var() == pytest.approx(1 / 12, rel=0.05)
 
 
 def test_demo_speech_is_the_same_every_time_and_sounds_and_pauses(tmp_path):
     prepare_blizzard.write_demo(tmp_path / "a", minutes=1)
     prepare_blizzard.write_demo(tmp_path / "b", minutes=1)
-    first, second = (np.load(tmp_path / folder / "demo_0.npz") for folder in "ab")
+    first = np.load(tmp_path / "a/demo_0.npz")
+    second = np.load(tmp_path / "b/demo_0.npz")
     assert len(first.files) == 12
     for name in first.files:
         np.testing.assert_array_equal(first[name], second[name])
     audio = np.concatenate([first[name] for name in first.files]).astype(float)
     level = audio.reshape(-1, 400).std(1)
-    assert np.quantile(level, 0.05) < 50 and np.quantile(level, 0.5) > 300
-    assert audio.std() > 800 and abs(audio).max() < 32_767
+    assert np.quantile(level, 0.05) < 50
+    assert np.quantile(level, 0.5) > 300
+    assert audio.std() > 800
+    assert abs(audio).max() < 32_767
 
 
 def test_demo_data_say_in_the_file_that_they_are_synthetic(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1)
-    )
+    of_one_minute = functools.partial(prepare_blizzard.write_demo, minutes=1)
+    monkeypatch.setattr(prepare_blizzard, "write_demo", of_one_minute)
     prepare_blizzard.make_demo_data(tmp_path / "demo.h5", tmp_path / "demo", seed=3)
     assert count(tmp_path / "demo.h5") == 12
     created_by = common.open_corpus(tmp_path / "demo.h5").created_by
-    assert created_by == f"{common.SYNTHETIC}, seed 3" and "not speech" in created_by
+    assert created_by == f"{common.SYNTHETIC}, seed 3"
+    assert "not speech" in created_by
 
 
 def test_the_splits_of_demo_data_have_the_shares_that_are_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        prepare_blizzard, "write_demo", functools.partial(prepare_blizzard.write_demo, minutes=1)
-    )
+    of_one_minute = functools.partial(prepare_blizzard.write_demo, minutes=1)
+    monkeypatch.setattr(prepare_blizzard, "write_demo", of_one_minute)
     for flags, shares in (("", (9, 2, 1)), ("--valid=.25 --test=.5 --force", (3, 3, 6))):
         monkeypatch.setattr(sys, "argv", ["prepare_blizzard.py", "--demo", *flags.split()])
         prepare_blizzard.main()
-        corpus = common.open_corpus("data/demo.h5")
-        assert tuple(len(getattr(corpus, split).offsets) - 1 for split in common.SPLITS) == shares
+        counts = [recordings for recordings, _ in sizes("data/demo.h5").values()]
+        assert tuple(counts) == shares
 
 
-def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_sentence(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def outcome(tmp_path, monkeypatch, capsys):
+    """A function from flags to status, output and errors of the script, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    arrays = [
-        *recordings().values(),
-        noise(31_999),
-        noise(32_000),
-    ]  # a training excerpt has 32,000 samples
-    save_pickled(tmp_path / "it.npy", ragged(arrays))
-    (tmp_path / "notes.txt").touch()
 
-    def outcome(*flags):
+    def run(*flags):
         monkeypatch.setattr(sys, "argv", ["prepare_blizzard.py", *flags])
         try:
             status = common.run_as_script(prepare_blizzard.main)
@@ -828,29 +828,58 @@ def test_the_command_line_takes_allow_pickle_and_answers_bad_input_in_one_senten
             status = end.code
         return status, *capsys.readouterr()
 
-    split = ("--valid=.2", "--test=.2")
-    status, output, errors = outcome("--help")
-    assert not status and "executes what the file says" in " ".join(output.split())
-    status, output, errors = outcome("it.npy", *split)
-    assert (
-        status == 2
-        and output == ""
-        and re.fullmatch("error: 0 usable .*it.npy: .*--allow_pickle .*\n", errors)
-    )
-    status, output, errors = outcome(".", *split, "--allow_pickle")
-    assert not status and "skipped: 0" in output and re.search("total +14 .* 126,441\n", output)
-    assert (
-        "of 2 s: 13 recordings, 5.90 s\n" in output
-        and "ignored, of other types: 1 .txt\n" in output
-    )
-    assert len(read_back(tmp_path / "data/blizzard.h5")[0]) == 14
-    for flags in (
+    return run
+
+
+SHARES = ("--valid=.2", "--test=.2")
+
+
+def write_pickled_recordings(folder):
+    """Twelve recordings, one that is a sample short of a training excerpt, and one that is not."""
+    arrays = [*recordings().values(), noise(31_999), noise(32_000)]
+    save_pickled(folder / "it.npy", ragged(arrays))
+
+
+def test_the_command_line_has_help(outcome):
+    status, output, _ = outcome("--help")
+    assert not status
+    assert "executes what the file says" in " ".join(output.replace("│", " ").split())
+
+
+def test_the_command_line_refuses_a_pickle_but_for_allow_pickle(tmp_path, outcome):
+    write_pickled_recordings(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    status, output, errors = outcome("it.npy", *SHARES)
+    assert status == 2
+    assert output == ""
+    assert re.fullmatch("error: 0 usable .*it.npy: .*--allow_pickle .*\n", errors)
+    status, output, _ = outcome(".", *SHARES, "--allow_pickle")
+    assert not status
+    assert "skipped: 0" in output
+    assert re.search("total +14 .* 126,441\n", output)
+    assert "of 2 s: 13 recordings, 5.90 s\n" in output
+    assert "ignored, of other types: 1 .txt\n" in output
+    assert count(tmp_path / "data/blizzard.h5") == 14
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
         ["nowhere"],
         ["it.npy", "--demo"],
         [],
         ["it.npy", "--allow_pickles"],
         ["it.npy", "--valid=half"],
-        ["it.npy", "--allow_pickle", *split],
-    ):
-        status, output, errors = outcome(*flags)
-        assert status == 2 and output == "" and re.fullmatch("error: [^\n]+\n", errors), flags
+        ["it.npy", "--valid"],
+        ["--demo", "--seed=-1"],
+        ["--demo", "--seed=4294967296"],
+        ["it.npy", "--allow_pickle", "--out=there.h5", *SHARES],
+    ),
+)
+def test_the_command_line_answers_bad_input_in_one_sentence(tmp_path, outcome, flags):
+    write_pickled_recordings(tmp_path)
+    (tmp_path / "there.h5").touch()
+    status, output, errors = outcome(*flags)
+    assert status == 2
+    assert output == ""
+    assert re.fullmatch("error: [^\n]+\n", errors)

@@ -1,4 +1,4 @@
-"""The README: its numbers, its length, and the scripts of "Your own objective, likelihood or model", as printed."""
+"""The README: its numbers, its length, and its scripts of one's own, as printed."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ import time
 
 import check_readme
 import pytest
-from tiny import ROOT, SIZES, assert_same_run, main_of, run, write_tiny_data
+from tiny import ROOT, SIZES, assert_same_run, log_of, main_of, run, write_tiny_data
 
 import common
 
@@ -47,7 +47,10 @@ def finished(process):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The printed scripts, and a run of each beside one of ours; the GRU twice, once killed and resumed."""
+    """The printed scripts, and a run of each beside one of ours.
+
+    The GRU is there twice, once killed and resumed.
+    """
     folder = tmp_path_factory.mktemp("readme")
     write_tiny_data(folder / "tiny.h5")
     for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
@@ -106,11 +109,11 @@ def test_what_is_not_in_the_logs_is_noticed(tmp_path, monkeypatch, text, instead
     (tmp_path / "README.md").write_text(changed.replace(text, instead))
     monkeypatch.setattr(check_readme, "ROOT", tmp_path)
     found = check_readme.problems()
-    assert len(found) == 1 and problem in found[0]
+    assert len(found) == 1
+    assert problem in found[0]
     check_readme.problems(write=True)
-    assert (check_readme.problems() == []) == (
-        instead.startswith("| FLAC")
-    )  # only tables can be written anew
+    is_in_a_table = instead.startswith("| FLAC")  # which alone can be written anew
+    assert (check_readme.problems() == []) == is_in_a_table
 
 
 def test_the_readme_is_read_in_two_minutes():
@@ -118,18 +121,20 @@ def test_the_readme_is_read_in_two_minutes():
 
 
 def test_the_readme_prints_two_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
-    scripts = {
-        name: len([line for line in source.splitlines()[1:] if line])
-        for name, source in PRINTED.findall((ROOT / "README.md").read_text())
-    }
-    assert list(scripts) == ["beta_vrnn.py", "laplace_vrnn.py"] and max(scripts.values()) <= 22
+    lengths = {}
+    for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
+        _, *lines = filter(None, source.splitlines())
+        lengths[name] = len(lines)
+    assert list(lengths) == ["beta_vrnn.py", "laplace_vrnn.py"]
+    assert max(lengths.values()) <= 23
 
 
 def test_a_printed_script_learns(folder):
     for name in ("beta_vrnn", "laplace_vrnn", "stochastic_gru"):
-        _, *lines = map(json.loads, (folder / f"runs/{name}/log.jsonl").read_text().splitlines())
+        _, *lines = log_of(folder / "runs" / name)
         bounds = [line["valid"]["iwae_2"]["nats_per_frame"] for line in lines]
-        assert bounds == sorted(bounds) and len(bounds) == 3
+        assert bounds == sorted(bounds)
+        assert len(bounds) == 3
 
 
 def test_a_killed_and_resumed_run_of_a_printed_model_is_as_if_it_had_never_stopped(folder):
@@ -144,83 +149,80 @@ def printed(folder, monkeypatch):
     beta_vrnn = importlib.import_module("beta_vrnn")
     beta_vrnn.main = lambda: beta_vrnn.train(common.parse(beta_vrnn.Hyperparameters))
     yield main_of
-    for name in ("beta_vrnn", "stochastic_gru"):
+    for name in ("beta_vrnn", "laplace_vrnn", "stochastic_gru"):
         sys.modules.pop(name, None)
+
+
+def evaluation_in(out):
+    return json.loads((out / "eval.json").read_text())
 
 
 def test_a_printed_hyperparameter_has_its_flag_and_its_comment_as_help(folder, printed, capsys):
     with pytest.raises(SystemExit):
         printed("beta_vrnn", "--help")
-    assert "weight of the KL; 1 is VRNN (default: 0.5)" in " ".join(capsys.readouterr().out.split())
-    assert json.loads((folder / "runs/beta_vrnn/config.json").read_text())["beta"] == 0.7
+    assert "weight of the KL; 1 is VRNN (default: 0.5)" in capsys.readouterr().out
+    config = json.loads((folder / "runs/beta_vrnn/config.json").read_text())
+    assert config["beta"] == 0.7
 
 
-def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate_and_all_runs_are_drawn_by_name(
-    folder,
-):
-    shutil.copytree(folder / "runs", folder / "drawn", dirs_exist_ok=True)
-    finished(
-        started(
-            folder,
-            "stochastic_gru",
-            "--evaluate=runs/stochastic_gru/best.pt",
-            "--out_dir=drawn/again",
-        )
-    )
-    first, again = (
-        json.loads((folder / f"drawn/{run}/eval.json").read_text())
-        for run in ("stochastic_gru", "again")
-    )
-    assert again == first | dict(checkpoint="runs/stochastic_gru/best.pt")
+@pytest.mark.parametrize("name", ("beta_vrnn", "laplace_vrnn", "stochastic_gru"))
+def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate(folder, name):
+    checkpoint = f"runs/{name}/best.pt"
+    flags = (f"--evaluate={checkpoint}", f"--out_dir=again/{name}", "--device=cpu")
+    finished(started(folder, name, *flags))
+    first = evaluation_in(folder / "runs" / name)
+    assert evaluation_in(folder / "again" / name) == first | dict(checkpoint=checkpoint)
+    assert not (folder / "again" / name / "log.jsonl").exists()  # nothing was trained
+
+
+def test_all_runs_are_drawn_by_the_name_that_they_state(folder):
+    drawn = folder / "drawn"
+    shutil.copytree(folder / "runs", drawn)
+    flags = ("--evaluate=runs/stochastic_gru/best.pt", "--out_dir=drawn/again")
+    finished(started(folder, "stochastic_gru", *flags))
     result = run("plot_recon", "drawn", cwd=folder)
     assert result.returncode == 0, result.stderr
-    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    _, *rows = (line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| "))
     assert [row[0] for row in rows] == [
         "| VRNN",
         "| beta-VRNN",
         "| Laplace VRNN",
         "| stochastic GRU",
         "| stochastic GRU, best.pt on tiny.h5",
-        "| FLAC",
-        "| linear prediction, order 16",
-        "| histogram",
     ]
     assert rows[3][2:] == rows[4][2:]
     for row, name in zip(rows, ("vrnn_gauss", "beta_vrnn", "laplace_vrnn", "stochastic_gru")):
-        bounds = json.loads((folder / f"runs/{name}/eval.json").read_text())["bounds"]
-        assert row[2] == f"{bounds['elbo']['nats_per_frame']:.2f}"
-    assert (folder / "recon.png").exists() and (
-        folder / "drawn/beta_vrnn/samples/samples.png"
-    ).exists()
-    assert (folder / "drawn/laplace_vrnn/samples/continued_1.wav").exists()
-    assert not (folder / "drawn/stochastic_gru/samples").exists()  # it cannot generate
+        elbo = evaluation_in(drawn / name)["bounds"]["elbo"]["nats_per_frame"]
+        assert row[2] == f"{elbo:.2f}"
+    assert (folder / "recon.png").exists()
+    assert (drawn / "beta_vrnn/samples/samples.png").exists()
+    assert (drawn / "laplace_vrnn/samples/continued_1.wav").exists()
+    assert not (drawn / "stochastic_gru/samples").exists()  # it cannot generate
 
 
 def test_with_beta_one_the_printed_objective_is_that_of_ours(folder, printed):
     printed("beta_vrnn", *FLAGS, "--beta=1", "--out_dir=one")
-    ours, theirs = (
-        json.loads((folder / out / "eval.json").read_text()) for out in ("runs/vrnn_gauss", "one")
-    )
-    assert ours["bounds"] == theirs["bounds"]
+    ours = evaluation_in(folder / "runs/vrnn_gauss")
+    assert evaluation_in(folder / "one")["bounds"] == ours["bounds"]
 
 
-def test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script(
-    folder, printed
-):
-    for script, other, model in (
+@pytest.mark.parametrize(
+    "script, other, model",
+    (
         ("vrnn_gauss", "stochastic_gru", "VRNN"),
-        ("vrnn_gauss", "laplace_vrnn", "VRNN, a LaplaceVRNN"),  # of the same parameters
+        ("vrnn_gauss", "laplace_vrnn", "VRNN"),  # of the same parameters
+        ("laplace_vrnn", "vrnn_gauss", "LaplaceVRNN"),  # of the same parameters
         ("stochastic_gru", "vrnn_gauss", "StochasticGRU"),
-    ):
-        with pytest.raises(common.UserError, match=f"holds another model than this {model}"):
-            printed(script, f"--evaluate=runs/{other}/best.pt", "--out_dir=no")
+    ),
+)
+def test_a_checkpoint_of_another_model_is_refused(folder, printed, script, other, model):
+    with pytest.raises(common.UserError, match=f"holds another model than this {model}, or one"):
+        printed(script, f"--evaluate=runs/{other}/best.pt", "--out_dir=no")
     assert not (folder / "no").exists()
 
 
 def test_a_checkpoint_of_a_users_script_with_a_vrnn_is_evaluated_by_ours(folder, printed):
     printed("vrnn_gauss", "--evaluate=runs/beta_vrnn/best.pt", "--out_dir=by_ours", "--device=cpu")
-    ours, theirs = (
-        json.loads((folder / out / "eval.json").read_text())
-        for out in ("by_ours", "runs/beta_vrnn")
-    )
+    theirs = evaluation_in(folder / "runs/beta_vrnn")
+    ours = evaluation_in(folder / "by_ours")
     assert ours == theirs | dict(checkpoint="runs/beta_vrnn/best.pt")

@@ -279,7 +279,7 @@ def test_the_plain_update_of_the_benchmark_is_the_same_update(data, tmp_path):
         turn = benchmark.on_the_next_window(training, make(training, vrnn_gauss_iwae.objective))
         for _ in range(3):
             turn()
-        assert training.progress["updates"] == training.counts.updates == 3
+        assert training.made == training.counts["made"] == 3
         trained.append(training.model)
     for ours, plain in zip(*(model.parameters() for model in trained)):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)

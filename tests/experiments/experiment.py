@@ -174,7 +174,7 @@ def judges(runs):
             judged.append((f"{trained}_1000-{seed}", f"{trained}-{seed}", OBJECTIVES[name]))
     for name, trained, script in judged:
         checkpoint = f"--evaluate={runs / trained / 'best.pt'}"
-        yield "judges", name, *script, checkpoint, "--eval_k=5,1000", "--eval_recordings=0"
+        yield "judges", name, *script, checkpoint, "--eval_k", "5", "1000", "--eval_recordings=0"
 
 
 def train(runs, updates, to, group, name, script, *flags):

@@ -1,12 +1,14 @@
-"""How fast training, evaluation, loading and conversion are, against the machine's own matrix products.
+"""How fast training, evaluation, loading and conversion are, against the machine's own products.
 
-    python tests/tools/benchmark.py [--only updates,variants,...] [--json FILE] [--repeats 5] [--device cpu] [--quick]
-    python tests/tools/benchmark.py --against CHECKOUT      updates of this tree and of another one, in turns
+    python tests/tools/benchmark.py [--only updates,variants,...] [--json FILE] [--repeats 5]
+                                    [--device cpu] [--quick]
+    python tests/tools/benchmark.py --against CHECKOUT      this tree and another one, in turns
 
-Variants alternate within one run after a warm-up, every timing waits for the device, and medians are reported: of
-seconds, and of the ratios of turns that are neighbours in time. `plain` is tests/plain.py, every network inside the
-loop over frames, in the same training step. What ends in _small has the sizes of the experiments and, on a CPU, one
-thread. --json keeps every table. --quick shows that all of it runs, at sizes that say nothing.
+Variants alternate within one run after a warm-up, every timing waits for the device, and medians
+are reported: of seconds, and of the ratios of turns that are neighbours in time. `plain` is
+tests/plain.py, every network inside the loop over frames, in the same training step. What ends in
+_small has the sizes of the experiments and, on a CPU, one thread. --json keeps every table. --quick
+shows that all of it runs, at sizes that say nothing.
 """
 
 import argparse
@@ -67,14 +69,18 @@ FLAGS = [
 ]
 PARTS = dict(  # and the titles of their tables
     updates="Update at published size (T = 40, R = 1000), optimiser included; ratio: plain / ours",
-    updates_small="Update at small size (T = 40, R = 128), one thread, optimiser included; ratio: plain / ours",
+    updates_small=(
+        "Update at small size (T = 40, R = 128), one thread, optimiser included; ratio: plain / ours"
+    ),
     variants="Update at published size, B = 128; ratio: with a flag / without",
     variants_small="Update at small size, B = 8, one thread; ratio: with a flag / without",
     evaluation="Evaluation at published size",
     evaluation_small="Evaluation at small size, one thread",
     growth="Update as one size grows from T = 40, B = 32, K = 1, R = 1000",
     growth_small="Update as one size grows from T = 40, B = 32, K = 1, R = 128, one thread",
-    loader="Loader alone, and what updates use of it; ratio: updates with the loader / on a fixed batch",
+    loader=(
+        "Loader alone, and what updates use of it; ratio: updates with the loader / on a fixed batch"
+    ),
     conversion="Conversion of an .npz, and of 44.1 kHz sound files",
 )
 
@@ -135,7 +141,8 @@ def plain_update(training, objective):
 
 def update_with(training, forward):
     def update():
-        x_TBX, noise = training.window(), training.noise(training.particles, training.h.z_dim)
+        x_TBX = training.window()
+        noise = training.noise(training.particles, training.h.z_dim)
         rollout, loss = forward(training, x_TBX, noise)
         loss.backward()
         training.step(loss, rollout.state)
@@ -181,20 +188,22 @@ def on_the_next_window(training, update, updates=1):
             training.allow_tf32(True)
             update()
             training.allow_tf32(False)
-            training.progress["updates"] += 1
+            training.made += 1
 
     return turn
 
 
 def our_turn(data, device, objective="VRNN", updates=1, **flags):
     training = make_training(data, device, objective, **flags)
-    return on_the_next_window(
-        training, our_update(training, OBJECTIVES[objective][0].objective), updates
-    )
+    module, _ = OBJECTIVES[objective]
+    return on_the_next_window(training, our_update(training, module.objective), updates)
 
 
 def multiplications(model, k, rollouts=1):
-    """In the matrix products for a frame of one sequence: the particles of a rollout share what sees only x."""
+    """In the matrix products for a frame of one sequence.
+
+    The particles of a rollout share what sees only x.
+    """
     weights = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
     shared = sum(
         count
@@ -236,8 +245,9 @@ def ratios(times, other_times):
 
 
 def rates(operations, time_s, product_operations, product_times):
-    """Of the matrix products in something, alone and as a fraction of what the machine does in nothing else."""
-    rate, peak = operations / time_s, product_operations / statistics.median(product_times)
+    """Of the matrix products in something, and as a fraction of what the machine does alone."""
+    rate = operations / time_s
+    peak = product_operations / statistics.median(product_times)
     return dict(gflops=rate / 1e9, of_products=rate / peak)
 
 
@@ -266,7 +276,10 @@ def peak_memory(device):
 
 
 def benchmark_updates(data, device, repeats, product_size, cases, bf16=True, updates=1, **sizes):
-    """A row for each (objective, batch) of the cases and each precision; plain in float32, on a GPU in TF32."""
+    """A row for each (objective, batch) of the cases and each precision.
+
+    plain is in float32, on a GPU in TF32.
+    """
     exact = "TF32" if device.type == "cuda" else "float32"
     product = {
         precision: matrix_products(device, precision, product_size)
@@ -308,11 +321,11 @@ def benchmark_objective(data, device, repeats, objective, product, updates, flag
             // updates
         )
     for precision, training in ours.items():
-        times, h = taken[f"ours {precision}"], training.h
+        h = training.h
+        times = taken[f"ours {precision}"]
         time_s = statistics.median(times) / updates
-        updates_an_epoch = (
-            BLIZZARD_HOURS * 3600 * common.SAMPLE_RATE / (h.batch_size * h.seq_frames * h.x_dim)
-        )
+        samples_an_update = h.batch_size * h.seq_frames * h.x_dim
+        updates_an_epoch = BLIZZARD_HOURS * 3600 * common.SAMPLE_RATE / samples_an_update
         yield dict(
             objective=objective,
             products=precision,
@@ -349,12 +362,10 @@ def benchmark_variants(data, device, repeats, updates=1, **sizes):
 def benchmark_evaluation(data, device, repeats, product_size, **sizes):
     """What a batch of windows of the final evaluation takes, float32 on every device."""
     training = make_training(data, device, **sizes)
-    model, h, particles, windows = (
-        training.averaged,
-        training.h,
-        max(training.h.eval_k),
-        common.EVAL_BATCH,
-    )
+    model = training.averaged
+    h = training.h
+    particles = max(h.eval_k)
+    windows = common.EVAL_BATCH
     x_TBX = torch.randn(h.seq_frames, windows, h.x_dim, device=device)
     generator = torch.Generator(device).manual_seed(0)
     products, product_operations = matrix_products(device, size=product_size)
@@ -363,9 +374,8 @@ def benchmark_evaluation(data, device, repeats, product_size, **sizes):
         estimate_smc=lambda: common.estimate_smc(model, x_TBX, particles, generator),
     )
     taken = alternate(device, dict(products=products) | estimates, repeats, warm_up=1)
-    rollouts = math.ceil(
-        particles / (common.EVAL_ROWS // windows)
-    )  # of each window in estimate_bounds
+    # of each window in estimate_bounds
+    rollouts = math.ceil(particles / (common.EVAL_ROWS // windows))
     operations = 2 * h.seq_frames * windows * multiplications(model, particles, rollouts)
     for name in estimates:
         time_s = statistics.median(taken[name])
@@ -415,10 +425,8 @@ def benchmark_loader(data, device, repeats, **sizes):
         {"loader": with_loader, "fixed batch": lambda: [update() for _ in range(h.reset_freq)]},
         repeats,
     )
-    loaded, used = (
-        samples / statistics.median(times),
-        samples / statistics.median(taken["fixed batch"]),
-    )
+    loaded = samples / statistics.median(times)
+    used = samples / statistics.median(taken["fixed batch"])
     yield dict(
         loaded_per_second=loaded,
         used_by_vrnn_per_second=used,
@@ -428,12 +436,15 @@ def benchmark_loader(data, device, repeats, **sizes):
 
 
 def benchmark_conversion(folder, minutes=240):
-    """Of an .npz of so many minutes, a quarter of them in 60 recordings and the rest in one, and of 40 sound files."""
-    convert, length = prepare_blizzard.convert_files, minutes // 4  # of a recording, in seconds
+    """Of an .npz of so many minutes, and of 40 sound files.
+
+    A quarter of the minutes is in 60 recordings, and the rest in one.
+    """
+    convert = prepare_blizzard.convert_files
+    length = minutes // 4  # of a recording, in seconds
     x = np.random.default_rng(0).normal(0, 1000, 60 * length * common.SAMPLE_RATE).astype(np.int16)
-    parts = {f"short_{i}": part for i, part in enumerate(np.array_split(x, 60))} | {
-        "long": np.tile(x, 3)
-    }
+    parts = {f"short_{i}": part for i, part in enumerate(np.array_split(x, 60))}
+    parts["long"] = np.tile(x, 3)
     np.savez(folder / "x.npz", **parts)
     taken = seconds(
         torch.device("cpu"), functools.partial(convert, [folder / "x.npz"], folder / "npz.h5")
@@ -488,13 +499,12 @@ def serve(data, device, objective, **sizes):
 def compare_with(checkout, data, device, repeats, quick=False, warm_up=1):
     """A row for each objective: the seconds of an update in both trees, and their ratios."""
     for objective in OBJECTIVES:
-        here, there = (
-            Worker(tree, objective, data, device, quick)
-            for tree in (Path(__file__).parents[2], checkout)
-        )
-        pairs = [(here.seconds(), there.seconds()) for _ in range(warm_up + repeats)][warm_up:]
-        here.end(), there.end()
-        ours, theirs = zip(*pairs)
+        here = Worker(Path(__file__).parents[2], objective, data, device, quick)
+        there = Worker(checkout, objective, data, device, quick)
+        pairs = [(here.seconds(), there.seconds()) for _ in range(warm_up + repeats)]
+        here.end()
+        there.end()
+        ours, theirs = zip(*pairs[warm_up:])
         yield dict(
             objective=objective,
             here_seconds=statistics.median(ours),
@@ -505,13 +515,12 @@ def compare_with(checkout, data, device, repeats, quick=False, warm_up=1):
 
 def rows_of(part, data, device, repeats, quick=False):
     """The rows of one of PARTS, as they are measured."""
-    published, small, product_size, minutes = (
-        (QUICK, QUICK, 64, 4) if quick else ({}, SMALL, 2048, 240)
-    )
-    where, updates = (
-        (data, device, repeats),
-        2 if quick else 20,
-    )  # in a turn: a small one alone is too short to time
+    where = (data, device, repeats)
+    published = QUICK if quick else {}
+    small = QUICK if quick else SMALL
+    product_size = 64 if quick else 2048
+    minutes = 4 if quick else 240
+    updates = 2 if quick else 20  # in a turn: a small one alone is too short to time
     rows = dict(
         updates=lambda: benchmark_updates(*where, product_size, BATCHES, **published),
         updates_small=lambda: benchmark_updates(
@@ -546,13 +555,9 @@ def shown(title, rows):
 
 
 def as_text(cell):
-    return (
-        str(cell)
-        if not isinstance(cell, float)
-        else f"{cell:.4g}"
-        if cell < 1000
-        else f"{cell:.0f}"
-    )
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.4g}" if cell < 1000 else f"{cell:.0f}"
 
 
 def main():
@@ -579,7 +584,7 @@ def main():
         options.json.touch()  # fail now, not once all is measured
     if options.quick:
         torch.set_num_threads(1)  # more only wait for each other
-    common.start_processes(1)
+    common.start_processes()
     device = common.choose_device(options.device)
     if options.serve:
         return serve(options.data, device, options.serve, **(QUICK if options.quick else {}))
@@ -588,22 +593,15 @@ def main():
         data = Path(folder) / "noise.h5"
         write_corpus(data, minutes=1 if options.quick else 30)
         where = data, device, options.repeats, options.quick
-        tables = (
-            [
-                (
-                    "against",
-                    "Updates in two trees; ratio: there / here",
-                    compare_with(options.against, *where),
-                )
-            ]
-            if options.against
-            else [(part, PARTS[part], rows_of(part, *where)) for part in chosen]
-        )
+        tables = [(part, PARTS[part], rows_of(part, *where)) for part in chosen]
+        if options.against:
+            title = "Updates in two trees; ratio: there / here"
+            tables = [("against", title, compare_with(options.against, *where))]
         measure(tables, device, options.json)
 
 
 def measure(tables, device, file):
-    """Print the tables, (name, title, rows) each, and keep those that are complete in the file, if there is one."""
+    """Print the tables, (name, title, rows) each; keep those that are complete in the file, if any."""
     found = dict(
         commit=common.commit(),
         device=common.describe(device),

@@ -2,9 +2,10 @@
 
     python tests/tools/fuzz.py [--cases 3000] [--seed 0]
 
-An input may be accepted (what was damaged does not matter, or is sound) or refused with a sentence. Everything else is
-a failure: another exception, a crash, more than 60 seconds, a file left behind, or code from the input that ran. Inputs
-are read by another process, which may die of one. Prints a table; exit status 1 if there is a failure.
+An input may be accepted (what was damaged does not matter, or is sound) or refused with a sentence.
+Everything else is a failure: another exception, a crash, more than 60 seconds, a file left behind,
+or code from the input that ran. Inputs are read by another process, which may die of one. Prints a
+table; exit status 1 if there is a failure.
 """
 
 import argparse
@@ -94,8 +95,8 @@ def whole_input(kind, random, run):
         file = io.BytesIO()
         soundfile.write(file, arrays[0], int(random.choice([16_000, 44_100])), format=kind.upper())
         return file.getvalue()
-    name = dict(CHECKPOINTS, h5="../tiny.h5", log="log.jsonl", eval="eval.json")[kind]
-    return (run / name).read_bytes()
+    file = dict(CHECKPOINTS, h5="../tiny.h5", log="log.jsonl", eval="eval.json")[kind]
+    return (run / file).read_bytes()
 
 
 # ---- damage ----
@@ -209,7 +210,10 @@ def read_corpus_whole(path):
 
 
 def train_from(kind, path, run):
-    """One update from a checkpoint, with its evaluation and the saving of a state; or the evaluation alone."""
+    """One update from a checkpoint, with its evaluation and the saving of a state.
+
+    Of `evaluate_pt` the evaluation alone.
+    """
     out = path.parent / "out"
     flags = [f"--data={run.parent / 'tiny.h5'}", f"--out_dir={out}"]
     if kind == "last_pt":
@@ -220,17 +224,36 @@ def train_from(kind, path, run):
         flags += [*SIZES, f"--init_from={path}"]
     else:
         flags += ["--device=cpu", f"--evaluate={path}"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as last:
-        last.callback(shutil.rmtree, out, ignore_errors=True)
-        h = common.parse(vrnn_gauss.Hyperparameters, flags)
-        training = common.Training(h, h.k)
-        last.callback(os.close, training.folder.descriptor)
-        if h.evaluate:
-            common.window_bounds(
-                training.averaged, training.corpus, training.corpus.test, h.eval_k, h.seq_frames, 4
-            )
-        else:
-            make_updates(training, update_with(training, vrnn_gauss.objective), 1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), locks_that_end():
+            h = common.parse(vrnn_gauss.Hyperparameters, flags)
+            if h.evaluate:
+                common.evaluate_checkpoint(h)
+            else:
+                training = common.Training(h, h.k)
+                make_updates(training, update_with(training, vrnn_gauss.objective), 1)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locks_that_end():
+    """A run holds its folder until its process ends; here the next one is in the same process."""
+    held = []
+    lock = common.lock
+
+    def kept_lock(path):
+        held.append(lock(path))
+        return held[-1]
+
+    common.lock = kept_lock
+    try:
+        yield
+    finally:
+        common.lock = lock
+        for descriptor in held:
+            with contextlib.suppress(OSError):  # those of files are closed already
+                os.close(descriptor)
 
 
 def draw_run(name, data, folder, run):
@@ -269,58 +292,81 @@ def kind_of(case):
     return KINDS[case % len(KINDS)]
 
 
+def damaged_input(kind, random, run):
+    """The bytes of one that is to be read."""
+    data = whole_input(kind, random, run)
+    if kind == "npz_members":
+        return damaged_members(data, random)
+    if kind in CHECKPOINTS and random.random() < 0.5:
+        return damaged_leaf(data, random)
+    if kind != "pickle_npy" or random.random() < 0.5:
+        return damaged(data, random)
+    return data
+
+
+INPUTS = {f"it.{suffix}" for suffix in ("npz", "npy", *SOUND, "h5", "pt")} | {"good.npz"}
+
+
+def outcome_of(kind, data, run):
+    """What reading an input comes to, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        signal.alarm(TIME_LIMIT)
+        try:
+            outcome = read_input(kind, data, Path(folder), run)
+        except BaseException as error:  # whatever it is, it is what this script looks for
+            outcome = f"{type(error).__name__}: {common.first_line(error)}"
+        signal.alarm(0)
+        left = {path.name for path in Path(folder).iterdir()} - INPUTS
+        if left:
+            outcome += f", left {sorted(left)}"
+        os.chdir("/")
+    return outcome
+
+
 def read_inputs(first, last, seed, run):
-    """Print `case outcome` for each case; `case ` alone where the process ends in the middle of one."""
+    """Print `case outcome` for each case; `case ` alone where the process ends in the midst of it."""
     for case in range(first, last):
-        kind, random = kind_of(case), np.random.default_rng((seed, case))
-        data = whole_input(kind, random, run)
-        if kind == "npz_members":
-            data = damaged_members(data, random)
-        elif kind in CHECKPOINTS and random.random() < 0.5:
-            data = damaged_leaf(data, random)
-        elif kind != "pickle_npy" or random.random() < 0.5:
-            data = damaged(data, random)
+        kind = kind_of(case)
+        data = damaged_input(kind, np.random.default_rng((seed, case)), run)
         print(case, end=" ", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            signal.alarm(TIME_LIMIT)
-            try:
-                outcome = read_input(kind, data, Path(folder), run)
-            except BaseException as error:  # whatever it is, it is what this script looks for
-                outcome = f"{type(error).__name__}: {common.first_line(error)}"
-            signal.alarm(0)
-            left = (
-                {path.name for path in Path(folder).iterdir()}
-                - {f"it.{suffix}" for suffix in ("npz", "npy", *SOUND, "h5", "pt")}
-                - {"good.npz"}
-            )
-            if left:
-                outcome += f", left {sorted(left)}"
-            os.chdir("/")
-        print(outcome, flush=True)
+        print(outcome_of(kind, data, run), flush=True)
 
 
 def outcomes(cases, seed, run):
     """Outcome of each case; a process that dies costs the case it was at."""
     found = []
     while len(found) < cases:
-        reader = [
-            sys.executable,
-            __file__,
-            f"--run={run}",
-            f"--first={len(found)}",
-            f"--cases={cases}",
-            f"--seed={seed}",
-        ]
+        which = (f"--first={len(found)}", f"--cases={cases}", f"--seed={seed}")
+        reader = [sys.executable, __file__, f"--run={run}", *which]
         result = subprocess.run(reader, capture_output=True, text=True)
-        lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
-        found += [outcome for _, outcome in lines if outcome]
+        for line in result.stdout.splitlines():
+            _, outcome = line.split(" ", 1)
+            if outcome:
+                found.append(outcome)
         if result.returncode:
-            reason = (
-                "hang" if result.returncode == -signal.SIGALRM else f"crash {result.returncode}"
-            )
+            is_hang = result.returncode == -signal.SIGALRM
+            reason = "hang" if is_hang else f"crash {result.returncode}"
             found.append(f"{reason} {result.stderr[-300:]}")
     return found
+
+
+def report(found):
+    """Print the table; returns the failures."""
+    failures = []
+    count = collections.Counter()
+    for case, outcome in enumerate(found):
+        kind = kind_of(case)
+        if outcome not in ("accepted", "refused"):
+            failures.append(f"{kind} {case}: {outcome}")
+            outcome = "failed"
+        count[kind, outcome] += 1
+    print(f"{'kind':14}{'accepted':>9}{'refused':>9}{'failed':>9}")
+    for kind in KINDS:
+        cells = [f"{count[kind, outcome]:9}" for outcome in ("accepted", "refused", "failed")]
+        print(f"{kind:14}" + "".join(cells))
+    print(f"{len(found)} inputs, {len(failures)} failures", *failures, sep="\n")
+    return failures
 
 
 def main():
@@ -338,36 +384,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         write_tiny_data(Path(folder) / "tiny.h5")
-        subprocess.run(
-            command(
-                "vrnn_gauss",
-                *SIZES,
-                f"--data={folder}/tiny.h5",
-                f"--out_dir={run}",
-                "--max_updates=4",
-                "--monitor_every=2",
-            ),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        where = (f"--data={folder}/tiny.h5", f"--out_dir={run}")
+        lengths = ("--max_updates=4", "--monitor_every=2")
+        training = command("vrnn_gauss", *SIZES, *where, *lengths)
+        subprocess.run(training, check=True, stdout=subprocess.DEVNULL)
         found = outcomes(options.cases, options.seed, run)
-    count = collections.Counter(
-        (kind_of(case), outcome if outcome in ("accepted", "refused") else "failed")
-        for case, outcome in enumerate(found)
-    )
-    print(f"{'kind':14}{'accepted':>9}{'refused':>9}{'failed':>9}")
-    for kind in KINDS:
-        print(
-            f"{kind:14}"
-            + "".join(f"{count[kind, outcome]:9}" for outcome in ("accepted", "refused", "failed"))
-        )
-    failures = [
-        f"{kind_of(case)} {case}: {outcome}"
-        for case, outcome in enumerate(found)
-        if outcome not in ("accepted", "refused")
-    ]
-    print(f"{len(found)} inputs, {len(failures)} failures", *failures, sep="\n")
-    sys.exit(bool(failures))
+    sys.exit(bool(report(found)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Kill a training process at random moments, resume it, and compare it with a run that was never killed.
+"""Kill a training process at random moments, resume it, and compare it with one never killed.
 
     python tests/tools/kill.py [--kills 30] [--seed 0]
 
-Every second kill waits for a checkpoint that is being written. Prints a line per kill; exit status 1 if a run differs.
+Every second kill waits for a checkpoint that is being written. Prints a line per kill; exit status
+1 if a run differs.
 """
 
 import argparse
@@ -37,13 +38,20 @@ def train(out, data, *more):
     subprocess.run(training(out, data, *more), check=True, stdout=subprocess.DEVNULL)
 
 
+def lines_in(log):
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 def kill_once(out, data, in_checkpoint, fraction):
-    """Start or resume the run in out, kill it, and return (lines of its log, files left half-written)."""
+    """Start the run in out, or resume it, and kill it.
+
+    Returns how many lines its log has, and the files left half-written.
+    """
     resume = ["--resume"] if (out / "last.pt").exists() else []
     process = subprocess.Popen(training(out, data, *resume), stdout=subprocess.DEVNULL)
     lines = 0
     while process.poll() is None and lines < fraction * UPDATES / 5:
-        lines = (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+        lines = lines_in(out / "log.jsonl")
     while process.poll() is None and in_checkpoint and not (out / "last.pt.partial").exists():
         pass
     if not in_checkpoint:
@@ -63,16 +71,18 @@ def kill_and_compare(folder, kills, seed=0):
     for i in range(kills):
         out = folder / f"killed-{i}"
         lines, partial = kill_once(out, data, in_checkpoint=i % 2 == 1, fraction=random.random())
-        train(out, data, *["--resume"] * (out / "last.pt").exists())
+        resume = ["--resume"] if (out / "last.pt").exists() else []
+        train(out, data, *resume)
         try:
             assert_same_run(whole, out)
             same.append(True)
         except AssertionError as error:
             print(error)
             same.append(False)
+        found = "an identical run" if same[-1] else "ANOTHER RUN"
         print(
-            f"kill {i + 1}: after {lines} log lines, half-written: {', '.join(partial) or 'nothing'}; resumed "
-            f"{'to an identical run' if same[-1] else 'to ANOTHER RUN'}",
+            f"kill {i + 1}: after {lines} log lines, half-written: "
+            f"{', '.join(partial) or 'nothing'}; resumed to {found}",
             flush=True,
         )
     return same
