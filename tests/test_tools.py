@@ -3,12 +3,15 @@
 import datetime
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
 import experiment
+import mutants
 import particles
 import pytest
 import torch
@@ -396,3 +399,54 @@ def test_particles_prints_its_three_tables(data, tmp_path, monkeypatch, capsys):
     ):
         assert output.count(row) == 1
     assert "nan" not in output
+
+
+def test_every_mutant_still_applies():
+    assert list(mutants.stale(mutants.MUTANTS)) == []
+    assert len({mutant.what for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS)
+
+
+def test_a_mutant_that_no_longer_applies_is_named():
+    twice = mutants.Mutant("twice", tests="", function="job", old="dist", new="it")
+    gone = mutants.Mutant("gone", tests="", function="Training.go", old="return", new="pass")
+    no_python = mutants.Mutant("no Python", tests="", function="job", old="0", new=")")
+    found = list(mutants.stale([twice, gone, no_python]))
+    assert found[0] == "twice: common.py, job: 'dist' occurs 3 times"
+    assert found[1] == "gone: common.py, Training.go: go is defined 0 times"
+    assert found[2].startswith("no Python: ")
+
+
+def test_a_mutant_changes_its_function_or_statement_alone():
+    lines = (ROOT / "common.py").read_text().splitlines()
+    for function, old, new in (
+        ("is_first", "job()[0] == 0", "job()[1] == 1"),
+        ("", "SAMPLE_RATE = 16000", "SAMPLE_RATE = 8000"),
+    ):
+        mutant = mutants.Mutant("", tests="", function=function, old=old, new=new)
+        changed = mutants.mutated(mutant, ROOT).splitlines()
+        assert new in "\n".join(changed)
+        added = [line.strip() for line in changed if line not in lines]
+        assert len(added) == 1 and new in added[0]
+
+
+SOME_MUTANTS = """
+from mutants import Mutant, main
+DENSITIES = "test_bounds.py::test_analytic_kl_and_densities_equal_torch_distributions"
+main([
+    Mutant("noticed", tests=DENSITIES, function="gaussian_kl", old="0.5", new="0.4"),
+    Mutant("harmless", tests=DENSITIES, function="gaussian_kl", old="0.5", new="1 / 2"),
+])
+"""
+
+
+def test_mutants_are_killed_or_named_as_survivors():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests/tools")}
+    command = [sys.executable, "-c", SOME_MUTANTS, "--jobs=1"]
+    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    lines = result.stdout.splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in lines[:2]] == [
+        ("killed", "noticed"),
+        ("SURVIVED", "harmless"),
+    ]
+    assert lines[2:] == ["1 of 2 mutants killed", "harmless"]
+    assert result.returncode == 1

@@ -2,1184 +2,1200 @@
 
     python tests/tools/mutants.py [--only WORD] [--jobs 2]
 
-Each mutant replaces texts that must occur exactly once by others, in a copy of the tree, and runs the tests named with
-it. Prints a line per mutant, and at the end those that no test noticed; exit status 1 if there are any, or if a text no
+A mutant replaces a text in one function by another, in a copy of the tree, and runs the tests named
+with it. The text is looked for in what `ast.unparse` makes of the function, without its docstring,
+so that neither layout nor comments matter; it must occur there exactly once. Prints a line for each
+mutant, and at the end those that no test noticed; exit status 1 if there are any, or if a mutant no
 longer applies.
 """
 
 import argparse
+import ast
 import multiprocessing
 import os
 import queue
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
-LOOP = "test_training.py::test_the_updates_of_a_script_are_those_of_a_plain_loop"
-VRNN, VAE, IWAE, DREG, RESAMPLED, PUBLISHED_VAE, PUBLISHED_IWAE, LSTM = (
-    f"{LOOP}[{objective}]"
-    for objective in (
-        "VRNN",
-        "VAE",
-        "IWAE",
-        "DReG",
-        "resampled",
-        "published-VAE",
-        "published-IWAE",
-        "LSTM",
-    )
+
+@dataclass
+class Mutant:
+    what: str  # is wrong
+    tests: str  # that must fail, as pytest names them, below tests/
+    function: str  # where: a function, Class.method or, if "", what stands outside of both
+    old: str
+    new: str
+    file: str = "common.py"
+
+
+GAUSS, IWAE_SCRIPT = "vrnn_gauss.py", "vrnn_gauss_iwae.py"
+PREPARE, PLOT, CHECK = "prepare_blizzard.py", "plot_recon.py", "tests/experiments/check_readme.py"
+OF_2016 = "tests/experiments/published_2016.py"
+
+# ---- the tests -----------------------------------------------------------------------------------
+
+TRAINING = "test_training.py::test_"
+LOOP = TRAINING + "the_updates_of_a_script_are_those_of_a_plain_loop"
+VRNN, IWAE, DREG = LOOP + "[VRNN]", LOOP + "[IWAE]", LOOP + "[DReG]"
+RESAMPLED, LSTM = LOOP + "[resampled]", LOOP + "[LSTM]"
+LAST_FRAME = (
+    TRAINING + "a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at_no_other"
 )
-LAST_FRAME = "test_training.py::test_a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at_no_other"
-BOUNDS = "test_evaluation.py::test_bounds_and_spread_of_five_particles_equal_those_computed_by_hand"
-SUMMARIES = "test_evaluation.py::test_summaries_of_three_windows_equal_those_computed_by_hand"
-TABLE = "test_evaluation.py::test_the_table_of_windows_holds_bounds_alone_in_nats_per_frame"
-WINDOWS = "test_evaluation.py::test_every_batch_of_windows_is_dequantised_with_noise_of_its_own"
-FILTERED_WINDOWS = (
-    "test_evaluation.py::test_the_particle_filter_of_a_window_counts_all_of_its_frames"
-)
-RECORDINGS = "test_evaluation.py::test_the_standard_error_over_recordings_is_that_of_a_ratio"
-MONITOR = "test_evaluation.py::test_the_bounds_in_the_log_are_those_of_the_averaged_weights"
-BEST = "test_evaluation.py::test_best_pt_holds_the_averaged_weights_of_the_highest_iwae"
-TEST_SPLIT = "test_evaluation.py::test_the_test_split_is_evaluated_with_the_weights_of_best_pt"
-OTHER_DATA = "test_evaluate.py::test_other_data_are_normalised_as_the_training_was"
-PLAIN_MODEL = "test_model.py::test_rollout_and_gradients_equal_the_plain_implementation[5]"
-GENERATION = "test_model.py::test_generation_is_the_prior_and_decoder_that_training_scores"
-LIKELIHOOD = "test_likelihood.py::test"
-IMPLIED = f"{LIKELIHOOD}_the_density_of_frames_is_the_gaussian_that_the_filters_imply"
-WINDOWED = f"{LIKELIHOOD}_windows_in_sequence_equal_one_long_one"
-STABLE = f"{LIKELIHOOD}_reflection_coefficients_stay_below_one_and_poles_inside_the_unit_circle"
-PLAIN_LIKELIHOOD = f"{LIKELIHOOD}_rollout_and_gradients_equal_the_plain_ones"
-SAMPLED = f"{LIKELIHOOD}_samples_have_the_mean_and_covariance_that_the_filters_imply"
-GENERATED = f"{LIKELIHOOD}_generation_is_the_prior_and_decoder_that_training_scores"
-UNFILTERED = f"{LIKELIHOOD}_it_starts_without_a_filter_and_learns_one"
-FIXED_Z = f"{LIKELIHOOD}_densities_at_fixed_z_are_those_of_the_rollout"
-EXACT = f"{LIKELIHOOD}_without_latent_variables_every_bound_is_the_likelihood"
-INITIAL = "test_model.py::test_initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
-DENSITIES = "test_bounds.py::test_analytic_kl_and_densities_equal_torch_distributions"
-FORMULAS = "test_bounds.py::test_objectives_equal_their_formulas_written_out"
-FILTER = "test_bounds.py::test_the_particle_filter_equals_a_plain_one_and_so_does_the_gradient_along_its_ancestors"
-PUBLISHED_COLUMNS = (
+RESUME = TRAINING + "a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not"
+
+SCRIPTS = "test_scripts.py::test_"
+NOT_FINITE = SCRIPTS + "steps_that_are_not_finite_change_nothing_and_are_counted"
+FADING = SCRIPTS + "noise_on_x_fades_to_a_hundredth_and_ends"
+RATE = SCRIPTS + "the_learning_rate_falls_to_a_hundredth"
+RESTORED = SCRIPTS + "restoring_leaves_a_training_and_its_progress_in_place"
+STALE = SCRIPTS + "a_run_that_goes_on_has_no_evaluation_of_what_it_was"
+OTHER_RUN = SCRIPTS + "other_data_under_the_same_name_is_refused_on_resume"
+
+SCALE = "test_scale.py::test_"
+TWO_PROCESSES = SCALE + "two_processes_compute_the_gradient_of_one"
+OTHER_NUMBER = SCALE + "a_job_goes_on_with_another_number_of_processes"
+
+MODEL = "test_model.py::test_"
+PLAIN_MODEL = MODEL + "rollout_and_gradients_equal_the_plain_implementation[5]"
+RECURRENCES = MODEL + "the_fast_recurrence_equals_the_plain_one_with_its_gradients"
+NOT_FAST = MODEL + "a_model_with_another_step_or_network_is_not_run_by_the_fast_recurrence"
+IN_BF16 = MODEL + "rollout_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding"
+GENERATION = MODEL + "generation_is_the_prior_and_decoder_that_training_scores"
+INITIAL = MODEL + "initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
+MIRRORED = MODEL + "mirrored_layers_start_as_linear_maps_that_keep_x_apart"
+COLUMNS = (
     "test_published.py::test_weight_norm_rescales_every_published_column_of_w_and_nothing_else"
 )
-NOT_FINITE = "test_scripts.py::test_steps_that_are_not_finite_change_nothing_and_are_counted"
-RESUME = "test_training.py::test_a_run_that_is_stopped_within_an_excerpt_and_resumed_is_the_one_that_was_not"
-RESTORED = "test_scripts.py::test_restoring_leaves_a_training_and_its_progress_in_place"
-OTHER_RUN = "test_scripts.py::test_other_data_under_the_same_name_is_refused_on_resume"
-TWO_PROCESSES = "test_scale.py::test_two_processes_compute_the_gradient_of_one"
-OTHER_NUMBER = "test_scale.py::test_a_job_goes_on_with_another_number_of_processes"
-TYPES = "test_hyperparameters.py::test_an_added_field_is_a_flag_of_its_own_type"
-DEMO = "test_hyperparameters.py::test_the_demo_is_small_and_leaves_what_is_given_as_it_is"
-REFUSED = "test_hyperparameters.py::test_a_flag_of_another_type_or_name_or_out_of_range_is_refused_in_one_line"
-HELP = "test_hyperparameters.py::test_the_comment_behind_a_field_is_its_help_with_the_default"
-UNTYPED = "test_hyperparameters.py::test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file"
-NEEDIEST = "test_data.py::test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples"
-OF_TRAIN = "test_data.py::test_statistics_are_those_of_train_alone"
-ONE_WRITER = "test_data.py::test_two_conversions_cannot_write_the_same_file"
-PCM = "test_data.py::test_pcm_of_every_type_becomes_the_same_int16"
-PICKLES = "test_data.py::test_an_array_of_arrays_is_refused_but_for_allow_pickle"
 
-FLAC_SIZE = "test_yardsticks.py::test_flac_counts_the_audio_of_each_window_and_not_its_header"
-LPC = "test_yardsticks.py::test_the_linear_prediction_is_that_of_a_plain_loop_for_every_memory_and_first_level"
-LPC_FIT = "test_yardsticks.py::test_a_level_that_changes_is_followed_and_quiet_samples_count_as_much_as_loud_ones"
-HISTOGRAM = "test_yardsticks.py::test_the_histogram_has_the_entropy_of_the_samples_in_whole_windows"
-RESYNTHESIS = (
-    "test_likelihood.py::test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter"
+LIKELIHOOD = "test_likelihood.py::test_"
+IMPLIED = LIKELIHOOD + "the_density_of_frames_is_the_gaussian_that_the_filters_imply"
+WINDOWED = LIKELIHOOD + "windows_in_sequence_equal_one_long_one"
+PLAIN_LIKELIHOOD = LIKELIHOOD + "rollout_and_gradients_equal_the_plain_ones"
+UNFILTERED = LIKELIHOOD + "it_starts_without_a_filter_and_learns_one"
+EXACT = LIKELIHOOD + "without_latent_variables_every_bound_is_the_likelihood"
+RESYNTHESIS = LIKELIHOOD + "resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter"
+GOES_ON = LIKELIHOOD + "what_is_generated_goes_on_from_a_state"
+
+BOUNDS = "test_bounds.py::test_"
+DENSITIES = BOUNDS + "analytic_kl_and_densities_equal_torch_distributions"
+FORMULAS = BOUNDS + "objectives_equal_their_formulas_written_out"
+FILTER = (
+    BOUNDS + "the_particle_filter_equals_a_plain_one_and_so_does_the_gradient_along_its_ancestors"
 )
-GOES_ON = "test_likelihood.py::test_what_is_generated_goes_on_from_a_state"
-DRAWN = "test_likelihood.py::test_a_frame_is_drawn_as_if_sample_by_sample"
-INTERVALS = "test_plot.py::test_intervals_are_those_of_student_and_differences_are_paired_by_seed"
-REFERENCES = (
-    "test_plot.py::test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood"
-)
-LIMITS = "test_plot.py::test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folders_alike"
-NUMBERS = "test_readme.py::test_what_is_not_in_the_logs_is_noticed"
-SUBCLASS = (
-    "test_bounds.py::test_the_filter_runs_what_a_subclass_of_the_vrnn_has_in_place_of_its_call"
-)
-PASSED_OVER = (
-    "test_bounds.py::test_a_network_with_a_layer_that_the_recurrence_would_pass_over_is_refused"
-)
-OF_A_USER = "test_evaluation.py::test_a_model_is_evaluated_as_such_and_with_its_buffers_as_they_are"
+WHOLE = BOUNDS + "whole_recordings_count_every_frame_once"
+UNBIASED = BOUNDS + "the_particle_filter_is_unbiased_in_the_likelihood_of_every_prefix"
+
+EVALUATION = "test_evaluation.py::test_"
+BY_HAND = EVALUATION + "bounds_and_spread_of_five_particles_equal_those_computed_by_hand"
+SUMMARIES = EVALUATION + "summaries_of_three_windows_equal_those_computed_by_hand"
+WINDOWS = EVALUATION + "every_batch_of_windows_is_dequantised_with_noise_of_its_own"
+RECORDINGS = EVALUATION + "the_standard_error_over_recordings_is_that_of_a_ratio"
+MONITOR = EVALUATION + "the_bounds_in_the_log_are_those_of_the_averaged_weights"
+BEST = EVALUATION + "best_pt_holds_the_averaged_weights_of_the_highest_iwae"
+TEST_SPLIT = EVALUATION + "the_test_split_is_evaluated_with_the_weights_of_best_pt"
+OF_A_USER = EVALUATION + "a_model_is_evaluated_as_such_and_with_its_buffers_as_they_are"
+OTHER_DATA = "test_evaluate.py::test_other_data_are_normalised_as_the_training_was"
 STAYS = "test_evaluate.py::test_what_belongs_to_the_training_stays_as_the_checkpoint_has_it"
-FOREIGN = "test_readme.py::test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts_and_one_of_ours_by_its_script"
-STALE = "test_scripts.py::test_a_run_that_goes_on_has_no_evaluation_of_what_it_was"
-IN_STEP = "test_data.py::test_an_mp3_of_varying_rate_is_read_as_in_one_piece"
-BY_NAME = "test_data.py::test_the_splits_depend_on_names_alone"
-
-PLOT, CHECK = "plot_recon.py", "tests/experiments/check_readme.py"
-COMMON, ALT, GAUSS, IWAE_SCRIPT = (
-    "common.py",
-    "vrnn_gauss_alt_nll.py",
-    "vrnn_gauss.py",
-    "vrnn_gauss_iwae.py",
+FOREIGN = (
+    "test_readme.py::test_a_checkpoint_of_a_foreign_model_is_refused_by_our_scripts"
+    "_and_one_of_ours_by_its_script"
 )
 
-MUTANTS = (  # what is wrong, the test that must fail, and (file, text, text in its place), once or several times
-    # ---- carried states ----
-    (
-        "no carry of state between windows",
-        VRNN,
-        COMMON,
-        "before.zero_() if window == 0 else before.copy_(after)",
-        "before.zero_()",
-    ),
-    (
-        "carry of state across excerpts",
-        VRNN,
-        COMMON,
-        "before.zero_() if window == 0 else before.copy_(after)",
-        "before.copy_(after)",
-    ),
-    (
-        "published replays start from the new state",
-        PUBLISHED_VAE,
-        COMMON,
-        "        if replay == 0:\n",
-        "        if True:\n",
-        COMMON,
-        "before.zero_() if window == 0 else",
-        "before.zero_() if window == replay == 0 else",
-    ),
-    (
-        "the state of the particle filter is not carried on",
-        RESAMPLED,
-        IWAE_SCRIPT,
-        "training.model(x_TBX, state, noise, h.k, filtering.ancestors)",
-        "training.model(x_TBX, None, noise, h.k, filtering.ancestors)",
-    ),
-    (
-        "a filter that ignores its incoming state",
-        FILTER,
-        COMMON,
-        "frame_log_w_BK, particles = weigh(t, state, frame_noise)",
-        "frame_log_w_BK, particles = weigh(t, state if t else None, frame_noise)",
-    ),
-    (
-        "a lean step in which only h goes on with its parent",
-        FILTER,
-        COMMON,
-        "add_(gates[theirs]), c[theirs])",
-        "add_(gates[theirs]), c[:len(theirs)])",
-    ),
-    (
-        "a lean step in which a child hears the frame of another sequence",
-        FILTER,
-        COMMON,
-        "from_x[t, parents // k]",
-        "from_x[t, parents % x_TBX.shape[1]]",
-    ),
-    (
-        "ancestors chosen, and not gone on with",
-        FILTER,
-        COMMON,
-        "                    part.copy_(part[ancestors[t]])\n",
-        "                    pass\n",
-    ),
-    (
-        "only h goes on with an ancestor",
-        FILTER,
-        COMMON,
-        "for part in (h_at[t + 1], c_at[t + 1]):",
-        "for part in (h_at[t + 1],):",
-    ),
-    (
-        "gradients that do not find the ancestor",
-        FILTER,
-        COMMON,
-        "d_h, d_c = (torch.zeros_like(d).index_add_(0, ctx.ancestors[t], d) for d in (d_h, d_c))",
-        "pass",
-    ),
-    (
-        "the frame of a resampling counted after it",
-        FILTER,
-        IWAE_SCRIPT,
-        "resampled_TB.cumsum(0) - resampled_TB.long()",
-        "resampled_TB.cumsum(0)",
-    ),
-    (
-        "ancestors of the first sequence for all",
-        FILTER,
-        COMMON,
-        "torch.where(resampled_B1, own_BK[:, :1] + drawn_BK, own_BK)",
-        "torch.where(resampled_B1, drawn_BK, own_BK[0])",
-    ),
-    (
-        "steps without the posterior's density",
-        FILTER,
-        COMMON,
-        "log_px[0] + (log_pz - log_qz).view(-1, k)",
-        "log_px[0] + log_pz.view(-1, k)",
-    ),
-    (
-        "the first window of an excerpt, again and again",
-        VRNN,
-        COMMON,
-        "self.read_ahead[batch].result()[window]",
-        "self.read_ahead[batch].result()[0]",
-    ),
-    (
-        "the batch after the one that was asked for",
-        VRNN,
-        COMMON,
-        "self.read_ahead[batch].result()",
-        "self.read_ahead[batch + 1].result()",
-    ),
-    # ---- the step ----
-    (
-        "grad_clip ten times too large",
-        VRNN,
-        COMMON,
-        "torch.tensor(h.grad_clip or math.inf",
-        "torch.tensor(10 * h.grad_clip or math.inf",
-    ),
-    (
-        "published gradient not divided before the clip",
-        PUBLISHED_IWAE,
-        COMMON,
-        "if divide_by != 1:",
-        "if False:",
-    ),
-    (
-        "published gradient not divided, in the VAE_K script",
-        PUBLISHED_VAE,
-        ALT,
-        "divide_by=h.batch_size if h.as_published else 1",
-        "divide_by=1",
-    ),
-    (
-        "the published limit not divided",
-        PUBLISHED_IWAE,
-        COMMON,
-        "self.grad_clip / divide_by *",
-        "self.grad_clip *",
-    ),
-    (
-        "clipped updates counted by the divided limit",
-        PUBLISHED_IWAE,
-        COMMON,
-        "norm > self.grad_clip)",
-        "norm > self.grad_clip / divide_by)",
-    ),
-    (
-        "weight norm never applied",
-        VRNN,
-        COMMON,
-        "self.model.constrain_weights(h.weight_norm)",
-        "pass",
-    ),
-    (
-        "weight norm of the recurrent weights too",
-        PUBLISHED_COLUMNS,
-        COMMON,
-        ' and name != "lstm_h":',
-        ":",
-    ),
-    (
-        "weight norm over outputs",
-        VRNN,
-        COMMON,
-        "layer.weight.norm(dim=1, keepdim=True)",
-        "layer.weight.norm(dim=0, keepdim=True)",
-    ),
-    (
-        "average of weights off by one update",
-        VRNN,
-        COMMON,
-        "share = 1 - ((1 + counts.updates)",
-        "share = 1 - ((2 + counts.updates)",
-    ),
-    (
-        "average of the weights before the step",
-        VRNN,
-        COMMON,
-        "            averaged.lerp_(p, share)\n",
-        "            pass\n",
-        COMMON,
-        "        if replace_non_finite:\n",
-        "        share = 1 - ((1 + self.counts.updates) / (10 + self.counts.updates)).clamp(max=h.ema)\n"
-        "        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):\n"
-        "            averaged.lerp_(p, share)\n        if replace_non_finite:\n",
-    ),
-    ("mirror() never called", VRNN, COMMON, "        model.mirror()\n", "        pass\n"),
-    (
-        "a learning rate that falls to nothing",
-        PUBLISHED_VAE,
-        COMMON,
-        ".clamp(min=0.01)",
-        ".clamp(min=0.0)",
-    ),
-    (
-        "a gradient that is not finite moves the state",
-        NOT_FINITE,
-        COMMON,
-        "carried.copy_(torch.where(is_finite, part, 0.0))",
-        "carried.copy_(part)",
-    ),
-    (
-        "a gradient that is not finite moves the parameters",
-        NOT_FINITE,
-        COMMON,
-        "self.optimiser.found_inf = (~is_finite).float()",
-        "pass",
-    ),
-    (
-        "the gradients of updates add up",
-        VRNN,
-        COMMON,
-        "        self.optimiser.zero_grad()\n        if h.weight_norm:",
-        "        if h.weight_norm:",
-    ),
-    (
-        "the mean loss of all updates so far",
-        VRNN,
-        COMMON,
-        "        counts.loss_sum.zero_()\n        counts.losses.zero_()\n",
-        "",
-    ),
-    # ---- noise in training ----
-    (
-        "no dequantisation in training",
-        VRNN,
-        COMMON,
-        "x_TBX = normalise(self.pcm, self.corpus, uniform)",
-        "x_TBX = normalise(self.pcm, self.corpus)",
-    ),
-    (
-        "x_noise never applied",
-        VRNN,
-        COMMON,
-        "x_TBX = x_TBX + sigma * self.draw(",
-        "x_TBX = x_TBX + 0 * self.draw(",
-    ),
-    (
-        "x_noise on the target alone",
-        VRNN,
-        COMMON,
-        "        if h.x_noise:\n",
-        "        self.model.clean = x_TBX\n        if h.x_noise:\n",
-        COMMON,
-        "state\n        phi_x = self.phi_x(x_TBX.bfloat16() if self.bf16 else x_TBX)",
-        "state\n        phi_x = self.phi_x(getattr(self, 'clean', x_TBX))",
-    ),
-    (
-        "x_noise on the input alone",
-        VRNN,
-        COMMON,
-        "        if h.x_noise:\n",
-        "        self.model.clean = x_TBX\n        if h.x_noise:\n",
-        COMMON,
-        "        log_px, memory = self.likelihood.log_density(x_TBX, decoded, memory, k)\n        log_pz = ",
-        "        log_px, memory = self.likelihood.log_density(getattr(self, 'clean', x_TBX), decoded, memory, k)\n"
-        "        log_pz = ",
-    ),
-    (
-        "x_noise that falls to a tenth",
-        VRNN,
-        COMMON,
-        "h.x_noise * 0.01 ** done",
-        "h.x_noise * 0.1 ** done",
-    ),
-    (
-        "x_noise that never ends",
-        PUBLISHED_VAE,
-        COMMON,
-        "torch.where(done < 1, ",
-        "torch.where(done < 99, ",
-    ),
-    # ---- excerpts ----
-    (
-        "the same order in every epoch",
-        VRNN,
-        COMMON,
-        "default_rng((self.seed, epoch))",
-        "default_rng((self.seed, 0))",
-    ),
-    (
-        "excerpts that begin at the beginning of a recording",
-        VRNN,
-        COMMON,
-        " + np.repeat(shift, self.counts)",
-        "",
-    ),
-    (
-        "an excerpt over the end of its recording",
-        VRNN,
-        COMMON,
-        "np.repeat(shift, self.counts)",
-        "np.repeat(shift + 1, self.counts)",
-    ),
-    (
-        "held-out windows that overlap",
-        WINDOWS,
-        COMMON,
-        "+ nth * samples\n",
-        "+ nth * (samples // 2)\n",
-    ),
-    # ---- conversion ----
-    (
-        "a recording to the split that has most",
-        NEEDIEST,
-        COMMON,
-        "neediest = max(writers,",
-        "neediest = min(writers,",
-    ),
-    (
-        "mean and standard deviation of the test split",
-        OF_TRAIN,
-        COMMON,
-        "(mean, std), *_ = [",
-        "*_, (mean, std) = [",
-    ),
-    (
-        "half a recording stays",
-        NEEDIEST,
-        COMMON,
-        "        self.audio.resize((self.offsets[-1],))\n",
-        "",
-    ),
-    (
-        "two conversions into one file",
-        ONE_WRITER,
-        COMMON,
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH",
-    ),
-    (
-        "an .mp3 read on after a seek",
-        IN_STEP,
-        "prepare_blizzard.py",
-        "file.seekable = lambda: False",
-        "pass",
-    ),
-    (
-        "files in the order of the arguments",
-        BY_NAME,
-        "prepare_blizzard.py",
-        "sorted(found.values(), key=lambda one: common.natural_order(one[0]))",
-        "list(found.values())",
-    ),
-    (
-        "arrays of arrays read in any case",
-        PICKLES,
-        COMMON,
-        "functools.partial(np.load, allow_pickle=allow_pickle,",
-        "functools.partial(np.load, allow_pickle=True,",
-        COMMON,
-        'mmap_mode=None if allow_pickle else "r"',
-        "mmap_mode=None",
-    ),
-    # ---- objectives ----
-    ("--dreg runs the plain objective", DREG, IWAE_SCRIPT, "elif h.dreg:", "elif False:"),
-    (
-        "DReG with weights that are not squared",
-        DREG,
-        IWAE_SCRIPT,
-        "v_BK ** 2 * (log_w_BK + log_q_TBK.sum(0))",
-        "v_BK * (log_w_BK + log_q_TBK.sum(0))",
-    ),
-    (
-        "densities at fixed z from zero states",
-        DREG,
-        IWAE_SCRIPT,
-        "at_fixed_z(training.model, x_TBX, rollout.phi_x, z, state, h.k)",
-        "at_fixed_z(training.model, x_TBX, rollout.phi_x, z, training.model.zero_state(len(state[0])), h.k)",
-    ),
-    (
-        "IWAE with one particle",
-        IWAE,
-        IWAE_SCRIPT,
-        "corrections = chosen_corrections(h)",
-        "corrections, h.k = chosen_corrections(h), 1",
-    ),
-    (
-        "IWAE of the first of its particles",
-        FORMULAS,
-        IWAE_SCRIPT,
-        "-common.importance_weighted(log_w_BK).mean()",
-        "-common.importance_weighted(log_w_BK[:, :1]).mean()",
-    ),
-    (
-        "last-frame resampling dropped",
-        RESAMPLED,
-        IWAE_SCRIPT,
-        "resample_last=True)",
-        "resample_last=False)",
-    ),
-    (
-        "last-frame resampling dropped by the filter",
-        LAST_FRAME,
-        COMMON,
-        "math.inf if resample_last and t == len(x_TBX) - 1 else",
-        "math.inf if False else",
-    ),
-    (
-        "as published with the right sign",
-        PUBLISHED_IWAE,
-        IWAE_SCRIPT,
-        '-s_BK if "sign" in corrections else s_BK',
-        "-s_BK",
-    ),
-    (
-        "as published without its gradient through the weights",
-        PUBLISHED_IWAE,
-        IWAE_SCRIPT,
-        'if "gradient" in corrections:',
-        "if True:",
-    ),
-    (
-        "as published without replays",
-        PUBLISHED_VAE,
-        ALT,
-        "particles=samples, replays=replays",
-        "particles=samples",
-    ),
-    (
-        "VRNN without its KL",
-        VRNN,
-        GAUSS,
-        "(rollout.nll_TBK + rollout.kl_TBK).mean()",
-        "rollout.nll_TBK.mean()",
-    ),
-    (
-        "the importance-weighted bound without log K",
-        FORMULAS,
-        COMMON,
-        "return log_w_BK.logsumexp(dim=1) - math.log(log_w_BK.shape[1])",
-        "return log_w_BK.logsumexp(dim=1)",
-    ),
-    # ---- model ----
-    (
-        "input and forget gate exchanged",
-        PLAIN_MODEL,
-        COMMON,
-        "candidate, i, forget, o = gate_at[t]\n            candidate.tanh_()",
-        "candidate, forget, i, o = gate_at[t]\n            candidate.tanh_()",
-    ),
-    (
-        "a cell that generates with other gates",
-        GENERATION,
-        COMMON,
-        "candidate, i, f, o = gates.chunk(4, dim=-1)",
-        "candidate, f, i, o = gates.chunk(4, dim=-1)",
-    ),
-    (
-        "no gradient through the cell to earlier frames",
-        PLAIN_MODEL,
-        COMMON,
-        "            d_c.mul_(forget)\n",
-        "            d_c.zero_()\n",
-    ),
-    (
-        "the slope of softplus without its floor",
-        PLAIN_MODEL,
-        COMMON,
-        "-torch.expm1(SIGMA_FLOOR - sigma)",
-        "-torch.expm1(-sigma)",
-    ),
-    (
+FLAGS = "test_hyperparameters.py::test_"
+DEMO = FLAGS + "the_demo_is_small_and_leaves_what_is_given_as_it_is"
+REFUSED = FLAGS + "a_flag_of_another_type_or_name_or_out_of_range_is_refused_in_one_line"
+UNTYPED = FLAGS + "a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file"
+
+DATA = "test_data.py::test_"
+NEEDIEST = DATA + "a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of_samples"
+OF_TRAIN = DATA + "statistics_are_those_of_train_alone"
+ONE_WRITER = DATA + "two_conversions_cannot_write_the_same_file"
+PICKLES = DATA + "an_array_of_arrays_is_refused_but_for_allow_pickle"
+CHANNEL = DATA + "the_first_of_two_channels_at_16_khz_is_taken_exactly"
+IN_STEP = DATA + "an_mp3_of_varying_rate_is_read_as_in_one_piece"
+
+YARDSTICKS = "test_yardsticks.py::test_"
+FLAC_SIZE = YARDSTICKS + "flac_counts_the_audio_of_each_window_and_not_its_header"
+LPC = YARDSTICKS + "the_linear_prediction_is_that_of_a_plain_loop_for_every_memory_and_first_level"
+LPC_FIT = (
+    YARDSTICKS + "a_level_that_changes_is_followed_and_quiet_samples_count_as_much_as_loud_ones"
+)
+LPC_BITS = YARDSTICKS + "the_bits_of_the_linear_prediction_are_those_of_16_bit_samples"
+SPREAD = YARDSTICKS + "the_file_holds_the_windows_of_test_and_the_bits_of_each"
+WHOLE_FRAMES = YARDSTICKS + "the_file_holds_the_bits_of_whole_recordings_in_whole_frames"
+
+PICTURES = "test_plot.py::test_"
+INTERVALS = PICTURES + "intervals_are_those_of_student_and_differences_are_paired_by_seed"
+PAIRS = PICTURES + "no_difference_is_formed_on_other_windows_in_another_unit_or_between_seeds"
+REFERENCES = (
+    PICTURES + "runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood"
+)
+NUMBERS = "test_readme.py::test_what_is_not_in_the_logs_is_noticed"
+
+PUBLISHED = "test_published_2016.py::test_"
+STREAMS = PUBLISHED + "row_streams_w_plus_j_is_window_w_of_stream_j"
+IN_ORDER = PUBLISHED + "each_objective_takes_its_rows_in_order_epoch_after_epoch"
+BY_ROW = PUBLISHED + "row_i_goes_on_from_row_i_but_in_every_fourth_update"
+LIMIT = PUBLISHED + "the_limit_on_the_mean_over_windows"
+PLAIN_2016 = PUBLISHED + "updates_equal_those_of_a_plain_loop"
+TENTH = PUBLISHED + "a_tenth_of_the_parameters_replaces_a_gradient_that_is_not_finite"
+CORRECTIONS = PUBLISHED + "single_corrections_of_the_loss_of_iwae"
+
+# ---- the mutants ---------------------------------------------------------------------------------
+
+MUTANTS = (
+    # likelihood
+    Mutant(
         "KL by the other variance",
-        DENSITIES,
-        COMMON,
-        "(q_mean - p_mean) / p_sigma",
-        "(q_mean - p_mean) / q_sigma",
+        tests=DENSITIES,
+        function="gaussian_kl",
+        old="(q_mean - p_mean) / p_sigma",
+        new="(q_mean - p_mean) / q_sigma",
     ),
-    (
-        "log q left out of log w",
-        PLAIN_MODEL,
-        COMMON,
-        "log_px + (log_pz - log_qz).view_as(log_px)",
-        "log_px + log_pz.view_as(log_px)",
-    ),
-    (
-        "particles that share one state",
-        PLAIN_MODEL,
-        COMMON,
-        "from_h(h_at[t]).view_as(pre_at[t])",
-        "from_h(h_at[t]).view_as(pre_at[t])[:, :1].expand_as(pre_at[t])",
-    ),
-    (
-        "sigmas that begin elsewhere",
-        INITIAL,
-        COMMON,
-        "bias.chunk(2)[1].fill_(0.6)",
-        "bias.fill_(0.6)",
-    ),
-    # ---- yardsticks and samples ----
-    (
-        "the header of FLAC counted",
-        FLAC_SIZE,
-        COMMON,
-        "return 8 * (len(coded) - header), header",
-        "return 8 * len(coded), header",
-    ),
-    (
-        "a level that has seen the sample",
-        LPC,
-        COMMON,
-        "        yield squared, v\n        v = torch.lerp(squared, v, memory)\n",
-        "        v = torch.lerp(squared, v, memory)\n        yield squared, v\n",
-    ),
-    (
-        "a prediction fitted without its level",
-        LPC_FIT,
-        COMMON,
-        "        weights = 1 / torch.stack(",
-        "        torch.stack(",
-    ),
-    (
-        "the entropy of train",
-        HISTOGRAM,
-        COMMON,
-        "in split.read(starts, samples)",
-        "in corpus.train.read(starts, samples)",
-    ),
-    (
-        "a resynthesis whose h does not hear x",
-        RESYNTHESIS,
-        COMMON,
-        "self.phi_x(x_t) if heard is None else phi_x[t]",
-        "self.phi_x(x_t)",
-    ),
-    (
-        "a resynthesis by the prior",
-        RESYNTHESIS,
-        COMMON,
-        "self.prior(h) if heard is None else",
-        "self.prior(h) if True else",
-    ),
-    (
-        "a resynthesis whose filter forgets",
-        RESYNTHESIS,
-        COMMON,
-        "memory = self.likelihood.sample(self.decode(phi_z, h)",
-        "_ = self.likelihood.sample(self.decode(phi_z, h)",
-    ),
-    (
-        "a continuation of nothing",
-        GOES_ON,
-        COMMON,
-        "self.zero_state(batch) if state is None else state\n        x, ",
-        "self.zero_state(batch)\n        x, ",
-    ),
-    (
-        "a frame whose filter runs backwards",
-        DRAWN,
-        COMMON,
-        "torch.cat((-a.flip(-1), torch",
-        "torch.cat((-a, torch",
-    ),
-    # ---- likelihood of a frame ----
-    (
+    Mutant(
         "a filter off by one lag",
-        IMPLIED,
-        COMMON,
-        "samples[:, self.ar_order - i:-i]",
-        "samples[:, self.ar_order - i + 1:1 - i or None]",
+        tests=IMPLIED,
+        function="FrameLikelihood.log_density",
+        old="samples[:, self.ar_order - i:-i]",
+        new="samples[:, self.ar_order - i + 1:1 - i or None]",
     ),
-    (
-        "a filter that adds its prediction",
-        IMPLIED,
-        COMMON,
-        "a_i, past, value=-1)",
-        "a_i, past, value=1)",
-    ),
-    (
-        "a filter that begins anew in each frame",
-        IMPLIED,
-        COMMON,
-        ".view(batch, frames, 1, -1).transpose(0, 1)\n",
-        ".view(batch, frames, 1, -1).transpose(0, 1) * (torch.arange(self.x_dim) >= i)\n",
-    ),
-    (
-        "a filter that begins anew in each window",
-        WINDOWED,
-        COMMON,
-        "state=(next_h, next_c, *memory)",
-        "state=(next_h, next_c, *map(torch.zeros_like, memory))",
-    ),
-    (
-        "a filter that begins anew in each window of an excerpt",
-        LSTM,
-        COMMON,
-        "before.zero_() if window == 0 else",
-        "before.zero_() if window == 0 or before is self.state[-1] else",
-    ),
-    (
+    Mutant(
         "memories in another order than the particles",
-        PLAIN_LIKELIHOOD,
-        COMMON,
-        "(samples[:, -self.ar_order:].repeat_interleave(k, dim=0),)",
-        "(samples[:, -self.ar_order:].repeat(k, 1),)",
+        tests=PLAIN_LIKELIHOOD,
+        function="FrameLikelihood.log_density",
+        old="repeat_interleave(k, dim=0)",
+        new="repeat(k, 1)",
     ),
-    (
-        "coefficients without tanh",
-        STABLE,
-        COMMON,
-        "step_up(0.9999 * k.tanh())",
-        "step_up(0.9999 * k)",
-    ),
-    (
-        "coefficients of the lattice for those of the filter",
-        STABLE,
-        COMMON,
-        "torch.cat((torch.addcmul(a, k_i, a.flip(0), value=-1), k_i))",
-        "torch.cat((a, k_i))",
-    ),
-    (
-        "coefficients of a frame for those of the next",
-        PLAIN_LIKELIHOOD,
-        COMMON,
-        "for i, a_i in enumerate(a.split(",
-        "for i, a_i in enumerate(a.roll(1, 0).split(",
-    ),
-    (
-        "samples without their filter",
-        SAMPLED,
-        COMMON,
-        "        if self.ar_order:  # drawn",
-        "        if False:  # drawn",
-    ),
-    (
-        "generation that forgets the frame before",
-        GENERATED,
-        COMMON,
-        "(torch.cat((recent, x), dim=1)[:, self.x_dim:],)",
-        "(torch.zeros_like(recent),)",
-    ),
-    (
+    Mutant(
         "a filter at the start",
-        UNFILTERED,
-        COMMON,
-        "        head.weight[2 * self.x_dim:].zero_()\n",
-        "",
+        tests=UNFILTERED,
+        function="FrameLikelihood.initialise",
+        old="head.weight[2 * self.x_dim:].zero_()",
+        new="pass",
     ),
-    (
-        "fixed z without the samples before the window",
-        FIXED_Z,
-        IWAE_SCRIPT,
-        "model.decode(phi_z, h_before), memory, k)",
-        "model.decode(phi_z, h_before), [0 * part for part in memory], k)",
+    # model
+    Mutant(
+        "log q left out of log w",
+        tests=PLAIN_MODEL,
+        function="VRNN.forward",
+        old="(log_pz - log_qz)",
+        new="log_pz",
     ),
-    (
-        "one of many equal particles counted alone",
-        EXACT,
-        COMMON,
-        "same * filtering.ess_TB",
-        "filtering.ess_TB",
+    Mutant(
+        "a filter that begins anew in each window",
+        tests=WINDOWED,
+        function="VRNN.forward",
+        old="state=(h, c, *memory)",
+        new="state=(h, c, *map(torch.zeros_like, memory))",
     ),
-    # ---- bounds ----
-    (
-        "log_w_std is a variance",
-        BOUNDS,
-        COMMON,
-        "log_w_BK.std(1, correction=0)",
-        "log_w_BK.var(1, correction=0)",
+    Mutant(
+        "products in float32 in spite of --bf16",
+        tests=IN_BF16,
+        function="VRNN.forward",
+        old="x_TBX.bfloat16() if self.bf16 else x_TBX",
+        new="x_TBX",
     ),
-    (
-        "log_w_std is per frame",
-        BOUNDS,
-        COMMON,
-        "log_w_BK.std(1, correction=0)",
-        "log_w_BK.std(1, correction=0) / frames",
+    Mutant(
+        "a cell that generates with other gates",
+        tests=GENERATION,
+        function="lstm_cell",
+        old="candidate, i, forget, o",
+        new="candidate, forget, i, o",
     ),
-    (
-        "iwae_k of the first group alone",
-        BOUNDS,
-        COMMON,
-        "log_w_BK[:, :particles // k * k].reshape(-1, k)",
-        "log_w_BK[:, :k]",
+    Mutant(
+        "x of other sequences for the particles at fixed z",
+        tests=DREG,
+        function="for_particles",
+        old="from_x.repeat_interleave(h.shape[-2] // from_x.shape[-2], dim=-2)",
+        new="torch.cat([from_x] * (h.shape[-2] // from_x.shape[-2]), dim=-2)",
     ),
-    (
-        "elbo_K is the analytic elbo",
-        BOUNDS,
-        COMMON,
-        'f"elbo_{particles}": log_w_BK.mean(1)',
-        'f"elbo_{particles}": elbo_BK.mean(1)',
+    Mutant(
+        "sigmas that begin elsewhere",
+        tests=INITIAL,
+        function="VRNN.initialise",
+        old="bias.chunk(2)[1].fill_(0.6)",
+        new="bias.fill_(0.6)",
     ),
-    (
-        "effective sample size without its square",
-        BOUNDS,
-        COMMON,
-        "(2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()",
-        "(log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1) / 2).exp()",
+    Mutant(
+        "units that come in pairs of equal weights",
+        tests=MIRRORED,
+        function="VRNN.mirror",
+        old="if layer in before_no_relu else [1.0, -1.0]",
+        new="if layer in before_no_relu else [1.0, 1.0]",
     ),
-    (
-        "resampling without its random offset",
-        FILTER,
-        COMMON,
-        "+ uniform_B.unsqueeze(1)) / k",
-        "+ 0.5) / k",
+    Mutant(
+        "weight norm of the recurrent weights too",
+        tests=COLUMNS,
+        function="VRNN.constrain_weights",
+        old="and name != 'lstm_h'",
+        new="",
     ),
-    (
-        "resampling under a quarter of the particles",
-        FILTER,
-        COMMON,
-        "t == len(x_TBX) - 1 else k / 2",
-        "t == len(x_TBX) - 1 else k / 4",
+    # plain recurrence
+    Mutant(
+        "a step that a subclass replaces ignored",
+        tests=NOT_FAST,
+        function="has_fast_recurrence",
+        old="getattr(type(model), step)",
+        new="getattr(VRNN, step)",
     ),
-    (
-        "weights that outlive their resampling",
-        FILTER,
-        COMMON,
-        "log_w_BK = torch.where(resampled_B1, 0.0, log_w_BK)",
-        "log_w_BK = log_w_BK + 0.0",
-    ),
-    # ---- evaluation ----
-    (
-        "raw weights in the monitor",
-        MONITOR,
-        COMMON,
-        "window_bounds(self.averaged, self.corpus, self.corpus.valid",
-        "window_bounds(self.model, self.corpus, self.corpus.valid",
-    ),
-    (
-        "raw weights in best.pt",
-        BEST,
-        COMMON,
-        'for name in PARTS}, "model": checkpoint["averaged"]}',
-        "for name in PARTS}}",
-    ),
-    (
-        "test split evaluated with the last weights",
-        TEST_SPLIT,
-        COMMON,
-        'load_checkpoint(folder.best, "--resume", self.take_trained)',
-        'load_checkpoint(folder.best, "--resume")',
-    ),
-    (
-        "best is worst",
-        BEST,
-        COMMON,
-        'if tracked > progress["best"]:',
-        'if tracked < -progress["best"]:',
-        COMMON,
-        'progress["best"] = tracked\n',
-        'progress["best"] = -tracked\n',
-    ),
-    (
-        "best is better than the last",
-        BEST,
-        COMMON,
-        '        if tracked > progress["best"]:\n',
-        '        is_better, progress["best"] = tracked > progress["best"], tracked\n        if is_better:\n',
-    ),
-    (
-        "best.pt chosen by the elbo",
-        BEST,
-        COMMON,
-        'line["valid"][f"iwae_{h.eval_k[0]}"]',
-        'line["valid"]["elbo"]',
-    ),
-    (
-        "evaluation not dequantised",
-        WINDOWS,
-        COMMON,
-        "normalise(pcm, corpus, torch.rand(pcm.shape, generator=generator, device=generator.device))",
-        "normalise(pcm, corpus, 0 * torch.rand(pcm.shape, generator=generator, device=generator.device) + 0.5)",
-    ),
-    (
-        "one evaluation seed for all batches",
-        WINDOWS,
-        COMMON,
-        "manual_seed(EVAL_SEED + index)",
-        "manual_seed(EVAL_SEED)",
-    ),
-    ("standard error divided by n", SUMMARIES, COMMON, "/ len(values) ** 0.5", "/ len(values)"),
-    (
-        "standard error of a population",
-        SUMMARIES,
-        COMMON,
-        "values.std() /",
-        "values.std(correction=0) /",
-    ),
-    (
-        "bits of a sample with the nats of a sequence",
-        SUMMARIES,
-        COMMON,
-        "bits_per_sample(mean / seq_frames, x_dim, corpus.std)",
-        "bits_per_sample(mean, x_dim, corpus.std)",
-    ),
-    (
-        "effective sample sizes in windows.csv",
-        TABLE,
-        COMMON,
-        'name.startswith(("kl", *BOUNDS))]',
-        'name.startswith(("kl", "ess", *BOUNDS))]',
-    ),
-    (
-        "the filter's bound of the first frame",
-        FILTERED_WINDOWS,
-        COMMON,
-        'f"smc_{smc}": estimate_TB[-1]',
-        'f"smc_{smc}": estimate_TB[0]',
-    ),
-    (
-        "standard error over recordings of their means",
-        RECORDINGS,
-        COMMON,
-        "deviations = (of_recordings - mean * frames) / frames.mean()",
-        "deviations = of_recordings / frames",
-    ),
-    (
-        "standard error over recordings of a population",
-        RECORDINGS,
-        COMMON,
-        ".std(ddof=1)",
-        ".std()",
-    ),
-    (
-        "recordings that count alike, long or short",
-        RECORDINGS,
-        COMMON,
-        "mean = of_recordings.sum() / frames.sum()",
-        "mean = (of_recordings / frames).mean()",
-    ),
-    (
-        "other data normalised by its own mean and std",
-        OTHER_DATA,
-        COMMON,
-        'self.corpus.mean, self.corpus.std, self.progress["updates"] = (checkpoint[x] for x in ("mean", "std", "update"))',
-        'self.progress["updates"] = checkpoint["update"]',
-    ),
-    (
-        "a subclass of the VRNN judged by the call that it replaces",
-        SUBCLASS,
-        COMMON,
-        "cls.stepper = None",
-        "pass",
-    ),
-    (
+    Mutant(
         "a layer that is no Linear or ReLU passed over",
-        PASSED_OVER,
-        COMMON,
-        "if type(layer) not in (Linear, Head, nn.ReLU):",
-        "if False:",
+        tests=NOT_FAST,
+        function="has_fast_recurrence",
+        old="return layers ==",
+        new="return bool(layers) or layers ==",
     ),
-    ("a model evaluated in training mode", OF_A_USER, COMMON, ".eval()  # but for buffers", ""),
-    (
+    Mutant(
+        "a plain recurrence in which c does not follow its ancestor",
+        tests=RECURRENCES,
+        function="VRNN.recurrence",
+        old="c[ancestors[t]]",
+        new="c",
+    ),
+    Mutant(
+        "a plain recurrence with the noise of the first frame",
+        tests=RECURRENCES,
+        function="VRNN.recurrence",
+        old="noise[t]",
+        new="noise[0]",
+    ),
+    # fast recurrence
+    Mutant(
+        "input and forget gate exchanged",
+        tests=PLAIN_MODEL,
+        function="Recurrence.forward",
+        old="candidate, input_, forget, o =",
+        new="candidate, forget, input_, o =",
+    ),
+    Mutant(
+        "particles that share one state",
+        tests=PLAIN_MODEL,
+        function="Recurrence.forward",
+        old="from_h(h_at[t]).view_as(acts_t)",
+        new="from_h(h_at[t]).view_as(acts_t)[:, :1].expand_as(acts_t)",
+    ),
+    Mutant(
+        "ancestors chosen, and not gone on with",
+        tests=FILTER,
+        function="Recurrence.forward",
+        old="part.copy_(part[ancestors[t]])",
+        new="pass",
+    ),
+    Mutant(
+        "only h goes on with an ancestor",
+        tests=FILTER,
+        function="Recurrence.forward",
+        old="(h_at[t + 1], c_at[t + 1])",
+        new="(h_at[t + 1],)",
+    ),
+    Mutant(
+        "gradients that do not find the ancestor",
+        tests=FILTER,
+        function="Recurrence.backward",
+        old="d_h = torch.zeros_like(d_h).index_add_(0, ctx.ancestors[t], d_h)",
+        new="pass",
+    ),
+    Mutant(
+        "no gradient through the cell to earlier frames",
+        tests=PLAIN_MODEL,
+        function="Recurrence.backward",
+        old="d_c.mul_(forget)",
+        new="d_c.zero_()",
+    ),
+    Mutant(
+        "the slope of softplus without its floor",
+        tests=PLAIN_MODEL,
+        function="Recurrence.backward",
+        old="SIGMA_FLOOR - sigma",
+        new="-sigma",
+    ),
+    Mutant(
+        "the gradient of x from one particle alone",
+        tests=PLAIN_MODEL,
+        function="Recurrence.backward",
+        old="acts.shape[2]).sum(2)",
+        new="acts.shape[2])[:, :, 0]",
+    ),
+    # bounds
+    Mutant(
+        "log_w_std is a variance",
+        tests=BY_HAND,
+        function="estimate_bounds",
+        old="log_w_BK.std(1, correction=0)",
+        new="log_w_BK.var(1, correction=0)",
+    ),
+    Mutant(
+        "iwae_k of the first group alone",
+        tests=BY_HAND,
+        function="estimate_bounds",
+        old="log_w_BK[:, :particles // k * k].reshape(-1, k)",
+        new="log_w_BK[:, :k]",
+    ),
+    Mutant(
+        "elbo_K is the analytic elbo",
+        tests=BY_HAND,
+        function="estimate_bounds",
+        old="log_w_BK.mean(1)",
+        new="(-nll_BK - kl_BK).mean(1)",
+    ),
+    Mutant(
+        "effective sample size without its square",
+        tests=BY_HAND,
+        function="effective_sample_size",
+        old="(2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1))",
+        new="(log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1) / 2)",
+    ),
+    Mutant(
+        "the importance-weighted bound without log K",
+        tests=FORMULAS,
+        function="importance_weighted",
+        old=" - math.log(log_w_BK.shape[1])",
+        new="",
+    ),
+    Mutant(
+        "one of many equal particles counted alone",
+        tests=EXACT,
+        function="estimate_smc",
+        old="same * ess_TB",
+        new="ess_TB",
+    ),
+    Mutant(
+        "offsets of the resampling shared by all sequences",
+        tests=UNBIASED,
+        function="estimate_smc",
+        old="torch.rand, generator, frames, batch)",
+        new="torch.rand, generator, frames, 1).expand(-1, batch)",
+    ),
+    # particle filter
+    Mutant(
+        "a filter that ignores its incoming state",
+        tests=FILTER,
+        function="particle_filter",
+        old="x_TBX[t:t + 1], state,",
+        new="x_TBX[t:t + 1], state if t else None,",
+    ),
+    Mutant(
+        "ancestors of the first sequence for all",
+        tests=FILTER,
+        function="particle_filter",
+        old="own_BK[:, :1]",
+        new="own_BK[:1, :1]",
+    ),
+    Mutant(
+        "a part of the state that resampling does not take along",
+        tests=FILTER,
+        function="particle_filter",
+        old="part[ancestors] for part",
+        new="part if part is rollout.state[1] else part[ancestors] for part",
+    ),
+    Mutant(
+        "resampling under a quarter of the particles",
+        tests=FILTER,
+        function="particle_filter",
+        old="k / 2",
+        new="k / 4",
+    ),
+    Mutant(
+        "weights that outlive their resampling",
+        tests=FILTER,
+        function="particle_filter",
+        old="torch.where(resampled_B.unsqueeze(1), 0.0, log_w_BK)",
+        new="log_w_BK",
+    ),
+    Mutant(
+        "resampling at every frame where it is asked for at the last",
+        tests=LAST_FRAME,
+        function="particle_filter",
+        old="resample_last and t == len(x_TBX) - 1",
+        new="resample_last",
+    ),
+    Mutant(
+        "resampling without its random offset",
+        tests=FILTER,
+        function="systematic",
+        old="uniform_B.unsqueeze(1)",
+        new="0.5",
+    ),
+    # objectives
+    Mutant(
+        "VRNN without its KL",
+        tests=VRNN,
+        file=GAUSS,
+        function="objective",
+        old="rollout.nll_TBK + rollout.kl_TBK",
+        new="rollout.nll_TBK",
+    ),
+    Mutant(
+        "IWAE of the first of its particles",
+        tests=FORMULAS,
+        file=IWAE_SCRIPT,
+        function="objective",
+        old="importance_weighted(log_w_BK)",
+        new="importance_weighted(log_w_BK[:, :1])",
+    ),
+    Mutant(
+        "--dreg runs the plain objective",
+        tests=DREG,
+        file=IWAE_SCRIPT,
+        function="main",
+        old="if h.dreg:",
+        new="if False:",
+    ),
+    Mutant(
+        "densities at fixed z from zero states",
+        tests=DREG,
+        file=IWAE_SCRIPT,
+        function="main",
+        old="rollout.phi_x, z, training.state, h.k",
+        new="rollout.phi_x, z, [0 * part for part in training.state], h.k",
+    ),
+    Mutant(
+        "DReG with weights that are not squared",
+        tests=DREG,
+        file=IWAE_SCRIPT,
+        function="objective_dreg",
+        old="v_BK ** 2 * (log_w_BK",
+        new="v_BK * (log_w_BK",
+    ),
+    Mutant(
+        "the state of the particle filter is not carried on",
+        tests=RESAMPLED,
+        file=IWAE_SCRIPT,
+        function="main",
+        old="training.state, noise, h.k, filtering.ancestors",
+        new="None, noise, h.k, filtering.ancestors",
+    ),
+    Mutant(
+        "states carried on without a last resampling",
+        tests=RESAMPLED,
+        file=IWAE_SCRIPT,
+        function="main",
+        old="resample_last=True",
+        new="resample_last=False",
+    ),
+    Mutant(
+        "the frame of a resampling counted after it",
+        tests=FILTER,
+        file=IWAE_SCRIPT,
+        function="objective_resampled",
+        old="resampled_TB.cumsum(0) - resampled_TB.long()",
+        new="resampled_TB.cumsum(0)",
+    ),
+    # carried states and excerpts
+    Mutant(
+        "no carry of state between windows",
+        tests=VRNN,
+        function="Training.next_window",
+        old="before.copy_(after)",
+        new="before.zero_()",
+    ),
+    Mutant(
+        "carry of state across excerpts",
+        tests=VRNN,
+        function="Training.next_window",
+        old="if window == 0:",
+        new="if self.made == 0:",
+    ),
+    Mutant(
+        "the batch after the one that was asked for",
+        tests=VRNN,
+        function="Training.next_window",
+        old="self.read_ahead[batch].result()",
+        new="self.read_ahead[batch + 1].result()",
+    ),
+    Mutant(
+        "the same order in every epoch",
+        tests=VRNN,
+        function="Excerpts.starts_of",
+        old="(self.seed, epoch)",
+        new="(self.seed, 0)",
+    ),
+    Mutant(
+        "excerpts that begin at the beginning of a recording",
+        tests=VRNN,
+        function="Excerpts.starts_of",
+        old=" + np.repeat(shift, self.counts)",
+        new="",
+    ),
+    Mutant(
+        "an excerpt over the end of its recording",
+        tests=VRNN,
+        function="Excerpts.starts_of",
+        old="np.repeat(shift, self.counts)",
+        new="np.repeat(shift + 1, self.counts)",
+    ),
+    Mutant(
+        "held-out windows that overlap",
+        tests=WINDOWS,
+        function="piece_starts",
+        old="(chosen - first) * samples",
+        new="(chosen - first) * (samples // 2)",
+    ),
+    Mutant(
+        "the first of many windows in place of a spread",
+        tests=SPREAD,
+        function="evenly_spread",
+        old="items[np.linspace(0, len(items) - 1, at_most).round().astype(int)]",
+        new="items[:at_most]",
+    ),
+    # step
+    Mutant(
+        "grad_clip ten times too large",
+        tests=VRNN,
+        function="Training.create_state",
+        old="h.grad_clip or math.inf",
+        new="10 * h.grad_clip or math.inf",
+    ),
+    Mutant(
+        "weight norm never applied",
+        tests=VRNN,
+        function="Training.step",
+        old="self.model.constrain_weights(self.h.weight_norm)",
+        new="pass",
+    ),
+    Mutant(
+        "a gradient that is not finite moves the state",
+        tests=NOT_FINITE,
+        function="Training.step",
+        old="torch.where(is_finite, part, 0.0)",
+        new="part",
+    ),
+    Mutant(
+        "a gradient that is not finite moves the parameters",
+        tests=NOT_FINITE,
+        function="Training.step_adam",
+        old="self.optimiser.found_inf = (~is_finite).float()",
+        new="pass",
+    ),
+    Mutant(
+        "the gradients of updates add up",
+        tests=VRNN,
+        function="Training.step_adam",
+        old="self.optimiser.zero_grad()",
+        new="pass",
+    ),
+    Mutant(
+        "a learning rate that falls to nothing",
+        tests=RATE,
+        function="Training.step_adam",
+        old="clamp(min=0.01)",
+        new="clamp(min=0.0)",
+    ),
+    Mutant(
+        "average of the weights before the step",
+        tests=VRNN,
+        function="Training.step",
+        old="self.step_adam(is_finite)",
+        new="self.average_weights(); self.step_adam(is_finite); self.h.ema = 1.0",
+    ),
+    Mutant(
+        "mirror() never called",
+        tests=VRNN,
+        function="Training.create_model",
+        old="model.mirror()",
+        new="pass",
+    ),
+    Mutant(
+        "the mean loss of all updates so far",
+        tests=VRNN,
+        function="Training.monitor",
+        old="counts['loss_sum'].zero_()\n    counts['losses'].zero_()",
+        new="pass",
+    ),
+    # noise in training
+    Mutant(
+        "no dequantisation in training",
+        tests=VRNN,
+        function="Training.window",
+        old="normalise(self.pcm, self.corpus, uniform)",
+        new="normalise(self.pcm, self.corpus)",
+    ),
+    Mutant(
+        "x_noise on the target alone",
+        tests=VRNN,
+        function="Training.window",
+        old="if h.x_noise:",
+        new="if h.x_noise:\n"
+        "        self.model.phi_x.register_forward_pre_hook(lambda *_, x=x_TBX: x)",
+    ),
+    Mutant(
+        "x_noise that never ends",
+        tests=FADING,
+        function="Training.window",
+        old="done < 1",
+        new="done < 99",
+    ),
+    # best checkpoint
+    Mutant(
+        "raw weights in the monitor",
+        tests=MONITOR,
+        function="Training.monitor",
+        old="window_bounds(self.averaged,",
+        new="window_bounds(self.model,",
+    ),
+    Mutant(
+        "raw weights in best.pt",
+        tests=BEST,
+        function="Training.monitor",
+        old=" | dict(model=checkpoint['averaged'])",
+        new="",
+    ),
+    Mutant(
+        "best is worst where bounds are negative",
+        tests=BEST,
+        function="Training.monitor",
+        old="chosen_by > self.best\n    self.best = max(self.best, chosen_by)",
+        new="abs(chosen_by) > self.best\n    self.best = max(self.best, abs(chosen_by))",
+    ),
+    Mutant(
+        "no best.pt where bounds are negative",
+        tests=BEST,
+        function="Training.create_state",
+        old="self.best = -math.inf",
+        new="self.best = 0.0",
+    ),
+    Mutant(
+        "best is better than the last",
+        tests=BEST,
+        function="Training.monitor",
+        old="max(self.best, chosen_by)",
+        new="chosen_by",
+    ),
+    Mutant(
+        "best.pt chosen by the elbo",
+        tests=BEST,
+        function="Training.monitor",
+        old="[f'iwae_{h.eval_k[0]}']",
+        new="['elbo']",
+    ),
+    Mutant(
+        "test split evaluated with the last weights",
+        tests=TEST_SPLIT,
+        function="Training.finish",
+        old="load_parameters(self.averaged, checkpoint, best, '--resume')",
+        new="pass",
+    ),
+    Mutant(
+        "a model evaluated in training mode",
+        tests=OF_A_USER,
+        function="Training.create_model",
+        old=".eval()",
+        new="",
+    ),
+    Mutant(
         "buffers evaluated as they were at first",
-        OF_A_USER,
-        COMMON,
-        ", {id(b): b for b in self.model.buffers()})",
-        ")",
+        tests=OF_A_USER,
+        function="Training.create_model",
+        old="memo=buffers",
+        new="memo={}",
     ),
-    (
+    # evaluation
+    Mutant(
+        "evaluation not dequantised",
+        tests=WINDOWS,
+        function="frames_at",
+        old="torch.rand(",
+        new="0.5 + 0 * torch.rand(",
+    ),
+    Mutant(
+        "one evaluation seed for all batches",
+        tests=WINDOWS,
+        function="window_bounds",
+        old="EVAL_SEED + index",
+        new="EVAL_SEED",
+    ),
+    Mutant(
+        "standard error divided by n",
+        tests=SUMMARIES,
+        function="summarise",
+        old="len(values) ** 0.5",
+        new="len(values)",
+    ),
+    Mutant(
+        "bits of a sample with the nats of a sequence",
+        tests=SUMMARIES,
+        function="summarise",
+        old="bits_per_sample(mean / seq_frames,",
+        new="bits_per_sample(mean,",
+    ),
+    Mutant(
+        "standard error over recordings of their means",
+        tests=RECORDINGS,
+        function="evaluate_recordings",
+        old="(nats - mean * frames) / frames.mean()",
+        new="nats / frames",
+    ),
+    Mutant(
+        "standard error over recordings of a population",
+        tests=RECORDINGS,
+        function="evaluate_recordings",
+        old="ddof=1",
+        new="ddof=0",
+    ),
+    Mutant(
+        "recordings that count alike, long or short",
+        tests=RECORDINGS,
+        function="evaluate_recordings",
+        old="sum(nats) / frames.sum()",
+        new="(nats / frames).mean()",
+    ),
+    Mutant(
+        "what is padded to a recording counted with it",
+        tests=RECORDINGS,
+        function="evaluate_recordings",
+        old="estimate_TB[lengths[i] - 1, b]",
+        new="estimate_TB[-1, b]",
+    ),
+    Mutant(
+        "what is left of a frame counted as one",
+        tests=RECORDINGS,
+        function="evaluate_recordings",
+        old="np.diff(split.offsets) // model.x_dim",
+        new="-(-np.diff(split.offsets) // model.x_dim)",
+    ),
+    Mutant(
+        "FLAC of other recordings",
+        tests=WHOLE,
+        function="evaluate_recordings",
+        old="corpus.flac_bits[i] for i in chosen",
+        new="corpus.flac_bits[i] for i in sorted(corpus.flac_bits)[-len(chosen):]",
+    ),
+    Mutant(
+        "other data normalised by their own mean and std",
+        tests=OTHER_DATA,
+        function="evaluate",
+        old="corpus.mean, corpus.std =",
+        new="_ =",
+    ),
+    Mutant(
         "the settings of a training overwritten in its evaluation",
-        STAYS,
-        COMMON,
-        "if name not in OF_EVALUATION}",
-        'if name in ("script", "name")}',
+        tests=STAYS,
+        function="evaluate_checkpoint",
+        old="if name in OF_EVALUATION",
+        new="",
     ),
-    (
+    Mutant(
         "a checkpoint of another class of model accepted",
-        FOREIGN,
-        COMMON,
-        'if trained.get("model_class", model_class) != model_class:',
-        "if False:",
+        tests=FOREIGN,
+        function="load_parameters",
+        old="checkpoint['config'].get('model_class', name) != name",
+        new="False",
     ),
-    # ---- tables ----
-    (
-        "an interval of a normal distribution",
-        INTERVALS,
-        PLOT,
-        "T_95[min(len(values) - 1, len(T_95)) - 1]",
-        "1.96",
+    Mutant(
+        "the yardsticks of windows of another length",
+        tests=TEST_SPLIT,
+        function="evaluate",
+        old="corpus.yardsticks.get(h.seq_frames * model.x_dim, {})",
+        new="{'flac': 1.0}",
     ),
-    (
-        "an interval with a degree of freedom too many",
-        INTERVALS,
-        PLOT,
-        "len(T_95)) - 1]",
-        "len(T_95))]",
+    # speech
+    Mutant(
+        "a resynthesis whose h does not hear x",
+        tests=RESYNTHESIS,
+        function="VRNN.generate",
+        old="if heard is None:",
+        new="if True:",
     ),
-    (
-        "runs of different seeds paired",
-        INTERVALS,
-        PLOT,
-        "for seed in sorted(by_seed[0].keys() & by_seed[1])]",
-        "for seed in sorted(by_seed[1]) for _ in by_seed[0]]",
+    Mutant(
+        "a resynthesis by the prior",
+        tests=RESYNTHESIS,
+        function="VRNN.generate",
+        old="if heard is None else",
+        new="if True else",
     ),
-    (
-        "differences from a run with another likelihood",
-        REFERENCES,
-        PLOT,
-        '"window", "ar_order")',
-        '"window")',
+    Mutant(
+        "a continuation of nothing",
+        tests=GOES_ON,
+        function="VRNN.generate",
+        old="if state is None else",
+        new="if True else",
     ),
-    (
-        "each folder compared with its own first run",
-        REFERENCES,
-        PLOT,
-        "[rows[0] if all(",
-        "[runs if all(",
+    Mutant(
+        "continued speech from a zero state",
+        tests="test_scripts.py",
+        function="write_samples",
+        old="generator, after)",
+        new="generator)",
     ),
-    ("the limit on a sum as one on the mean", LIMITS, PLOT, '1 / config["batch_size"]', "1"),
-    (
-        "a number in the text that nobody looks up",
-        NUMBERS,
-        CHECK,
-        "sorted(numbers_in(text) - known)",
-        "[]",
-    ),
-    ("a table that nobody compares", NUMBERS, CHECK, "if made != body:", "if False:"),
-    # ---- resume ----
-    (
+    # resuming
+    Mutant(
         "the evaluation of a run that goes on kept",
-        STALE,
-        COMMON,
-        "self.eval.unlink(missing_ok=True)",
-        "pass",
+        tests=STALE,
+        function="start",
+        old="(folder / EVAL).unlink(missing_ok=True)",
+        new="pass",
     ),
-    (
+    Mutant(
+        "log lines that the checkpoint has not seen kept",
+        tests=RESUME,
+        function="start",
+        old="if log:",
+        new="if log and (not (folder / LOG).exists()):",
+    ),
+    Mutant(
         "Adam's moments forgotten on resume",
-        RESUME,
-        COMMON,
-        'tensor.copy_(checkpoint["optimiser"]["state"][i][name])',
-        "pass",
+        tests=RESUME,
+        function="Training.restore",
+        old="tensor.copy_(checkpoint['optimiser']['state'][i][name])",
+        new="pass",
     ),
-    (
+    Mutant(
         "random numbers begin anew on resume",
-        RESUME,
-        COMMON,
-        'self.generator.set_state(checkpoint["generator"])',
-        "pass",
+        tests=RESUME,
+        function="Training.restore",
+        old="self.generator.set_state(checkpoint['generator'])",
+        new="pass",
     ),
-    (
-        "averaged weights forgotten on resume",
-        RESUME,
-        COMMON,
-        'self.averaged.load_state_dict(checkpoint["averaged"])',
-        'self.averaged.load_state_dict(checkpoint["model"])',
-    ),
-    (
-        "the best bound so far forgotten on resume",
-        RESTORED,
-        COMMON,
-        "for name, zero in self.progress.items()}",
-        'for name, zero in self.progress.items() if name != "best"}',
-    ),
-    (
+    Mutant(
         "states in the middle of an excerpt forgotten on resume",
-        RESUME,
-        COMMON,
-        "            part.copy_(saved[my_part(len(saved))].view_as(part))\n",
-        "            pass\n",
+        tests=RESUME,
+        function="Training.restore",
+        old="part.copy_(saved[my_part(len(saved))].view_as(part))",
+        new="pass",
     ),
-    (
-        "a torn log line kept on resume",
-        RESUME,
-        COMMON,
-        '"".join(json.dumps(line) + "\\n" for line in log)',
-        '"".join(json.dumps(line) + "\\n" for line in log) + (self.log.read_text() if self.log.exists() else "")[-22:]',
+    Mutant(
+        "the best bound so far forgotten on resume",
+        tests=RESTORED,
+        function="Training.restore",
+        old="self.best = checkpoint['best']",
+        new="pass",
     ),
-    (
-        "log lines that the checkpoint has not seen kept on resume",
-        RESUME,
-        COMMON,
-        "            if log:\n",
-        "            if log and not self.log.exists():\n",
+    Mutant(
+        "other data accepted on resume",
+        tests=OTHER_RUN,
+        function="refuse_changes",
+        old="header['data']",
+        new="0",
     ),
-    ("other data accepted on resume", OTHER_RUN, COMMON, '"data": header["data"]', '"data": 0'),
-    # ---- processes ----
-    (
+    # processes
+    Mutant(
         "each process draws the same noise",
-        TWO_PROCESSES,
-        COMMON,
-        "return drawn[:, my_part(rows)]",
-        "return drawn[:, :rows // self.processes]",
+        tests=TWO_PROCESSES,
+        function="Training.draw",
+        old="my_part(rows)",
+        new=":rows // self.processes",
     ),
-    (
+    Mutant(
         "gradients of processes added up",
-        TWO_PROCESSES,
-        COMMON,
-        "vector_to_parameters(total / self.processes,",
-        "vector_to_parameters(total,",
+        tests=TWO_PROCESSES,
+        function="average_over_processes",
+        old="total / job()[1]",
+        new="total",
     ),
-    (
+    Mutant(
         "every process reads the first part of the batch",
-        TWO_PROCESSES,
-        COMMON,
-        "(index + 1) * self.batch_size][my_part(self.batch_size)]",
-        "(index + 1) * self.batch_size][:self.batch_size // job()[1]]",
+        tests=TWO_PROCESSES,
+        function="Excerpts.batch",
+        old="my_part(self.batch_size)",
+        new=":self.batch_size // job()[1]",
     ),
-    (
+    Mutant(
         "the state of the first process alone is saved",
-        OTHER_NUMBER,
-        COMMON,
-        "torch.cat(gather(part.cpu()))",
-        "torch.cat([gather(part.cpu())[0]] * self.processes)",
+        tests=OTHER_NUMBER,
+        function="Training.checkpoint",
+        old="torch.cat(gather(part.cpu()))",
+        new="torch.cat([gather(part.cpu())[0]] * self.processes)",
     ),
-    # ---- hyperparameters ----
-    (
+    # flags
+    Mutant(
         "the demo overrules what is given",
-        DEMO,
-        COMMON,
-        "{**changed, **given}",
-        "{**given, **changed}",
+        tests=DEMO,
+        function="parse",
+        old="h = parse_flags(flags(**defaults), argv)",
+        new="h = dataclasses.replace(h, **defaults)",
     ),
-    (
-        "whole numbers cut off",
-        REFUSED,
-        COMMON,
-        "    if not number.is_integer():\n",
-        "    if False:\n",
+    Mutant(
+        "numbers without a lower limit",
+        tests=REFUSED,
+        function="check_values",
+        old="least <= number",
+        new="-math.inf < number",
     ),
-    (
-        "2e4 is no whole number",
-        TYPES,
-        COMMON,
-        "    number = float(text)\n",
-        "    number = float(int(text))\n",
-    ),
-    (
-        "numbers without limits",
-        REFUSED,
-        COMMON,
-        "not all(least <= part <= most for part in parts)",
-        "False",
-    ),
-    (
-        "help of the class alone, not of those that it extends",
-        HELP,
-        COMMON,
-        "reversed(script.__mro__[:-1])",
-        "reversed(script.__mro__[:1])",
-    ),
-    (
+    Mutant(
         "a line without a type passed over",
-        UNTYPED,
-        COMMON,
-        "or name in inspect.get_annotations(cls))]",
-        "or True)]",
+        tests=UNTYPED,
+        function="refuse_untyped",
+        old="for cls in script.__mro__[:-1]:",
+        new="for cls in ():",
+    ),
+    # conversion
+    Mutant(
+        "a recording to the split that has most",
+        tests=NEEDIEST,
+        function="write_recordings",
+        old="max(writers,",
+        new="min(writers,",
+    ),
+    Mutant(
+        "mean and standard deviation of the test split",
+        tests=OF_TRAIN,
+        function="convert",
+        old="(mean, std), *_ =",
+        new="*_, (mean, std) =",
+    ),
+    Mutant(
+        "half a recording stays",
+        tests=NEEDIEST,
+        function="SplitWriter.close",
+        old="self.audio.resize((self.offsets[-1],))",
+        new="pass",
+    ),
+    Mutant(
+        "two conversions into one file",
+        tests=ONE_WRITER,
+        function="lock",
+        old="fcntl.LOCK_EX | fcntl.LOCK_NB",
+        new="fcntl.LOCK_SH",
+    ),
+    Mutant(
+        "arrays of arrays read in any case",
+        tests=PICKLES,
+        function="array_recordings",
+        old="allow_pickle=allow_pickle",
+        new="allow_pickle=True",
+    ),
+    Mutant(
+        "the last of two channels",
+        tests=CHANNEL,
+        file=PREPARE,
+        function="sound_file_blocks",
+        old="yield block[:, 0]",
+        new="yield block[:, -1]",
+    ),
+    Mutant(
+        "an .mp3 read on after a seek",
+        tests=IN_STEP,
+        file=PREPARE,
+        function="sound_file_blocks",
+        old="file.seekable = lambda: False",
+        new="pass",
+    ),
+    # yardsticks
+    Mutant(
+        "the header of FLAC counted",
+        tests=FLAC_SIZE,
+        file=PREPARE,
+        function="flac_bits",
+        old="(len(coded) - first_frame)",
+        new="len(coded)",
+    ),
+    Mutant(
+        "what is left of a frame in the FLAC of a recording",
+        tests=WHOLE_FRAMES,
+        file=PREPARE,
+        function="recording_yardsticks",
+        old=" // FRAME * FRAME",
+        new="",
+    ),
+    Mutant(
+        "a level that has seen the sample",
+        tests=LPC,
+        file=PREPARE,
+        function="squares_and_levels",
+        old="yield (square, level)\n        level = torch.lerp(square, level, memory)",
+        new="level = torch.lerp(square, level, memory)\n        yield (square, level)",
+    ),
+    Mutant(
+        "a prediction fitted without its level",
+        tests=LPC_FIT,
+        file=PREPARE,
+        function="fit_linear_prediction",
+        old="weights = 1 / torch.stack",
+        new="torch.stack",
+    ),
+    Mutant(
+        "a prediction fitted on what it predicts",
+        tests=LPC_BITS,
+        file=PREPARE,
+        function="window_yardsticks",
+        old="dequantised_windows(corpus.train, fitted_starts,",
+        new="dequantised_windows(corpus.test, starts,",
+    ),
+    Mutant(
+        "bits of normalised samples",
+        tests=LPC_BITS,
+        file=PREPARE,
+        function="window_yardsticks",
+        old="WINDOW * math.log(corpus.std) - nats",
+        new="-nats",
+    ),
+    # tables
+    Mutant(
+        "an interval with a degree of freedom too many",
+        tests=INTERVALS,
+        file=PLOT,
+        function="half_width",
+        old="T_95[degrees - 1]",
+        new="T_95[degrees]",
+    ),
+    Mutant(
+        "runs paired by their position",
+        tests=PAIRS,
+        file=PLOT,
+        function="by_seed",
+        old="run.seed: run for run in runs",
+        new="n: run for n, run in enumerate(runs)",
+    ),
+    Mutant(
+        "differences from a run with another likelihood",
+        tests=REFERENCES,
+        file=PLOT,
+        function="references",
+        old=", 'ar_order'",
+        new="",
+    ),
+    Mutant(
+        "each folder compared with its own first run",
+        tests=REFERENCES,
+        file=PLOT,
+        function="references",
+        old="if differing(",
+        new="if True or differing(",
+    ),
+    Mutant(
+        "a number in the text that nobody looks up",
+        tests=NUMBERS,
+        file=CHECK,
+        function="problems",
+        old="numbers_in(CODE.sub('', BLOCK.sub('', text))) - known",
+        new="set()",
+    ),
+    Mutant(
+        "a table that nobody compares",
+        tests=NUMBERS,
+        file=CHECK,
+        function="problems",
+        old="elif made != body:",
+        new="elif False:",
+    ),
+    # pipeline of 2016
+    Mutant(
+        "2016: the windows of a stream in one update",
+        tests=STREAMS,
+        file=OF_2016,
+        function="rows_of",
+        old="number, stream = np.divmod(np.arange(length // samples * count), count)",
+        new="stream, number = np.divmod(np.arange(length // samples * count), length // samples)",
+    ),
+    Mutant(
+        "2016: no replays",
+        tests=IN_ORDER,
+        file=OF_2016,
+        function="Run.update",
+        old="self.source.batch(progress['updates'] // h.replays)",
+        new="self.source.batch(progress['updates'])",
+    ),
+    Mutant(
+        "2016: the state of a stream, not of a row",
+        tests=BY_ROW,
+        file=OF_2016,
+        function="Run.update",
+        old="if h.carried == 'by_row':",
+        new="if False:",
+    ),
+    Mutant(
+        "2016: a state that is never zero again",
+        tests=BY_ROW,
+        file=OF_2016,
+        function="Run.state_in",
+        old="ages % self.h.reset_freq != 0",
+        new="ages != 0",
+    ),
+    Mutant(
+        "2016: a limit on the loss, not on the mean",
+        tests=LIMIT,
+        file=OF_2016,
+        function="as_in_2016",
+        old=" / loss_scale(h)",
+        new="",
+    ),
+    Mutant(
+        "2016: a gradient that is not divided by the rows",
+        tests=PLAIN_2016,
+        file=OF_2016,
+        function="clip",
+        old="p.grad.div_(rows)",
+        new="p.grad",
+    ),
+    Mutant(
+        "2016: a gradient that is not finite left out",
+        tests=TENTH,
+        file=OF_2016,
+        function="clip",
+        old="p.grad.copy_(0.1 * p)",
+        new="p.grad.zero_()",
+    ),
+    Mutant(
+        "2016: weights by the sum over time",
+        tests=CORRECTIONS,
+        file=OF_2016,
+        function="iwae_loss",
+        old="if over_time == 'sum':",
+        new="if True:",
     ),
 )
 
-
-def parts(mutant):
-    """(name, test, [(file, text, text in its place), ...])"""
-    name, test, *edits = mutant
-    return name, f"tests/{test}", list(zip(edits[::3], edits[1::3], edits[2::3], strict=True))
+# ---- applying them -------------------------------------------------------------------------------
 
 
-def mutated(edits, source):
-    """{file: its text with these edits}. Raises ValueError where a text does not occur exactly once."""
-    texts = {}
-    for file, text, instead in edits:
-        before = texts.setdefault(file, (source / file).read_text())
-        if before.count(text) != 1:
-            raise ValueError(f"{file} holds {before.count(text)} times: {text!r}")
-        texts[file] = before.replace(text, instead)
-    return texts
+def mutated(mutant, root):
+    """The text of the mutant's file. Raises ValueError where the mutant does not apply."""
+    source = (root / mutant.file).read_text()
+    places = statements_of(ast.parse(source), mutant.function)
+    counts = [ast.unparse(place).count(mutant.old) for place in places]
+    if sum(counts) != 1:
+        raise ValueError(f"{mutant.old!r} occurs {sum(counts)} times")
+    place = places[counts.index(1)]
+    text = ast.unparse(place).replace(mutant.old, mutant.new)
+    decorators = getattr(place, "decorator_list", [])
+    first = min(node.lineno for node in (place, *decorators))
+    lines = source.splitlines()
+    lines[first - 1 : place.end_lineno] = [textwrap.indent(text, " " * place.col_offset)]
+    text = "\n".join(lines) + "\n"
+    compile(text, mutant.file, "exec")
+    return text
+
+
+def statements_of(tree, function):
+    """The one of that name without docstrings, or all that define neither function nor class."""
+    if not function:
+        return [node for node in tree.body if not isinstance(node, DEFINITIONS)]
+    place = tree
+    for name in function.split("."):
+        found = [node for node in place.body if getattr(node, "name", None) == name]
+        if len(found) != 1:
+            raise ValueError(f"{name} is defined {len(found)} times")
+        place = found[0]
+    for node in ast.walk(place):
+        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) and len(node.body) > 1:
+            del node.body[0]
+    return [place]
+
+
+def stale(mutants):
+    """Why mutants no longer apply."""
+    for mutant in mutants:
+        try:
+            mutated(mutant, ROOT)
+        except (ValueError, SyntaxError) as why:
+            yield f"{mutant.what}: {mutant.file}, {mutant.function or 'at the top'}: {why}"
+
+
+# ---- running the tests ---------------------------------------------------------------------------
 
 
 def run_pytest(tree, tests, output):
-    """In a process of its own, which has imported PyTorch already: the longest part of most of these tests."""
+    """In a process of its own, which has imported PyTorch: the longest part of most tests."""
     import pytest
 
     with open(output, "w") as file:
@@ -1193,7 +1209,8 @@ def run_pytest(tree, tests, output):
 def status_of(tree, tests):
     """(exit status of pytest, what it printed); None for tests that do not end."""
     output = tree.with_suffix(".output")
-    process = CONTEXT.Process(target=run_pytest, args=(tree, tests, output))
+    paths = [f"tests/{test}" for test in tests]
+    process = CONTEXT.Process(target=run_pytest, args=(tree, paths, output))
     process.start()
     process.join(600)
     process.kill()
@@ -1201,66 +1218,56 @@ def status_of(tree, tests):
 
 
 def outcome(mutant, source, trees):
-    """`killed` by its test, `SURVIVED` or, where the test could not even be collected, `ERROR`."""
-    name, test, edits = parts(mutant)
-    tree, start = trees.get(), time.monotonic()
-    texts = mutated(edits, source)
-    for file, text in texts.items():
-        (tree / file).write_text(text)
-    status, output = status_of(tree, [test])
-    for file in texts:
-        shutil.copy(source / file, tree / file)
+    """`killed` by its tests, `SURVIVED` or, where they could not even be collected, `ERROR`."""
+    tree = trees.get()
+    started = time.monotonic()
+    (tree / mutant.file).write_text(mutated(mutant, source))
+    status, output = status_of(tree, [mutant.tests])
+    shutil.copy(source / mutant.file, tree / mutant.file)
     trees.put(tree)
     found = {0: "SURVIVED", 1: "killed", None: "killed"}.get(status, "ERROR")
-    print(f"{found:9}{time.monotonic() - start:5.0f} s  {name}", flush=True)
+    print(f"{found:9}{time.monotonic() - started:5.0f} s  {mutant.what}", flush=True)
     if found == "ERROR":
         print(output)
     return found
 
 
-def stale(mutants):
-    """Why mutants no longer apply."""
-    for name, _, edits in map(parts, mutants):
-        try:
-            mutated(edits, ROOT)
-        except ValueError as why:
-            yield f"{name}: {why}"
+def copies_of_the_tree(folder, count):
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.h5", "__pycache__")
+    for n in range(count):
+        yield shutil.copytree(ROOT, Path(folder, str(n)), ignore=ignored)
 
 
-def main():
+def outcomes_of(mutants, jobs):
+    """The outcome of each mutant. Ends where the tests fail before anything is broken."""
+    # set before the server of processes begins
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    modules = ["torch", "torch._dynamo", "h5py", "matplotlib.pyplot", "pytest", "soundfile", "tyro"]
+    CONTEXT.set_forkserver_preload(modules)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        source, *copies = copies_of_the_tree(folder, 1 + jobs)
+        tests = sorted({mutant.tests for mutant in mutants})
+        status, output = status_of(copies[0], tests)
+        if status:
+            sys.exit(f"the tests fail before anything is broken:\n{output}")
+        trees = queue.SimpleQueue()
+        for tree in copies:
+            trees.put(tree)
+        return list(pool.map(lambda mutant: outcome(mutant, source, trees), mutants))
+
+
+def main(mutants=MUTANTS):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="mutants whose name holds this word")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="copies of the tree that are tested at once"
-    )
+    parser.add_argument("--only", default="", help="mutants of which the description holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the tree tested at once")
     options = parser.parse_args()
-    mutants = [mutant for mutant in MUTANTS if options.only in mutant[0]]
+    mutants = [mutant for mutant in mutants if options.only in mutant.what]
     if problems := list(stale(mutants)):
         sys.exit("\n".join(problems))
-    os.environ.update(
-        OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1"
-    )  # before the server of processes begins
-    CONTEXT.set_forkserver_preload(
-        ["torch", "torch._dynamo", "h5py", "matplotlib.pyplot", "pytest"]
-    )
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        source, *copies = (Path(folder, str(n)) for n in range(1 + options.jobs))
-        trees = queue.SimpleQueue()
-        for tree in (source, *copies):
-            shutil.copytree(
-                ROOT,
-                tree,
-                ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.h5", "__pycache__"),
-            )
-        for tree in copies:
-            trees.put(tree)
-        status, output = status_of(copies[0], sorted({test for _, test, _ in map(parts, mutants)}))
-        if status:
-            sys.exit(f"the tests fail before anything is broken:\n{output}")
-        found = list(pool.map(lambda mutant: outcome(mutant, source, trees), mutants))
-    alive = [mutant[0] for mutant, what in zip(mutants, found) if what != "killed"]
+    found = outcomes_of(mutants, options.jobs)
+    alive = [mutant.what for mutant, what in zip(mutants, found) if what != "killed"]
     print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants killed", *alive, sep="\n")
     sys.exit(bool(alive))
 
