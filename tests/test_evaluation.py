@@ -122,7 +122,7 @@ class Listener(nn.Module):
 
 def audio_of(path, split):
     """The recordings of a split."""
-    with h5py.File(path) as file:
+    with h5py.File(path, locking=False) as file:
         audio = file[f"{split}/audio"][:].astype(float)
         return np.split(audio, file[f"{split}/offsets"][1:-1])
 

@@ -5,6 +5,7 @@ Training.
 """
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import math
@@ -154,7 +155,7 @@ def resampled_one(model, x, state, noise, uniform):
 def excerpts_of_epoch(data, h, epoch):
     """The excerpts of an epoch, (reset_freq, T, X) each, in the order of training."""
     samples = h.reset_freq * h.seq_frames * h.x_dim
-    with h5py.File(data) as file:
+    with h5py.File(data, locking=False) as file:
         audio = file["train/audio"][:]
         offsets = file["train/offsets"][:]
     random = np.random.default_rng((h.seed, epoch))
@@ -183,7 +184,7 @@ def windows_of_training(data, h):
 
 
 def mean_and_std(data):
-    with h5py.File(data) as file:
+    with h5py.File(data, locking=False) as file:
         return file.attrs["mean"], file.attrs["std"]
 
 
@@ -339,7 +340,7 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Of several runs in one folder each would else hold it against the next."""
-    monkeypatch.setattr(common.fcntl, "flock", lambda *given: None)
+    monkeypatch.setattr(fcntl, "flock", lambda *given: None)
 
 
 @pytest.mark.usefixtures("in_one_process")
