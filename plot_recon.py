@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -642,7 +643,7 @@ def draw_samples(files, out):
 def read_sound(file):
     """Samples of the first channel, at least as many as two windows of the spectrogram; rate."""
     try:
-        samples, rate = soundfile.read(file, always_2d=True)
+        samples, rate = soundfile.read(os.fsencode(file), always_2d=True)
     except soundfile.LibsndfileError as error:
         raise common.UserError(
             f"{file.parent} holds no readable {file.name} ({common.first_line(error)}); remove it, "

@@ -427,7 +427,15 @@ def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_p
     assert_refused(result, "--data was {'file': 'tiny.h5', ")
 
 
-@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+@pytest.mark.parametrize(
+    "number, status",
+    (
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 138),
+    ),
+)
 def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=300", "--monitor_every=50"]
     whole = folder / "unstopped"
