@@ -27,8 +27,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def short_samples():
     """A tenth of a second of speech in place of ten."""
+    write_short_samples = functools.partial(common.write_samples, frames=8, given=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common, "write_samples", functools.partial(common.write_samples, frames=8, given=2)
-        )
+        patch.setattr(common, "write_samples", write_short_samples)
         yield

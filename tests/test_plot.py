@@ -49,10 +49,9 @@ def write_evaluation(folder, shift, data, config, bounds, windows=4, **more):
         bounds={name: dict(nats_per_frame=bound, stderr=1.0) for name, bound in bounds.items()},
     )
     (folder / "eval.json").write_text(json.dumps(evaluation))
-    rows = [
-        ",".join(f"{bound + window:.3f}" for bound in bounds.values()) for window in range(windows)
-    ]
-    (folder / "windows.csv").write_text("\n".join([",".join(bounds), *rows]) + "\n")
+    rows = np.add.outer(np.arange(windows), list(bounds.values()))
+    names = ",".join(bounds)
+    np.savetxt(folder / "windows.csv", rows, "%.3f", ",", header=names, comments="")
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -82,13 +81,12 @@ def plot(tmp_path, monkeypatch, capsys):
 
     def plot(*arguments):
         main_of("plot_recon", *(arguments or ["runs"]))
-        lines = capsys.readouterr().out.splitlines()
-        rows = [
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in lines
-            if line.startswith("| ")
-        ]
-        return [row for row in rows if row[0] != "objective"]
+        rows = []
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("| ") and not line.startswith("| objective"):
+                cells = line.strip("|").split("|")
+                rows.append([cell.strip() for cell in cells])
+        return rows
 
     return plot
 

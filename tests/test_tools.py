@@ -2,6 +2,7 @@
 
 import datetime
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -35,11 +36,15 @@ def noise(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The benchmark's clock goes by work. An update takes 1 s, with bf16 3, ar_order 4, resample 5, dreg 6, and a plain
-    rollout 9 s more; matrix products do 1 GFLOP in 2 s, in bf16 in 1 s. It keeps the numbers of threads it was read at.
+    """The benchmark's clock goes by work.
+
+    An update takes 1 s, with bf16 3, ar_order 4, resample 5, dreg 6, and a plain rollout 9 s more;
+    matrix products do 1 GFLOP in 2 s, in bf16 in 1 s. It keeps the numbers of threads at which it
+    was read.
     """
     clock = SimpleNamespace(time=0.0, threads=2, seen=set())
-    step, plain_rollout = common.Training.step, benchmark.plain_rollout
+    step = common.Training.step
+    plain_rollout = benchmark.plain_rollout
 
     def read():
         clock.seen.add(clock.threads)
@@ -47,13 +52,11 @@ def clock(monkeypatch):
 
     def timed_step(training, *arguments):
         h = training.h
-        clock.time += (
-            1
-            + 2 * h.bf16
-            + 3 * bool(h.ar_order)
-            + 4 * getattr(h, "resample", 0)
-            + 5 * getattr(h, "dreg", 0)
-        )
+        clock.time += 1
+        clock.time += 2 * h.bf16
+        clock.time += 3 * bool(h.ar_order)
+        clock.time += 4 * getattr(h, "resample", False)
+        clock.time += 5 * getattr(h, "dreg", False)
         step(training, *arguments)
 
     def timed_plain_rollout(*arguments):
@@ -61,94 +64,117 @@ def clock(monkeypatch):
         return plain_rollout(*arguments)
 
     def matrix_products(device, precision, size):
-        return lambda: setattr(clock, "time", clock.time + (1 if precision == "bf16" else 2)), 1e9
+        def products():
+            clock.time += 1 if precision == "bf16" else 2
+
+        return products, 1e9
+
+    def set_threads(count):
+        clock.threads = count
 
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=read))
     monkeypatch.setattr(common.Training, "step", timed_step)
     monkeypatch.setattr(benchmark, "plain_rollout", timed_plain_rollout)
     monkeypatch.setattr(benchmark, "matrix_products", matrix_products)
     monkeypatch.setattr(torch, "get_num_threads", lambda: clock.threads)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(clock, "threads", count))
+    monkeypatch.setattr(torch, "set_num_threads", set_threads)
     return clock
 
 
-def test_the_benchmark_reports_single_updates_and_the_ratios_of_neighbours(
-    noise, clock, monkeypatch
-):
+# Of an update in float32 and in bf16: seconds, those of a plain one, their ratio, and what matrix
+# products there are, in GFLOP a second and as a part of what the machine does.
+EXACT = dict(seconds=1, plain_seconds=10, ratio=10, gflops=6, of_products=12)
+BF16 = dict(seconds=3, plain_seconds=10, ratio=pytest.approx(10 / 3), gflops=2, of_products=2)
+
+
+def of_an_update(objective, batch, rows, products="float32"):
+    timed = BF16 if products == "bf16" else EXACT
+    return dict(objective=objective, products=products, batch=batch, rows=rows, **timed)
+
+
+def without(row, names):
+    return {name: value for name, value in row.items() if name not in names}
+
+
+@pytest.fixture
+def rows_of(noise, clock, monkeypatch):
+    """A function from a part of the benchmark to its rows; it goes by work, on the right threads."""
     monkeypatch.setattr(benchmark, "flop", lambda training: 6e9)
-    rows = {}
-    for part in BY_WORK:
+
+    def rows_of(part):
         clock.seen.clear()
-        rows[part] = list(benchmark.rows_of(part, noise, CPU, repeats=1, quick=True))
-        assert clock.seen == {1 if part.endswith("_small") else 2} and clock.threads == 2
-    columns = (
-        "objective",
-        "products",
-        "batch",
-        "rows",
-        "seconds",
-        "plain_seconds",
-        "ratio",
-        "gflops",
-        "of_products",
+        rows = list(benchmark.rows_of(part, noise, CPU, repeats=1, quick=True))
+        assert clock.seen == {1 if part.endswith("_small") else 2}
+        assert clock.threads == 2
+        return rows
+
+    return rows_of
+
+
+@pytest.mark.parametrize(
+    "part, expected",
+    (
+        (
+            "updates",
+            [
+                of_an_update("VRNN", 128, 128),
+                of_an_update("VRNN", 128, 128, "bf16"),
+                of_an_update("VAE_5", 128, 640),
+                of_an_update("VAE_5", 128, 640, "bf16"),
+                of_an_update("IWAE_5", 128, 640),
+                of_an_update("IWAE_5", 128, 640, "bf16"),
+            ],
+        ),
+        (
+            "updates_small",
+            [
+                of_an_update("VRNN", 8, 8),
+                of_an_update("VRNN", 16, 16),
+                of_an_update("VRNN", 32, 32),
+                of_an_update("VAE_5", 8, 40),
+                of_an_update("IWAE_5", 8, 40),
+            ],
+        ),
+    ),
+)
+def test_the_benchmark_reports_single_updates(rows_of, part, expected):
+    rows = rows_of(part)
+    others = ("least", "most", "times_vrnn", "peak_gib", "blizzard_epoch_hours")
+    assert [without(row, others) for row in rows] == expected
+    for row in rows:
+        assert row["least"] == row["ratio"] == row["most"]
+        assert row["times_vrnn"] == 1
+        assert row["peak_gib"] > 0
+        hours = 283 * 16_000 / 100 * row["seconds"] / row["batch"]
+        assert row["blizzard_epoch_hours"] == pytest.approx(hours)
+
+
+@pytest.mark.parametrize("part", ("variants", "variants_small"))
+def test_the_benchmark_reports_the_ratios_of_neighbours(rows_of, part):
+    times = ("seconds", "ratio", "least", "most")  # without a flag an update takes 1 s
+    assert rows_of(part) == [
+        dict(objective=objective, flag=flag, without_seconds=1, **dict.fromkeys(times, taken))
+        for objective, flag, taken in (
+            ("VRNN", "--ar_order=16", 4),
+            ("IWAE_5", "--ar_order=16", 4),
+            ("IWAE_5", "--resample", 5),
+            ("IWAE_5", "--dreg", 6),
+        )
+    ]
+
+
+@pytest.mark.parametrize("part", ("growth", "growth_small"))
+def test_the_benchmark_lets_one_size_grow_at_a_time(rows_of, part):
+    values = dict(
+        seq_frames=(20, 40, 80),
+        batch_size=(16, 32, 64, 128),
+        k=(1, 2, 5, 10),
+        rnn_dim=(3, 6, 12, 24),
     )
-    exact, bf16 = (1, 10, 10, 6, 12), (3, 10, pytest.approx(10 / 3), 2, 2)
-    assert [tuple(row[name] for name in columns) for row in rows["updates"]] == [
-        row
-        for objective, count in (("VRNN", 128), ("VAE_5", 640), ("IWAE_5", 640))
-        for row in (
-            (objective, "float32", 128, count, *exact),
-            (objective, "bf16", 128, count, *bf16),
-        )
-    ]
-    assert [tuple(row[name] for name in columns) for row in rows["updates_small"]] == [
-        (objective, "float32", batch, count, *exact)
-        for objective, batch, count in (
-            ("VRNN", 8, 8),
-            ("VRNN", 16, 16),
-            ("VRNN", 32, 32),
-            ("VAE_5", 8, 40),
-            ("IWAE_5", 8, 40),
-        )
-    ]
-    for row in rows["updates"] + rows["updates_small"]:
-        assert (
-            row["times_vrnn"] == 1
-            and row["peak_gib"] > 0
-            and row["least"] == row["ratio"] == row["most"]
-        )
-        assert row["blizzard_epoch_hours"] == pytest.approx(
-            283 * 16_000 / 100 * row["seconds"] / row["batch"]
-        )
-    for part in ("variants", "variants_small"):
-        assert rows[part] == [
-            dict(
-                objective=objective,
-                flag=flag,
-                seconds=taken,
-                without_seconds=1,
-                ratio=taken,
-                least=taken,
-                most=taken,
-            )
-            for objective, flag, taken in (
-                ("VRNN", "--ar_order=16", 4),
-                ("IWAE_5", "--ar_order=16", 4),
-                ("IWAE_5", "--resample", 5),
-                ("IWAE_5", "--dreg", 6),
-            )
-        ]
-    for part in ("growth", "growth_small"):
-        assert rows[part] == [
-            dict(size=size, value=value, seconds=1)
-            for size, values in dict(
-                seq_frames=(20, 40, 80),
-                batch_size=(16, 32, 64, 128),
-                k=(1, 2, 5, 10),
-                rnn_dim=(3, 6, 12, 24),
-            ).items()
-            for value in values
-        ]
+    expected = []
+    for size in values:
+        expected += [dict(size=size, value=value, seconds=1) for value in values[size]]
+    assert rows_of(part) == expected
 
 
 def test_variants_take_turns_after_a_warm_up_and_neighbours_are_compared(monkeypatch):
@@ -160,12 +186,12 @@ def test_variants_take_turns_after_a_warm_up_and_neighbours_are_compared(monkeyp
 
 def operations(function):
     """The floating-point operations of the matrix products that a function really makes."""
-    with FlopCounterMode(
-        display=False,
-        custom_mapping={
-            torch.ops.aten._addmm_activation: (lambda bias, a, b, **_: 2 * a[0] * a[1] * b[1])
-        },
-    ) as counter:
+
+    def addmm_activation(bias, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    mapping = {torch.ops.aten._addmm_activation: addmm_activation}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function()
     return counter.get_total_flops()
 
@@ -174,14 +200,13 @@ def test_the_benchmark_counts_the_operations_that_it_times(noise):
     for objective, (module, _) in benchmark.OBJECTIVES.items():
         training = benchmark.make_training(noise, CPU, objective, **benchmark.QUICK)
         training.next_window()
-        assert (
-            operations(benchmark.our_update(training, module.objective))
-            == benchmark.flop(training)
-            > 0
-        )
+        count = operations(benchmark.our_update(training, module.objective))
+        assert count == benchmark.flop(training)
+        assert count > 0
     products, count = benchmark.matrix_products(CPU, size=8)
     assert operations(products) == count
-    x_TBX, generator = torch.randn(5, 128, 20), torch.Generator()
+    x_TBX = torch.randn(5, 128, 20)
+    generator = torch.Generator()
     count = operations(lambda: common.estimate_bounds(training.model, x_TBX, (5, 100), generator))
     bounds, smc = benchmark.benchmark_evaluation(noise, CPU, 1, 8, **benchmark.QUICK)
     assert bounds["gflops"] * 1e9 * bounds["seconds"] == pytest.approx(count)
@@ -192,9 +217,10 @@ def test_the_benchmark_counts_the_operations_that_it_times(noise):
 
 def test_the_benchmark_makes_the_updates_of_the_script(data, tmp_path, monkeypatch):
     monkeypatch.setattr(common.Training, "finish", lambda training: None)
-    by_flag = []
+    parameters = []
     for flag in ({}, dict(resample=True), dict(dreg=True)):
-        flags, out = benchmark.QUICK | flag, tmp_path / "-".join(["run", *flag])
+        flags = benchmark.QUICK | flag
+        out = tmp_path / "-".join(["run", *flag])
         main_of(
             "vrnn_gauss_iwae",
             *benchmark.flags_of(flags),
@@ -206,66 +232,60 @@ def test_the_benchmark_makes_the_updates_of_the_script(data, tmp_path, monkeypat
             "--monitor_windows=8",
         )
         training = benchmark.make_training(data, CPU, "IWAE_5", **flags)
-        benchmark.on_the_next_window(
-            training, benchmark.our_update(training, vrnn_gauss_iwae.objective), 6
-        )()
-        by_flag.append(torch.load(out / "last.pt", weights_only=True)["model"])
+        update = benchmark.our_update(training, vrnn_gauss_iwae.objective)
+        six_updates = benchmark.on_the_next_window(training, update, 6)
+        six_updates()
+        of_the_script = torch.load(out / "last.pt", weights_only=True)["model"]
         for name, parameter in training.model.state_dict().items():
-            assert torch.equal(parameter, by_flag[-1][name]), (flag, name)
-    plain, *others = (parameters["lstm_x.weight"] for parameters in by_flag)
-    assert not any(torch.equal(plain, other) for other in others) and not torch.equal(*others)
+            assert torch.equal(parameter, of_the_script[name]), (flag, name)
+        parameters.append(of_the_script["lstm_x.weight"])
+    for one, other in itertools.combinations(parameters, 2):
+        assert not torch.equal(one, other)
 
 
 def tables_in(output):
-    """{title: rows} of printed Markdown."""
+    """{title: rows} of printed Markdown, below the line that says on what it was measured."""
+    _, *parts = output.strip().split("\n\n")
     tables = {}
-    for title, table in zip(*[iter(output.strip().split("\n\n")[1:])] * 2):
-        columns, _, *rows = (
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
-        )
+    for title, table in zip(parts[::2], parts[1::2], strict=True):
+        columns, _, *rows = map(cells_in, table.splitlines())
         tables[title] = [dict(zip(columns, row)) for row in rows]
     return tables
 
 
+def cells_in(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_the_benchmark_keeps_the_tables_that_it_prints(tmp_path, capsys, monkeypatch):
     timed = [part for part in benchmark.PARTS if part not in BY_WORK]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "benchmark.py",
-            "--quick",
-            "--repeats=1",
-            "--device=cpu",
-            f"--only={','.join(timed)}",
-            f"--json={tmp_path / 'kept.json'}",
-        ],
-    )
+    assert timed == ["evaluation", "evaluation_small", "loader", "conversion"]
+    file = tmp_path / "kept.json"
+    flags = ["--quick", "--repeats=1", "--device=cpu", f"--only={','.join(timed)}"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags, f"--json={file}"])
     benchmark.main()
-    kept, printed = (
-        json.loads((tmp_path / "kept.json").read_text()),
-        tables_in(capsys.readouterr().out),
-    )
-    assert (
-        list(kept["tables"]) == timed == ["evaluation", "evaluation_small", "loader", "conversion"]
-    )
+    kept = json.loads(file.read_text())
+    printed = tables_in(capsys.readouterr().out)
+    assert list(kept["tables"]) == timed
     assert list(printed) == [benchmark.PARTS[part] for part in timed]
     for rows, printed_rows in zip(kept["tables"].values(), printed.values(), strict=True):
         for row, cells in zip(rows, printed_rows, strict=True):
-            assert list(row) == list(cells)
-            for name, value in row.items():
-                is_text = isinstance(value, str)
-                assert (
-                    cells[name] == value
-                    if is_text
-                    else 0 < float(cells[name]) == pytest.approx(value, rel=1e-3)
-                )
-    assert (
-        kept["commit"] == common.commit()
-        and kept["torch"] == torch.__version__
-        and "cpu" in kept["device"]
-    )
+            assert_is_printed(row, cells)
+    assert kept["commit"] == common.commit()
+    assert kept["torch"] == torch.__version__
     assert kept["date"] == datetime.date.today().isoformat()
+    assert "cpu" in kept["device"]
+
+
+def assert_is_printed(row, cells):
+    """Text as it is, and numbers, which are all above zero, to three digits."""
+    assert list(row) == list(cells)
+    for name, value in row.items():
+        if isinstance(value, str):
+            assert cells[name] == value
+        else:
+            assert value > 0
+            assert float(cells[name]) == pytest.approx(value, rel=1e-3)
 
 
 def test_the_benchmark_names_its_parts_where_one_is_unknown(capsys, monkeypatch):
@@ -276,115 +296,110 @@ def test_the_benchmark_names_its_parts_where_one_is_unknown(capsys, monkeypatch)
 
 
 def test_the_plain_update_of_the_benchmark_is_the_same_update(data, tmp_path):
-    trained = []
-    for name, make in dict(ours=benchmark.our_update, plain=benchmark.plain_update).items():
-        h, training = tiny_training(vrnn_gauss_iwae, data, tmp_path / name, "--k=3")
-        turn = benchmark.on_the_next_window(training, make(training, vrnn_gauss_iwae.objective))
+    models = []
+    for make_update in (benchmark.our_update, benchmark.plain_update):
+        out = tmp_path / make_update.__name__
+        _, training = tiny_training(vrnn_gauss_iwae, data, out, "--k=3")
+        update = make_update(training, vrnn_gauss_iwae.objective)
+        turn = benchmark.on_the_next_window(training, update)
         for _ in range(3):
             turn()
         assert training.made == training.counts["made"] == 3
-        trained.append(training.model)
-    for ours, plain in zip(*(model.parameters() for model in trained)):
-        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+        models.append(training.model)
+    ours, plain = models
+    for p, plain_p in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, plain_p, rtol=1e-3, atol=1e-5)
 
 
 def test_the_benchmark_lets_the_updates_of_two_trees_take_turns(noise, monkeypatch):
     monkeypatch.setattr(benchmark, "OBJECTIVES", {"VRNN": benchmark.OBJECTIVES["VRNN"]})
     (row,) = benchmark.compare_with(ROOT, noise, CPU, 1, quick=True)
-    assert row["objective"] == "VRNN" and row["here_seconds"] > 0
+    assert row["objective"] == "VRNN"
+    assert row["here_seconds"] > 0
     assert row["ratio"] == row["least"] == row["most"] == row["there_seconds"] / row["here_seconds"]
+
+
+GROUPS = (
+    "objectives",
+    "variants",
+    "adam",
+    "reader",
+    "latents",
+    "likelihood",
+    "ar_settings",
+    "clip",
+    "regime",
+    "size",
+)
 
 
 def test_every_run_of_the_experiment_has_valid_flags():
     names = []
     for group, name, script, *flags in experiment.table(Path("runs"), 5000):
         assert (ROOT / f"{script}.py").exists()
-        assert group in (
-            "objectives",
-            "variants",
-            "adam",
-            "reader",
-            "latents",
-            "likelihood",
-            "ar_settings",
-            "clip",
-            "regime",
-            "size",
-            "judges",
-        )
         module = importlib.import_module(Path(script).name)
         settings = [*experiment.SETTINGS, *experiment.lengths(5000)]
-        if group == "judges":
-            checkpoint = Path(flags[0].removeprefix("--evaluate="))
-            assert (
-                checkpoint.parts[:-1] == ("runs", name.replace("_1000", ""))
-                and checkpoint.parts[1] in names
-            )
-            settings, flags[0] = (
-                [],
-                f"--evaluate={ROOT / 'data/results/objectives/vrnn_long-0/best.pt'}",
-            )
+        if group == "judges":  # of an earlier run, with its settings
+            checkpoint, *flags = flags
+            earlier = Path("runs", name.replace("_1000", ""), "best.pt")
+            assert checkpoint == f"--evaluate={earlier}"
+            assert earlier.parent.name in names
+            settings = [f"--evaluate={ROOT / 'data/results/objectives/vrnn_long-0/best.pt'}"]
+        else:
+            assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
         names.append(name)
-    assert len(names) == len(set(names)) == 129
+    assert len(names) == 129
+    assert len(set(names)) == 129
+
+
+def first_update_of_clipping(data, out, *flags):
+    """The norm in the log after one update, and the two moments of Adam in one piece each."""
+    flags = [*SIZES, f"--data={data}", f"--out_dir={out}", "--max_updates=1", *flags]
+    result = run("tests/experiments/clipping", *flags, cwd=out.parent)
+    assert result.returncode == 0, result.stderr
+    state = torch.load(out / "last.pt", weights_only=True)["optimiser"]["state"]
+    first = torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
+    second = torch.cat([moments["exp_avg_sq"].flatten() for moments in state.values()])
+    return log_of(out)[1]["grad_norm"], first, second
 
 
 def test_growing_norms_scale_every_gradient_and_the_log_holds_those_before(data, tmp_path):
-    norms = []
-    for flags in ([], ["--norm=growing", "--beta2=0.99"]):
-        out = tmp_path / f"flags-{len(flags)}"
-        result = run(
-            "tests/experiments/clipping",
-            *SIZES,
-            f"--data={data}",
-            f"--out_dir={out}",
-            "--max_updates=1",
-            *flags,
-            cwd=tmp_path,
-        )
-        assert result.returncode == 0, result.stderr
-        adam = torch.load(out / "last.pt", weights_only=True)["optimiser"]["state"].values()
-        norms.append(
-            (
-                log_of(out)[1]["grad_norm"],
-                torch.cat([moments["exp_avg"].flatten() for moments in adam]).norm().item(),
-                torch.cat([moments["exp_avg_sq"].flatten() for moments in adam]).sum().item(),
-            )
-        )
-    (clipped, first, second), (growing, first_growing, second_growing) = norms
-    assert growing == pytest.approx(clipped) and abs(clipped - 60) > 5
-    assert (first, second) == pytest.approx((0.1 * clipped, 0.001 * clipped**2), rel=1e-3)
-    assert (first_growing, second_growing) == pytest.approx((0.1 * 60, 0.01 * 60**2), rel=1e-3)
+    norm, first, second = first_update_of_clipping(data, tmp_path / "clipped")
+    assert abs(norm - 60) > 5
+    assert first.norm().item() == pytest.approx(0.1 * norm, rel=1e-3)
+    assert second.sum().item() == pytest.approx(0.001 * norm**2, rel=1e-3)
+    growing = ("--norm=growing", "--beta2=0.99")
+    same_norm, first, second = first_update_of_clipping(data, tmp_path / "growing", *growing)
+    assert same_norm == pytest.approx(norm)
+    assert first.norm().item() == pytest.approx(0.1 * 60, rel=1e-3)
+    assert second.sum().item() == pytest.approx(0.01 * 60**2, rel=1e-3)
 
 
 def test_the_norms_grow_in_lines_between_those_of_the_trial_run():
     clipping = importlib.import_module("clipping")
     norms = clipping.median_norms(torch.device("cpu"))
-    assert (
-        norms[[0, 125, 250, 875]].tolist() == [60, 123, (123 + 272) / 2, 640] and len(norms) == 876
-    )
+    assert norms[[0, 125, 250, 875]].tolist() == [60, 123, (123 + 272) / 2, 640]
+    assert len(norms) == 876
 
 
 def test_a_norm_is_limited_to_twice_the_median_of_the_last_ones():
     clipping = importlib.import_module("clipping")
     recent = torch.full((3,), torch.nan)
-    norms = [
-        clipping.limited(torch.tensor(norm), recent, update).item()
-        for update, norm in enumerate((4.0, 1.0, 9.0, 30.0, 20.0, 20.0, 50.0))
-    ]
-    assert norms == [4, 1, 8, 18, 20, 20, 40]
+    limited = []
+    for update, norm in enumerate((4.0, 1.0, 9.0, 30.0, 20.0, 20.0, 50.0)):
+        limited.append(clipping.limited(torch.tensor(norm), recent, update).item())
+    assert limited == [4, 1, 8, 18, 20, 20, 40]
 
 
 def test_particles_prints_its_three_tables(data, tmp_path, monkeypatch, capsys):
     _, training = tiny_training(vrnn_gauss, data, tmp_path / "run")
     make_updates(training, update_with(training, vrnn_gauss.objective), 2)
-    for name, value in dict(
-        FRAMES=(5, 10), PARTICLES=(2, 4), GRADIENTS=[(5, 1), (10, 3)], WINDOWS=4, BATCH=2, DRAWS=3
-    ).items():
+    sizes = dict(FRAMES=(5, 10), PARTICLES=(2, 4), GRADIENTS=[(5, 1), (10, 3)])
+    for name, value in dict(**sizes, WINDOWS=4, BATCH=2, DRAWS=3).items():
         monkeypatch.setattr(particles, name, value)
-    monkeypatch.setattr(
-        sys, "argv", ["particles.py", str(tmp_path / "run/best.pt"), f"--data={data}"]
-    )
+    arguments = [str(tmp_path / "run/best.pt"), f"--data={data}"]
+    monkeypatch.setattr(sys, "argv", ["particles.py", *arguments])
     particles.main()
     output = capsys.readouterr().out
     for row in (

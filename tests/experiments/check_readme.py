@@ -337,10 +337,12 @@ def effective_sizes():
     """Of the particle filter, and of the importance weights of whole windows, on the test split."""
     rows = []
     for label, group in groups_by_label("objectives", "variants", "likelihood"):
-        found = [evaluation_of(run)["bounds"] for run in group]
-        in_filter = [bounds["ess_smc_100"]["mean"] for bounds in found]
-        of_windows = [bounds["ess_iwae_100"]["mean"] for bounds in found]
-        spread = [bounds["log_w_std"]["nats_per_sequence"] for bounds in found]
+        in_filter, of_windows, spread = [], [], []
+        for evaluation in map(evaluation_of, group):
+            bounds = evaluation["bounds"]
+            in_filter.append(bounds["ess_smc_100"]["mean"])
+            of_windows.append(bounds["ess_iwae_100"]["mean"])
+            spread.append(bounds["log_w_std"]["nats_per_frame"] * evaluation["frames"])
         rows.append(
             {
                 "objective": label,

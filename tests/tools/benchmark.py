@@ -70,7 +70,8 @@ FLAGS = [
 PARTS = dict(  # and the titles of their tables
     updates="Update at published size (T = 40, R = 1000), optimiser included; ratio: plain / ours",
     updates_small=(
-        "Update at small size (T = 40, R = 128), one thread, optimiser included; ratio: plain / ours"
+        "Update at small size (T = 40, R = 128), one thread, optimiser included; "
+        "ratio: plain / ours"
     ),
     variants="Update at published size, B = 128; ratio: with a flag / without",
     variants_small="Update at small size, B = 8, one thread; ratio: with a flag / without",
@@ -79,7 +80,8 @@ PARTS = dict(  # and the titles of their tables
     growth="Update as one size grows from T = 40, B = 32, K = 1, R = 1000",
     growth_small="Update as one size grows from T = 40, B = 32, K = 1, R = 128, one thread",
     loader=(
-        "Loader alone, and what updates use of it; ratio: updates with the loader / on a fixed batch"
+        "Loader alone, and what updates use of it; "
+        "ratio: updates with the loader / on a fixed batch"
     ),
     conversion="Conversion of an .npz, and of 44.1 kHz sound files",
 )
@@ -214,7 +216,7 @@ def multiplications(model, k, rollouts=1):
 
 
 def flop(training):
-    """Floating-point operations of the matrix products of one update: x itself needs no gradient."""
+    """Floating-point operations of the products of one update: x itself needs no gradient."""
     h, model = training.h, training.model
     of_a_frame = 6 * multiplications(model, training.particles) - 2 * model.phi_x[0].weight.numel()
     return h.seq_frames * h.batch_size * of_a_frame
@@ -601,7 +603,7 @@ def main():
 
 
 def measure(tables, device, file):
-    """Print the tables, (name, title, rows) each; keep those that are complete in the file, if any."""
+    """Print the tables, (name, title, rows) each; keep those that are complete in a file, if any."""
     found = dict(
         commit=common.commit(),
         device=common.describe(device),

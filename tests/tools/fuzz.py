@@ -29,7 +29,8 @@ import torch
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
-from tiny import SIZES, command, make_updates, smooth_noise, update_with, write_tiny_data  # noqa: E402
+import tiny  # noqa: E402
+from tiny import SIZES, smooth_noise  # noqa: E402
 
 import common  # noqa: E402
 import plot_recon  # noqa: E402
@@ -101,11 +102,15 @@ def whole_input(kind, random, run):
 
 # ---- damage ----
 
-EXTREME = [
-    value.to_bytes(size, "little", signed=True)
-    for size in (2, 4, 8)
-    for value in (0, -1, 1, 2 ** (8 * size - 1) - 1, -(2 ** (8 * size - 1)), 1 << (8 * size - 3))
-]
+
+def extreme_integers(size):
+    """The bytes of some, of `size` bytes each."""
+    largest = 2 ** (8 * size - 1) - 1
+    values = (0, -1, 1, largest, -largest - 1, 1 << (8 * size - 3))
+    return [value.to_bytes(size, "little", signed=True) for value in values]
+
+
+EXTREME = extreme_integers(2) + extreme_integers(4) + extreme_integers(8)
 
 
 def damaged(data, random):
@@ -231,7 +236,8 @@ def train_from(kind, path, run):
                 common.evaluate_checkpoint(h)
             else:
                 training = common.Training(h, h.k)
-                make_updates(training, update_with(training, vrnn_gauss.objective), 1)
+                update = tiny.update_with(training, vrnn_gauss.objective)
+                tiny.make_updates(training, update, 1)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -325,7 +331,7 @@ def outcome_of(kind, data, run):
 
 
 def read_inputs(first, last, seed, run):
-    """Print `case outcome` for each case; `case ` alone where the process ends in the midst of it."""
+    """Print `case outcome` for each case; `case ` alone where the process ends in it."""
     for case in range(first, last):
         kind = kind_of(case)
         data = damaged_input(kind, np.random.default_rng((seed, case)), run)
@@ -383,10 +389,10 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        write_tiny_data(Path(folder) / "tiny.h5")
+        tiny.write_tiny_data(Path(folder) / "tiny.h5")
         where = (f"--data={folder}/tiny.h5", f"--out_dir={run}")
         lengths = ("--max_updates=4", "--monitor_every=2")
-        training = command("vrnn_gauss", *SIZES, *where, *lengths)
+        training = tiny.command("vrnn_gauss", *SIZES, *where, *lengths)
         subprocess.run(training, check=True, stdout=subprocess.DEVNULL)
         found = outcomes(options.cases, options.seed, run)
     sys.exit(bool(report(found)))
