@@ -112,7 +112,9 @@ def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of
         "g",
         (noise(9_000) if i == 0 else [][0] for i in range(2)),
     )  # fails after its first block
-    skipped = common.convert(iter([*items, damaged]), tmp_path / "out.h5", valid=0.25, test=0.25)
+    shares = dict(train=0.5, valid=0.25, test=0.25)
+    found = (common.Recording(*item) for item in (*items, damaged))
+    skipped = common.convert(found, tmp_path / "out.h5", shares)
     assert skipped == ["file of g: it cannot be read (list index out of range)"]
     assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
     assert read_back(tmp_path / "out.h5")[1] == dict(
@@ -523,7 +525,8 @@ def test_few_sound_files_are_decoded_ahead_so_that_the_disk_holds_few_of_their_s
     paths = [tmp_path / f"{i}.wav" for i in range(40)]
     blocks = prepare_blizzard.decoded(paths, tmp_path / "decoded")
     for i in range(20):
-        np.testing.assert_array_equal(np.concatenate(list(next(blocks))), noise(100, i))
+        of_recording, _ = next(blocks)
+        np.testing.assert_array_equal(np.concatenate(list(of_recording)), noise(100, i))
     time.sleep(0.2)
     held = [int(path.name) for path in (tmp_path / "decoded").iterdir()]
     assert held and min(held) >= 19 and max(held) <= 20 + 2 * os.cpu_count()
