@@ -1407,28 +1407,64 @@ REMAKE = "make it again with prepare_blizzard.py"
 MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
 
 
-class SplitWriter:
-    """Appends whole recordings to one group of the HDF5 file."""
+class SafeFile(io.FileIO):
+    """A file for HDF5 to write to. HDF5 crashes where a write fails, so here none does.
 
-    def __init__(self, group, share):
+    Whoever uses it calls `check` after every few writes: HDF5 crashes as well where it goes on and
+    needs what it has not written.
+    """
+
+    problem = None
+
+    def write(self, data):
+        try:
+            while data:
+                data = data[super().write(data) :]
+        except OSError as error:
+            self.problem = first_line(error)
+
+    def truncate(self, size):
+        try:
+            super().truncate(size)
+        except OSError as error:
+            self.problem = first_line(error)
+
+    def check(self):
+        """Raise UserError where a write has failed, or will soon."""
+        folder = self.name.parent
+        if shutil.disk_usage(folder).free < MIN_FREE:
+            self.problem = f"the disk of {folder} is nearly full"
+        if self.problem:
+            raise UserError(
+                f"{self.name} cannot be written: {self.problem}; make room, raise the limit on the "
+                "size of files, or give another --out"
+            )
+
+    def close(self):
+        super().close()
+        self.check()
+
+
+class SplitWriter:
+    """Appends whole recordings to one group of the HDF5 file. check: called after every write."""
+
+    def __init__(self, group, share, check):
         self.group = group
         self.share = share
+        self.check = check
         self.offsets = [0]
         self.names = []
         self.total = self.squares = 0  # sums over all samples
         self.audio = group.create_dataset("audio", (0,), "int16", chunks=(BLOCK,), maxshape=(None,))
 
-    def append(self, name, blocks):
-        """Append one recording; the next is written over one that fails half-way.
-
-        Raises BadAudio.
-        """
+    def append(self, recording):
+        """Append it; the next is written over one that fails half-way. Raises BadAudio."""
         start = end = self.offsets[-1]
         total = squares = 0
-        for block in guarded(blocks):
-            require_space(Path(self.group.file.filename).parent)
+        for block in blocks_of(recording):
             self.audio.resize((end + len(block),))
             self.audio[end:] = block
+            self.check()
             end += len(block)
             wide = block.astype(np.int64)
             total += int(wide.sum())
@@ -1438,86 +1474,69 @@ class SplitWriter:
         if squares * (end - start) == total**2:
             raise BadAudio(f"all of its {end - start:,} samples are the same")
         self.offsets.append(end)
-        self.names.append(printable(name).replace("\0", "\\0"))
+        self.names.append(printable(recording.name).replace("\0", "\\0"))
         self.total += total
         self.squares += squares
 
     def close(self):
         """Returns mean and standard deviation."""
-        self.audio.resize((self.offsets[-1],))
-        self.group["offsets"] = np.array(self.offsets, np.int64)
-        self.group.create_dataset("names", data=self.names, dtype=h5py.string_dtype())
-        mean = self.total / self.offsets[-1]
-        return mean, math.sqrt(max(0.0, self.squares / self.offsets[-1] - mean * mean))
+        samples = self.offsets[-1]
+        self.audio.resize((samples,))
+        self.group["offsets"] = np.int64(self.offsets)
+        self.group["names"] = self.names
+        variance = self.squares * samples - self.total**2  # times samples^2, exactly
+        return self.total / samples, math.sqrt(variance) / samples
 
 
-def convert(
-    recordings,
-    out,
-    valid=0.05,
-    test=0.05,
-    force=False,
-    strict=False,
-    created_by="prepare_blizzard.py",
-    complete=None,
-):
-    """Write recordings to one HDF5 file, which appears under its name only when it is complete.
+def convert(recordings, out, shares, strict=False, created_by="prepare_blizzard.py", complete=None):
+    """Write Recordings to one HDF5 file, which appears under its name only when it is complete.
 
-    recordings: (source, name, blocks) each: where it lies, its name, and an iterator over its
-    samples in 1-D int16 arrays at 16 kHz, or the BadAudio that stands in their way. Each goes,
-    whole, to the split that is furthest below its share of the samples so far, so that a rerun
-    gives the same splits; one that raises is skipped, or an error (strict). complete: called with
-    the path of the file when all recordings are in it, to add to it. Returns
+    Each goes, whole, to the split that is furthest below its share, {split: of all samples}, of the
+    samples so far, so that a rerun gives the same splits; one that is not usable is skipped, or an
+    error (strict).
+    complete: called with the path of the file when all recordings are in it, to add to it. Returns
     ["source: why skipped"]. Raises UserError.
     """
-    if not (0 < valid and 0 < test and valid + test < 1):
-        raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
-    out = Path(out)
-    if out.exists() and not force:
-        raise UserError(f"{out} already exists; pass --force to replace it, or give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shares = dict(train=1 - valid - test, valid=valid, test=test)
     with stop_requests() as received, durably(out) as partial:
-        with h5py.File(partial, "w", locking=False, rdcc_nbytes=1 << 20) as file:
-            writers = [SplitWriter(file.create_group(split), shares[split]) for split in SPLITS]
+        with SafeFile(partial, "w+") as safe, h5py.File(safe, "w", rdcc_nbytes=1 << 20) as file:
+            writers = [
+                SplitWriter(file.create_group(split), share, safe.check)
+                for split, share in shares.items()
+            ]
             skipped = write_recordings(recordings, writers, strict, received)
             (mean, std), *_ = [writer.close() for writer in writers]
             file.attrs.update(**FORMAT, mean=mean, std=std, created_by=created_by)
         if complete:
             complete(partial)
+        if received:
+            sys.exit(128 + received[0])
     return skipped
 
 
 def write_recordings(recordings, writers, strict, received):
     """Append each to a split. Returns ["source: why skipped"]. received: signals to stop."""
     skipped = []
-    for source, name, blocks in recordings:
+    for recording in recordings:
         if received:
             sys.exit(128 + received[0])
         so_far = sum(writer.offsets[-1] for writer in writers)
         neediest = max(writers, key=lambda writer: writer.share * so_far - writer.offsets[-1])
         try:
-            neediest.append(name, blocks)
+            neediest.append(recording)
         except BadAudio as why:
-            skipped.append(f"{source}: {why}")
+            skipped.append(f"{recording.source}: {why}")
             if strict:
-                remedy = "mend or remove it, or do without --strict"
-                raise UserError(f"{skipped[-1]}; {remedy}") from why
-    counts = {split: len(writer.names) for split, writer in zip(SPLITS, writers)}
-    for split, count in counts.items():
-        if count == 0:
-            why = f" (skipped: {skipped[0]})" if skipped else ""
-            raise UserError(
-                f"{sum(counts.values())} usable recordings leave none for the split {split}{why}; "
-                "give more recordings or a larger --valid and --test"
-            )
+                raise UserError(
+                    f"{skipped[-1]}; mend or remove it, or do without --strict"
+                ) from why
+    counts = [len(writer.names) for writer in writers]
+    if 0 in counts:
+        why = f" (skipped: {skipped[0]})" if skipped else ""
+        raise UserError(
+            f"{sum(counts)} usable recordings leave none for the split "
+            f"{SPLITS[counts.index(0)]}{why}; give more recordings or a larger --valid and --test"
+        )
     return skipped
-
-
-def require_space(folder):
-    """Raise UserError before the disk is full, because HDF5 crashes when it meets the end of it."""
-    if shutil.disk_usage(folder).free < MIN_FREE:
-        raise UserError(f"the disk of {folder} is nearly full; make room, or give another --out")
 
 
 @dataclasses.dataclass
@@ -1639,6 +1658,16 @@ class BadAudio(Exception):
     """Why a file or recording cannot be used."""
 
 
+@dataclasses.dataclass
+class Recording:
+    """What is to become one recording of a data file, or a file that cannot."""
+
+    source: str  # where it lies, for messages
+    name: str
+    blocks: object = None  # an iterator over its samples, 1-D int16 arrays at 16 kHz
+    problem: str = None  # what stands in the way of them
+
+
 def natural_order(text):
     """Sort key that puts data_9 before data_10, and no two texts in one place."""
     parts = re.split("([0-9]+)", str(text))
@@ -1650,33 +1679,33 @@ def printable(name):
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def guarded(blocks):
-    """blocks, with whatever a damaged file makes NumPy, zipfile or soundfile raise as BadAudio."""
-    if isinstance(blocks, BadAudio):
-        raise blocks
+def blocks_of(recording):
+    """Its blocks. Raises BadAudio, also for whatever a damaged file makes NumPy or zipfile raise."""
+    if recording.problem:
+        raise BadAudio(recording.problem)
     try:
-        yield from blocks
+        yield from recording.blocks
     except BadAudio:
         raise
-    except Exception as error:  # a decoder may raise anything
+    except Exception as error:  # a damaged file can raise anything
         raise BadAudio(f"it cannot be read ({first_line(error)})") from error
 
 
 def array_recordings(path, name, allow_pickle=False):
-    """Yield (name, blocks), as for `convert`, of each recording in a .npz or .npy file.
+    """Yield the Recordings in a .npz or .npy file.
 
     A recording is an array or, with allow_pickle, one of an array of arrays, to read which
     executes what the file says. Raises what makes the whole file unusable.
     """
     if path.suffix.lower() == ".npy":
-        yield from recordings_of(lambda: npy_array(path, allow_pickle), name)
+        yield from recordings_of(lambda: npy_array(path, allow_pickle), path, name)
         return
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # so every zip archive begins
             raise BadAudio("it is no .npz file")
         try:
             archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # a damaged directory can raise anything
             raise BadAudio(f"it cannot be read ({first_line(error)})") from error
         expanded = sum(member.file_size for member in archive.infolist())
         if expanded > max(MAX_EXPANSION * path.stat().st_size, 1 << 20):
@@ -1690,7 +1719,7 @@ def array_recordings(path, name, allow_pickle=False):
             raise BadAudio("it holds no arrays")
         for member in sorted(members, key=natural_order):
             load = functools.partial(npz_array, archive, member, allow_pickle)
-            yield from recordings_of(load, f"{name}/{member.removesuffix('.npy')}")
+            yield from recordings_of(load, path, f"{name}/{member.removesuffix('.npy')}")
 
 
 def npy_array(path, allow_pickle):
@@ -1732,12 +1761,12 @@ def refuse_surplus(count):
         )
 
 
-def recordings_of(load, name):
+def recordings_of(load, path, name):
     """The recordings of one array: itself, or each of its elements where it is one of arrays."""
     try:
         array = np.asanyarray(load())
     except BadAudio as why:
-        yield name, why
+        yield Recording(path, name, problem=str(why))
         return
     except Exception as error:  # a damaged header can raise anything
         why = f"it cannot be read ({first_line(error)})"
@@ -1746,20 +1775,20 @@ def recordings_of(load, name):
                 "it is an array of arrays, a pickle, and reading one executes what it says; save "
                 "every recording with numpy.savez, or pass --allow_pickle if you trust the file"
             )
-        yield name, BadAudio(why)
+        yield Recording(path, name, problem=why)
         return
     if not array.dtype.hasobject:
-        yield name, pcm16_blocks(array)
+        yield Recording(path, name, pcm16_blocks(array))
         return
     if array.size == 0:
-        yield name, BadAudio("it holds no recordings")
+        yield Recording(path, name, problem="it holds no recordings")
         return
     parts = array.flat
     if np.ndim(parts[0]) == 0:  # NumPy has split recordings of equal lengths into samples
         length = array.shape[-1]
         parts = array.reshape(-1, length) if length > MAX_CHANNELS else [array]
     for i, part in enumerate(parts):
-        yield f"{name}/{i}", pcm16_blocks(part)
+        yield Recording(path, f"{name}/{i}", pcm16_blocks(part))
 
 
 def pcm16_blocks(array):

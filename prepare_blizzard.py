@@ -14,12 +14,16 @@ import collections
 import contextlib
 import io
 import math
+import mmap
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import queue
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,10 +41,12 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import common
-from common import SAMPLE_RATE, BadAudio, UserError
+from common import SAMPLE_RATE, BadAudio, Recording, UserError
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+# of files that differ in this alone the first is taken: what loses nothing before what does
+PREFERRED = (".flac", ".wav", ".npz", ".npy", ".ogg", ".mp3")
 # a training excerpt at published sizes: reset_freq 4 of 40 frames of 200 samples
 EXCERPT_SECONDS = 2.0
 
@@ -60,43 +66,86 @@ def convert_files(
     Returns what was skipped, ["source: why"], and {suffix: count} of the files in folders that are
     of no known type. Raises UserError.
     """
+    if not (0 < valid and 0 < test and valid + test < 1):
+        raise UserError(f"--valid={valid} and --test={test} must be above 0 and sum to less than 1")
+    shares = dict(train=1 - valid - test, valid=valid, test=test)
+    out = output_file(out, force)
     files, unusable, ignored = find_audio(paths)
-    folder = Path(f"{Path(out)}.decoded")
+    folder = Path(f"{out}.decoded")
     with contextlib.closing(recordings_in(files, unusable, folder, allow_pickle)) as recordings:
-        skipped = common.convert(
-            recordings, out, valid, test, force, strict, created_by, complete=add_yardsticks
-        )
+        skipped = common.convert(recordings, out, shares, strict, created_by, add_yardsticks)
     return skipped, ignored
 
 
-def recordings_in(files, unusable, folder, allow_pickle=False):
-    """Yield (source, name, blocks) of each recording, as common.convert takes them.
+def output_file(out, force):
+    """The file of --out behind all links, in a folder that is there. Raises UserError."""
+    # through a link to what it leads to, which would otherwise be replaced itself
+    path = Path(os.path.realpath(os.path.expanduser(out)))
+    if path.is_dir():
+        raise UserError(f"--out={out} is a folder; name a file in it, as {path}/blizzard.h5")
+    if path.suffix.lower() in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
+        raise UserError(f"--out={out} has the name of a recording; let it end in .h5")
+    if os.path.lexists(path):
+        if not path.is_file():
+            raise UserError(f"--out={out} is no regular file; give the name of one")
+        if not force:
+            raise UserError(
+                f"{out} already exists; pass --force to replace it, or give another --out"
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # as soon as possible, not after hours
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written: {path.parent} cannot be made or written to "
+            f"({error.strerror}); give another --out"
+        ) from error
+    return path
 
-    Decoded samples go through `folder`. What is unusable as a whole counts as one recording.
+
+def recordings_in(files, unusable, folder, allow_pickle=False):
+    """Yield a Recording for each, and for each file that is unusable as a whole.
+
+    Decoded samples go through `folder`.
     """
     for path, why in unusable:
-        yield path, "", why
+        yield Recording(path, "", problem=why)
     sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    with contextlib.closing(decoded(sound_files, folder)) as decoded_blocks:
-        for path, name in tqdm(files, unit=" files", disable=not sys.stderr.isatty()):
+    with contextlib.closing(decoded(sound_files, folder)) as decodings:
+        for path, name in tqdm(files, unit=" files", disable=not is_terminal(sys.stderr)):
             suffix = path.suffix.lower()
             if suffix in AUDIO_SUFFIXES:
-                yield path, name, next(decoded_blocks)
+                blocks, problem = next(decodings)
+                yield Recording(path, name, blocks, problem)
             elif suffix in ARRAY_SUFFIXES:
                 yield from recordings_in_arrays(path, name, allow_pickle)
             else:
                 known = " ".join(ARRAY_SUFFIXES + AUDIO_SUFFIXES)
-                yield path, name, BadAudio(f"its type is not one of {known}; convert it to .wav")
+                problem = f"its type is not one of {known}; convert it to .wav"
+                yield Recording(path, name, problem=problem)
+
+
+def is_terminal(stream):
+    return stream is not None and stream.isatty()
 
 
 def recordings_in_arrays(path, name, allow_pickle):
-    """Yield (source, name, blocks) of each recording in a .npz or .npy file."""
+    """Yield a Recording for each in a .npz or .npy file."""
     try:
-        for recording, blocks in common.array_recordings(path, name, allow_pickle):
-            source = path if recording == name else f"{path} ({recording})"
-            yield source, recording, blocks
-    except Exception as error:  # a damaged file can raise anything
-        yield path, name, error
+        for recording in common.array_recordings(path, name, allow_pickle):
+            if recording.name != name:
+                recording.source = f"{path} ({recording.name})"
+            yield recording
+    except BadAudio as why:
+        yield Recording(path, name, problem=str(why))
+    except OSError as error:
+        yield Recording(path, name, problem=cannot_be_read(error))
+
+
+def cannot_be_read(error):
+    return f"it cannot be read ({common.first_line(error)})"
 
 
 # ---- finding files -------------------------------------------------------------------------------
@@ -105,7 +154,7 @@ def recordings_in_arrays(path, name, allow_pickle):
 def find_audio(paths):
     """Files among `paths` and in the folders among them, in natural order, each once, none hidden.
 
-    Returns [(file, name)], [(file or folder, BadAudio)] of what cannot be read, and {suffix: count}
+    Returns [(file, name)], [(file or folder, why)] of what cannot be read, and {suffix: count}
     of the files in folders that are of no known type. The name is the path below the folder,
     without its suffix. Linked folders are followed, each once. Raises UserError where a path does
     not exist.
@@ -121,7 +170,7 @@ def find_audio(paths):
                 if file.suffix.lower() not in ARRAY_SUFFIXES + AUDIO_SUFFIXES:
                     ignored[file.suffix] += 1
                 elif not file.is_file():
-                    unusable.append((file, BadAudio("it is no regular file, or a broken link")))
+                    unusable.append((file, "it is no regular file, or a broken link"))
                 else:
                     name = file.relative_to(path).with_suffix("").as_posix()
                     found.setdefault(file.resolve(), (file, name))
@@ -134,7 +183,28 @@ def find_audio(paths):
         else:
             raise UserError(f"{path} does not exist; give files or folders of recordings")
     files = sorted(found.values(), key=lambda one: common.natural_order(one[0]))
-    return files, unusable, ignored
+    return one_of_each(files, unusable), unusable, ignored
+
+
+def one_of_each(files, unusable):
+    """One of the files in a folder that differ in their suffix alone; others go to unusable."""
+    alike = collections.defaultdict(list)
+    for path, name in files:
+        alike[os.path.realpath(path.parent), path.stem].append((path, name))
+    chosen = []
+    for same in alike.values():
+        same.sort(key=lambda one: preference(one[0]))
+        first, *others = same
+        chosen.append(first)
+        for path, _ in others:
+            unusable.append((path, f"the same recording as {first[0].name}"))
+    return chosen
+
+
+def preference(path):
+    """Sort key."""
+    suffix = path.suffix.lower()
+    return PREFERRED.index(suffix) if suffix in PREFERRED else len(PREFERRED)
 
 
 def files_below(folder, unusable):
@@ -143,7 +213,7 @@ def files_below(folder, unusable):
     seen = set()  # folders behind all links, which may lead in a circle
 
     def cannot_list(error):
-        unusable.append((error.filename, BadAudio(f"it cannot be listed ({error.strerror})")))
+        unusable.append((error.filename, f"it cannot be listed ({error.strerror})"))
 
     for where, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
         # os.walk goes on with what this list holds afterwards
@@ -161,41 +231,215 @@ def files_below(folder, unusable):
 
 
 def sound_file_blocks(path):
-    """int16 blocks at 16 kHz of the first channel of a sound file."""
-    with soundfile.SoundFile(os.fsencode(path)) as file:
-        # else it seeks after each read, and an .mp3 of varying rate goes on out of step
-        file.seekable = lambda: False
+    """int16 blocks at 16 kHz of the first channel of a sound file. Raises BadAudio."""
+    try:
+        file = soundfile.SoundFile(os.fsencode(path))
+    except Exception as error:  # a damaged file can raise anything
+        raise BadAudio(cannot_be_read(error)) from error
+    with file:
+        if problem := missing_part(path, file):
+            raise BadAudio(problem)
         if not 4_000 <= file.samplerate <= 384_000:
             raise BadAudio(f"its header claims {file.samplerate:,} Hz, outside 4,000 to 384,000 Hz")
+        # else it seeks after each read, and an .mp3 of varying rate goes on out of step
+        file.seekable = lambda: False
         if file.samplerate == SAMPLE_RATE and file.subtype == "PCM_16":
-            while len(block := file.read(common.BLOCK, dtype="int16", always_2d=True)):
-                yield block[:, 0]
+            yield from first_channel(file, "int16")
             return
         resample = soxr.ResampleStream(
             file.samplerate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ"
         )
-        is_last = False
-        while not is_last:
-            channels = file.read(common.BLOCK, dtype="float32", always_2d=True)
-            block = np.ascontiguousarray(channels[:, 0])
-            is_last = len(block) < common.BLOCK
+        for block in first_channel(file, "float32"):
             if not np.isfinite(block).all():
                 raise BadAudio("it holds NaN or infinity; remove or repair these samples")
             peak = np.abs(block).max(initial=0)
             if peak > 2:
                 raise BadAudio(f"its peak is {peak:g} times full scale; scale it to [-1, 1]")
             if file.samplerate != SAMPLE_RATE:
-                block = resample.resample_chunk(block, last=is_last)
+                block = resample.resample_chunk(block, last=len(block) < common.BLOCK)
             yield common.to_int16(block * 32768.0)
 
+
+def first_channel(file, dtype):
+    """Blocks of the first channel of an open sound file; the last is shorter than the others."""
+    samples = 0
+    length = common.BLOCK
+    while length == common.BLOCK:
+        try:
+            channels = file.read(common.BLOCK, dtype=dtype, always_2d=True)
+        except Exception as error:  # a damaged file can raise anything
+            raise BadAudio(cannot_be_read(error)) from error
+        length = len(channels)
+        samples += length
+        yield np.ascontiguousarray(channels[:, 0])
+    # where the header does not tell, frames is nearly 2^63
+    if file.format == "FLAC" and samples < file.frames < 1 << 62:
+        raise BadAudio(
+            f"it is cut short: of {file.frames:,} samples {samples:,} are there; {AGAIN}"
+        )
+
+
+# ---- parts of sound files that are missing -------------------------------------------------------
+
+# The decoders make the best of half a file, and leave out what follows a first recording. Both
+# would be lost without a word.
+
+AGAIN = "copy or convert it again"
+# sizes that programs give to what they write to a pipe, whose length they do not know beforehand
+UNKNOWN_SIZE = range(0x7FFF_F000, 0x8000_0001), range(0xFFFF_F000, 0x1_0000_0000)
+
+
+def missing_part(path, file):
+    """What a sound file says to hold and the decoder does not find or read; None if nothing."""
+    if file.format == "MP3":
+        parts = missing_in_mp3
+    elif file.format == "OGG":
+        parts = missing_in_ogg
+    else:
+        return missing_in_wav(path, file)
+    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return parts(data)
+
+
+def missing_in_wav(path, file):
+    """Of .wav and its relatives (AIFF, AU, W64), from what the decoder notes about the header."""
+    names = "data|SSND|Data Size|Riff size|riff"
+    notes = re.findall(rf"(?m)^ *(?:{names}) *: (\d+) \(should be (\d+)\)", file.extra_info)
+    for claimed, present in notes:
+        is_known = not any(int(claimed) in sizes for sizes in UNKNOWN_SIZE)
+        if is_known and int(claimed) > int(present):
+            return f"it is cut short: of {int(claimed):,} bytes {int(present):,} are there; {AGAIN}"
+    if file.frames == 0 and re.search(r"(?m)^data : 0$", file.extra_info):
+        following = os.path.getsize(path) - 44  # the shortest header
+        if following > 0:
+            return (
+                f"its header claims no samples, but {following:,} bytes follow; if it comes from a "
+                "pipe, convert it again, as sox --ignore-length does"
+            )
+    return None
+
+
+def missing_in_ogg(data):
+    """Of Ogg pages: 27 bytes, of which the 6th holds flags, the lengths of the parts, the parts."""
+    first_page, last_page = 2, 4  # flags of a stream's
+    begins = True
+    flags = last_page
+    at = 0
+    while data[at : at + 4] == b"OggS" and at + 27 <= len(data):
+        flags = data[at + 5]
+        if flags & first_page and not begins:
+            return "a second recording follows the first in it; split it, or convert it"
+        begins = bool(flags & first_page)
+        lengths = data[at + 27 : at + 27 + data[at + 26]]
+        at += 27 + len(lengths) + sum(lengths)
+    if at > len(data) or not flags & last_page:
+        return f"it is cut short, without its last page; {AGAIN}"
+    return None
+
+
+def missing_in_mp3(data):
+    """Of MPEG frames. A header in the first may say how many follow."""
+    claimed = None
+    frames = 0
+    at = 0
+    while length := mp3_frame_length(data, at) or id3_length(data, at):
+        if data[at : at + 3] != b"ID3":
+            count = mp3_frames_claimed(data[at : at + 48])
+            if count is None:
+                frames += 1
+            elif frames:
+                return "a second recording follows the first in it; split it, or convert it"
+            else:
+                claimed = count
+        at += length
+    if at > len(data):
+        return f"it is cut short in its last frame; {AGAIN}"
+    if claimed and frames < claimed - 1:
+        return f"it is cut short: of {claimed:,} frames {frames:,} are there; {AGAIN}"
+    if claimed and frames > claimed + 2:
+        return f"its header claims {claimed:,} frames, but {frames:,} are there; {AGAIN}"
+    return None
+
+
+def id3_length(data, at):
+    """Bytes of a tag of this kind; 0 where there is none."""
+    if data[at : at + 3] != b"ID3" or at + 10 > len(data):
+        return 0
+    length = 10
+    for shift, byte in zip((21, 14, 7, 0), data[at + 6 : at + 10]):
+        length += (byte & 127) << shift
+    return length
+
+
+# kbit/s of MPEG 1, layers I, II, III, and of MPEG 2, layers I, and II and III
+MP3_RATES = (
+    (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+
+
+def mp3_frame_length(data, at):
+    """Bytes of the MPEG frame there, from its header of 32 bits (ISO 11172-3); 0 if there is none.
+
+    A length that is free, and so in no header, counts as none.
+    """
+    header = int.from_bytes(data[at : at + 4], "big")
+    version = header >> 19 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
+    layer = 4 - (header >> 17 & 3)
+    rate = header >> 12 & 15
+    frequency = header >> 10 & 3
+    padding = header >> 9 & 1
+    if header >> 21 != 0x7FF or version == 1 or layer == 4 or rate in (0, 15) or frequency == 3:
+        return 0
+    hertz = (44_100, 48_000, 32_000)[frequency] >> {3: 0, 2: 1, 0: 2}[version]
+    row = layer - 1 if version == 3 else min(layer, 2) + 2
+    bits = 1000 * MP3_RATES[row][rate - 1]
+    if layer == 1:
+        return (12 * bits // hertz + padding) * 4
+    samples = 576 if layer == 3 and version != 3 else 1152
+    return samples // 8 * bits // hertz + padding
+
+
+def mp3_frames_claimed(frame):
+    """How many frames follow that hold samples, of one that holds none but this; else None."""
+    found = re.match(rb"(?s)....\0{9,32}(?:Xing|Info)...(.)(....)", frame)
+    if found is None:
+        return None
+    flags, count = found.groups()
+    return int.from_bytes(count, "big") if flags[0] & 1 else 0
+
+
+# ---- decoding in other processes -----------------------------------------------------------------
 
 # Decoders crash on some damaged files, so each file is decoded by a process that is not this one.
 # Its samples come through a file, so that memory depends neither on the length of a recording nor
 # on how many are decoded ahead.
 
+MOST_DECODERS = 16  # each takes about 100 MB
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # of common.stop_requests
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the container: microseconds in each so many, or max
+
+
+def cores():
+    """How many processes may run at once."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        count = os.process_cpu_count()
+    elif hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count()
+    count = count or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, CPU_MAX.read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return count
+
 
 def decoded(paths, folder):
-    """Yield the int16 blocks of each sound file, or why it has none, decoded ahead on all cores.
+    """Yield (blocks, problem) of each sound file, as of a Recording, decoded ahead on all cores.
 
     The blocks of a file hold until those of the next one are asked for. Its samples lie in
     `folder`, which is made and removed.
@@ -205,13 +449,13 @@ def decoded(paths, folder):
     waiting = collections.deque(enumerate(paths))
     ahead = collections.deque()  # (file of the samples, its decoding), in the order of paths
     processes = queue.SimpleQueue()  # those that are idle
-    cores = os.cpu_count()
-    for _ in range(cores):
+    decoders = max(1, min(cores(), MOST_DECODERS, len(paths)))
+    for _ in range(decoders):
         processes.put(new_process())
-    threads = ThreadPoolExecutor(cores)
+    threads = ThreadPoolExecutor(decoders, initializer=hold_back_stops)
     try:
         while waiting or ahead:
-            while waiting and len(ahead) <= 2 * cores:
+            while waiting and len(ahead) <= 2 * decoders:
                 n, path = waiting.popleft()
                 target = folder / str(n)
                 ahead.append((target, threads.submit(decode_elsewhere, processes, path, target)))
@@ -226,7 +470,7 @@ def decoded(paths, folder):
 
 
 def decode_elsewhere(processes, path, target):
-    """The blocks of a sound file, by decode() in an idle process, or why there are none.
+    """(blocks, problem) of a sound file, by decode() in an idle process.
 
     A process that crashes is replaced, and the file tried again, which may not be the cause.
     """
@@ -235,24 +479,28 @@ def decode_elsewhere(processes, path, target):
         for _ in range(2):
             try:
                 process.submit(decode, path, target).result()
-                return blocks_in(target)
+                return blocks_in(target), None
             except BadAudio as why:
-                return why
+                return None, str(why)
             except BrokenProcessPool:
                 process.shutdown()
                 process = new_process()
-        return BadAudio("it crashes its decoder")
+        return None, "it crashes its decoder"
     finally:
         processes.put(process)
 
 
 def decode(path, target):
     """Write the samples of a sound file to target, as int16."""
-    with open(target, "wb") as file:
-        for block in common.guarded(sound_file_blocks(path)):
-            common.require_space(target.parent)
-            # a copy, since one channel of several does not lie in one piece
-            file.write(block.tobytes())
+    try:
+        with open(target, "wb") as file:
+            for block in sound_file_blocks(path):
+                file.write(block.tobytes())
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({common.first_line(error)}); make room, raise the limit "
+            "on the size of files, or give another --out"
+        ) from error
 
 
 def blocks_in(target):
@@ -270,9 +518,23 @@ def new_process():
     return ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
 
 
+def hold_back_stops():
+    """In a thread that starts decoders: leave requests to end to the main thread.
+
+    What a process starts inherits this, so that a request to the whole group of processes, as of a
+    terminal that closes, ends none of them before the main thread has tidied up.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    multiprocessing.resource_tracker.ensure_running()  # which lets some through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
 def end_with_parent():
-    """In a decoder: leave Ctrl-C to the parent, and end when it ends, however that comes about."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a decoder: leave requests to end to the parent, and end when it ends, however it does."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    # C libraries print what they think of a file, in the midst of our lines
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
@@ -303,8 +565,7 @@ YARDSTICKS = {  # with their titles in the report
 
 def add_yardsticks(path):
     """Compute the yardsticks of a whole data file, and add them to it as the group `yardsticks`."""
-    # no lock of HDF5: common.convert holds the file against other processes
-    with h5py.File(path, "r+", locking=False) as file:
+    with common.SafeFile(path, "r+") as safe, h5py.File(safe, "r+") as file:
         corpus = SimpleNamespace(mean=file.attrs["mean"], std=file.attrs["std"])
         for name in ("train", "test"):
             split = common.Split(name, file[name]["audio"], file[name]["offsets"][:])
@@ -611,7 +872,6 @@ def parse_options():
 
 def main():
     options = parse_options()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     if options.demo:
         skipped, ignored = make_demo_data(
             options.out, "data/demo", options.seed, options.force, options.valid, options.test
@@ -628,7 +888,7 @@ def main():
             options.allow_pickle,
         )
     print(options.out)
-    corpus = common.open_corpus(options.out)
+    corpus = common.open_corpus(os.path.expanduser(options.out))
     report_splits(corpus)
     report_yardsticks(corpus.test.audio.file["yardsticks"])
     others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.items())

@@ -110,7 +110,9 @@ def test_a_recording_goes_whole_to_the_split_that_is_furthest_below_its_share_of
     items = [(f"file of {name}", name, [noise(length)]) for name, length in lengths.items()]
     fails_after_its_first_block = (noise(9_000) if i == 0 else [][0] for i in range(2))
     items.append(("file of g", "g", fails_after_its_first_block))
-    skipped = common.convert(iter(items), tmp_path / "out.h5", valid=0.25, test=0.25)
+    shares = dict(train=0.5, valid=0.25, test=0.25)
+    found = (common.Recording(*item) for item in items)
+    skipped = common.convert(found, tmp_path / "out.h5", shares)
     assert skipped == ["file of g: it cannot be read (list index out of range)"]
     assert len(common.open_corpus(tmp_path / "out.h5").test.audio) == 20_000  # nothing of it stays
     assert read_back(tmp_path / "out.h5")[1] == dict(
@@ -518,7 +520,8 @@ def test_few_sound_files_are_decoded_ahead_so_that_the_disk_holds_few_of_their_s
     paths = [tmp_path / f"{i}.wav" for i in range(40)]
     blocks = prepare_blizzard.decoded(paths, tmp_path / "decoded")
     for i in range(20):
-        np.testing.assert_array_equal(np.concatenate(list(next(blocks))), noise(100, i))
+        of_recording, _ = next(blocks)
+        np.testing.assert_array_equal(np.concatenate(list(of_recording)), noise(100, i))
     time.sleep(0.2)
     held = [int(path.name) for path in (tmp_path / "decoded").iterdir()]
     assert min(held) >= 19
