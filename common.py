@@ -1404,6 +1404,7 @@ FORMAT = dict(format="vrnn-audio", version=1, sample_rate=SAMPLE_RATE)  # attrib
 SPLITS = ("train", "valid", "test")
 SYNTHETIC = "prepare_blizzard.py --demo: synthetic, not speech"  # so begins created_by of the demo
 REMAKE = "make it again with prepare_blizzard.py"
+SHORTEST = 200  # samples of a recording: a frame of the published size
 MIN_FREE = 16 << 20  # bytes of the disk that a conversion leaves free
 
 
@@ -1471,6 +1472,8 @@ class SplitWriter:
             squares += int(wide @ wide)
         if end == start:
             raise BadAudio("it holds no samples")
+        if end - start < SHORTEST:
+            raise BadAudio(f"its {end - start} samples are fewer than a frame's {SHORTEST}")
         if squares * (end - start) == total**2:
             raise BadAudio(f"all of its {end - start:,} samples are the same")
         self.offsets.append(end)

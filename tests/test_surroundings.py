@@ -241,6 +241,19 @@ def test_features_are_not_taken_for_audio(tmp_path, array, why):
     assert why in found_in(saved(tmp_path / "mel.npy", array))["x"]
 
 
+def test_a_recording_shorter_than_a_frame_is_skipped_with_its_reason(tmp_path):
+    """As a row of features is, which has as many values as there are frames."""
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/short.npy", WAVE[:199])
+    for i in range(3):
+        np.save(tmp_path / f"in/{i}.npy", WAVE[: 200 + i])
+    flags = ["in", "--out=out.h5", "--valid=.3", "--test=.3"]
+    result = run("prepare_blizzard", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "skipped: 1" in result.stdout
+    assert "short.npy: its 199 samples are fewer than a frame's 200" in result.stdout
+
+
 def objects(*members, shape=None):
     """An array of arrays, as it is made on purpose."""
     array = np.empty(len(members), object)

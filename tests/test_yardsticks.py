@@ -275,6 +275,7 @@ def test_the_file_holds_the_bits_of_whole_recordings_in_whole_frames(
     tmp_path, monkeypatch, at_most
 ):
     monkeypatch.setattr(prepare_blizzard, "MOST_RECORDINGS", at_most)
+    monkeypatch.setattr(common, "SHORTEST", 1)  # as in a file that was made otherwise
     corpus, yardsticks = converted(tmp_path)
     recordings = yardsticks["recordings"]
     lengths = np.diff(corpus.test.offsets)
