@@ -11,6 +11,7 @@ longer applies.
 
 import argparse
 import ast
+import functools
 import multiprocessing
 import os
 import queue
@@ -1152,25 +1153,33 @@ MUTANTS = (
 
 
 def mutated(mutant, root):
-    """The text of the mutant's file. Raises ValueError where the mutant does not apply."""
+    """The text of the mutant's file. Raises ValueError or SyntaxError."""
     source = (root / mutant.file).read_text()
-    places = statements_of(ast.parse(source), mutant.function)
+    places = statements_of(without_docstrings(source), mutant.function)
     counts = [ast.unparse(place).count(mutant.old) for place in places]
     if sum(counts) != 1:
         raise ValueError(f"{mutant.old!r} occurs {sum(counts)} times")
     place = places[counts.index(1)]
     text = ast.unparse(place).replace(mutant.old, mutant.new)
+    ast.parse(text)  # SyntaxError where it is no Python any more
     decorators = getattr(place, "decorator_list", [])
     first = min(node.lineno for node in (place, *decorators))
     lines = source.splitlines()
     lines[first - 1 : place.end_lineno] = [textwrap.indent(text, " " * place.col_offset)]
-    text = "\n".join(lines) + "\n"
-    compile(text, mutant.file, "exec")
-    return text
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def without_docstrings(source):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) and len(node.body) > 1:
+            del node.body[0]
+    return tree
 
 
 def statements_of(tree, function):
-    """The one of that name without docstrings, or all that define neither function nor class."""
+    """The one of that name, or all that define neither function nor class."""
     if not function:
         return [node for node in tree.body if not isinstance(node, DEFINITIONS)]
     place = tree
@@ -1179,9 +1188,6 @@ def statements_of(tree, function):
         if len(found) != 1:
             raise ValueError(f"{name} is defined {len(found)} times")
         place = found[0]
-    for node in ast.walk(place):
-        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) and len(node.body) > 1:
-            del node.body[0]
     return [place]
 
 
