@@ -42,6 +42,8 @@ OTHERS = {
     "0.63": "millions of parameters, printed by every run",
     "1.29": "the same of the runs in hostile and bf16",
     "15.89": "the same at published size",
+    "25.6": "640 / 25, limits of 2016",
+    "2.5": "12,500 / 5,000 updates",
     "1.9365": SETTINGS,
     "85.56": "minutes of recordings, printed by prepare_blizzard.py",
     "76.87": "of train",
@@ -152,7 +154,7 @@ def front_row(label, group, reference):
 
 
 def minutes(config):
-    """Of one core: a run's updates by the benchmark's seconds; "" where it was not of this size."""
+    """Of one core: a run's updates by the benchmark's seconds; "" where it measured no such."""
     for size in ("rnn_dim", "z_dim"):
         if config[size] != benchmark.SMALL[size]:
             return ""
@@ -163,10 +165,15 @@ def minutes(config):
             seconds = row["seconds"]
     # VAE_5 does with a flag what IWAE_5 does.
     like = "VRNN" if objective == "VRNN" else "IWAE_5"
+    ratios = {}
     for row in measured["variants_small"]:
-        setting = row["flag"].strip("-").partition("=")[0]
-        if row["objective"] == like and config.get(setting):
-            seconds *= row["ratio"]
+        if row["objective"] == like:
+            ratios[row["flag"].strip("-").partition("=")[0]] = row["ratio"]
+    for setting in ("ar_order", "resample", "dreg"):
+        if config.get(setting) and setting not in ratios:
+            return ""  # not measured
+        if config.get(setting):
+            seconds *= ratios[setting]
     return f"{config['max_updates'] * seconds / 60:.1f}"
 
 
@@ -507,7 +514,9 @@ def problems(write=False):
     for name in FILES:
         text = (ROOT / name).read_text()
         for begin, which, body, end in BLOCK.findall(text):
-            lines = TABLES[which]() + "\n"
+            lines = TABLES[which]()
+            if lines:
+                lines += "\n"
             known |= numbers_in(lines)
             if lines != body and write:
                 text = text.replace(begin + body + end, begin + lines + end)
