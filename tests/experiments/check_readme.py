@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = str(ROOT), str(ROOT / "tests/tools")
 
 import benchmark  # noqa: E402
-import numpy as np  # noqa: E402
 
 import plot_recon  # noqa: E402
 from plot_recon import bits_of, by_label, in_words, markdown, mean_and_interval  # noqa: E402
@@ -33,7 +32,6 @@ CODE = re.compile(
 )
 NUMBER = re.compile(r"(?<![\w./])\d[\d,]*\.\d+(?!\w|\.\d)")
 SETTINGS = "a setting, or a default in a script"
-BY_HAND = "measured by hand, as the text beside it says"
 OTHERS = {
     "0.003": SETTINGS,
     "0.08": SETTINGS,
@@ -43,8 +41,9 @@ OTHERS = {
     "0.5": SETTINGS,
     "0.63": "millions of parameters, printed by every run",
     "1.29": "the same of the runs in hostile and bf16",
-    "2.54": "the same of VRNN AR-32",
     "15.89": "the same at published size",
+    "25.6": "640 / 25, limits of 2016",
+    "2.5": "12,500 / 5,000 updates",
     "1.9365": SETTINGS,
     "85.56": "minutes of recordings, printed by prepare_blizzard.py",
     "76.87": "of train",
@@ -53,10 +52,6 @@ OTHERS = {
     "3.10": "a version of Python",
     "3.14": "a version of Python",
     "4.0": "a licence",
-    "0.995": BY_HAND,
-    "1.02": BY_HAND,
-    "0.98": BY_HAND,
-    "1.06": BY_HAND,
 }
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -75,6 +70,11 @@ def runs_of(*groups):
     for of_group, _ in read(*groups):
         runs += of_group
     return runs
+
+
+def made(*groups):
+    """Those of the groups whose folder is there: the runs of some are not made yet."""
+    return tuple(group for group in groups if (RESULTS / group).is_dir())
 
 
 def json_of(path):
@@ -106,7 +106,12 @@ def percent_clipped(log):
 
 
 def full_table(*groups):
-    """The rows of plot_recon.py for the last of the groups, where it draws all of them."""
+    """The rows of plot_recon.py for the last of the groups, where it draws all of them.
+
+    Without rows where its folder is not there.
+    """
+    if not made(groups[-1]):
+        return ""
     return plot_recon.table(*read(*groups)[-1])
 
 
@@ -123,6 +128,8 @@ def front_table():
     """Of the runs behind the answer: what the front page shows."""
     rows = []
     for groups in FRONT:
+        if not made(groups[-1]):
+            continue
         runs, reference = read(*groups)[-1]
         for label, group in by_label(runs).items():
             if group[0].name not in NOT_IN_FRONT:
@@ -130,7 +137,7 @@ def front_table():
     # The runs of published size have other settings than those that they could be compared with.
     for label, group in by_label(runs_of("size")).items():
         rows.append(front_row(f"{label}, published size", group, reference=[]))
-    return markdown(rows + plot_recon.yardstick_rows(runs_of("likelihood"), NATS, BITS))
+    return markdown(rows + plot_recon.yardstick_rows(runs_of("objectives"), NATS, BITS))
 
 
 def front_row(label, group, reference):
@@ -147,7 +154,7 @@ def front_row(label, group, reference):
 
 
 def minutes(config):
-    """Of one core: a run's updates by the benchmark's seconds; "" where it was not of this size."""
+    """Of one core: a run's updates by the benchmark's seconds; "" where it measured no such."""
     for size in ("rnn_dim", "z_dim"):
         if config[size] != benchmark.SMALL[size]:
             return ""
@@ -158,10 +165,15 @@ def minutes(config):
             seconds = row["seconds"]
     # VAE_5 does with a flag what IWAE_5 does.
     like = "VRNN" if objective == "VRNN" else "IWAE_5"
+    ratios = {}
     for row in measured["variants_small"]:
-        setting = row["flag"].strip("-").partition("=")[0]
-        if row["objective"] == like and config.get(setting):
-            seconds *= row["ratio"]
+        if row["objective"] == like:
+            ratios[row["flag"].strip("-").partition("=")[0]] = row["ratio"]
+    for setting in ("ar_order", "resample", "dreg"):
+        if config.get(setting) and setting not in ratios:
+            return ""  # not measured
+        if config.get(setting):
+            seconds *= ratios[setting]
     return f"{config['max_updates'] * seconds / 60:.1f}"
 
 
@@ -171,7 +183,7 @@ def minutes(config):
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient."""
     chosen = []
-    for run in runs_of("objectives", "clip", "variants", "likelihood", "ar_settings"):
+    for run in runs_of("objectives", "clip", "variants"):
         config = run.config
         is_usual = config["max_updates"] == 5000 and config["mirrored_init"] and config["x_noise"]
         if is_usual and run.bounds and run.name == name and config["grad_clip"] == limit:
@@ -229,15 +241,10 @@ def by_bound():
         for limit in (5, 2560):
             heading = f"{name} {in_words('grad_clip', limit)} above {in_words('grad_clip', 640)}"
             rows.append(row_of_bounds(heading, name, limit, name, 640))
-    for name, other in (
-        ("VAE_5", "VRNN"),
-        ("IWAE_5", "VRNN"),
-        ("IWAE_5 resampled", "VRNN"),
-        ("IWAE_5 AR-16", "VRNN AR-16"),
-    ):
+    for name in ("VAE_5", "IWAE_5", "IWAE_5 resampled"):
         for limit in (5, 640, 2560):
-            heading = f"{name} {in_words('grad_clip', limit)} above {other}, limited alike"
-            rows.append(row_of_bounds(heading, name, limit, other, limit))
+            heading = f"{name} {in_words('grad_clip', limit)} above VRNN, limited alike"
+            rows.append(row_of_bounds(heading, name, limit, "VRNN", limit))
     return markdown([row for row in rows if row["`elbo`"]])
 
 
@@ -286,7 +293,7 @@ def regime():
     return markdown(rows)
 
 
-# ---- particles, windows and sizes ----------------------------------------------------------------
+# ---- particles and sizes -------------------------------------------------------------------------
 
 
 def weights():
@@ -336,7 +343,7 @@ def groups_by_label(*groups):
 def effective_sizes():
     """Of the particle filter, and of the importance weights of whole windows, on the test split."""
     rows = []
-    for label, group in groups_by_label("objectives", "variants", "likelihood"):
+    for label, group in groups_by_label("objectives", "variants", *made("likelihood")):
         in_filter, of_windows, spread = [], [], []
         for evaluation in map(evaluation_of, group):
             bounds = evaluation["bounds"]
@@ -357,7 +364,7 @@ def effective_sizes():
 def whole_recordings():
     """smc_100 of 8 recordings from their beginning to their end, and FLAC on the same."""
     rows = []
-    for label, group in groups_by_label("objectives", "likelihood"):
+    for label, group in groups_by_label("objectives", *made("likelihood")):
         found = [evaluation_of(run)["whole_recordings"] for run in group]
         rows.append(row_of_recordings(label, [bounds["smc_100"] for bounds in found]))
         flac = [bounds["flac"] for bounds in found if "flac" in bounds]
@@ -377,9 +384,9 @@ def row_of_recordings(label, found):
 def judges():
     """The same checkpoints by 100 particles, as tested after training, and by 1,000.
 
-    In brackets above the VRNNs of the same likelihood and seeds.
+    In brackets above the VRNNs of the same seeds.
     """
-    trained = runs_of("objectives", "variants", "ar_settings")
+    trained = runs_of("objectives", "variants")
     trained = {run.folder.name: run for run in trained}
     tests = {}  # {name: {seed: bounds}}
     for judged in runs_of("judges"):
@@ -387,12 +394,11 @@ def judges():
         tests.setdefault(run.name, {})[run.seed] = run.bounds | judged.bounds
     rows = []
     for name, by_seed in tests.items():
-        vrnn = "VRNN AR-16" if name.endswith("AR-16") else "VRNN"
         row = {"objective": name, "runs": str(len(by_seed))}
         for bound in ("elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000"):
             cell = mean_and_interval([bounds[bound] for bounds in by_seed.values()])
-            if name != vrnn:
-                pairs = [(by_seed[seed], tests[vrnn][seed]) for seed in by_seed]
+            if name != "VRNN":
+                pairs = [(by_seed[seed], tests["VRNN"][seed]) for seed in by_seed]
                 differences = [one[bound] - other[bound] for one, other in pairs]
                 cell += f" ({mean_and_interval(differences)})"
             row[f"`{bound}`"] = cell
@@ -400,21 +406,9 @@ def judges():
     return markdown(rows)
 
 
-def windows():
-    """How unequal the windows of the test split are."""
-    rows = []
-    for label, group in groups_by_label("likelihood"):
-        row = {"objective": label}
-        for name, of in (("worst", np.min), ("median", np.median), ("best", np.max)):
-            row[name] = mean_and_interval([of(run.by_window["smc_100"]) for run in group])
-        rows.append(row)
-    return markdown(rows)
-
-
 def size():
     """The published size beside the small one: held-out data at the same updates, and the hours."""
     small = [run for run in runs_of("objectives") if run.folder.name == "vrnn-0"]
-    small += [run for run in runs_of("likelihood") if run.folder.name == "vrnn_ar_16-0"]
     rows = []
     for run in runs_of("size") + small:
         log = log_of(run)
@@ -494,8 +488,6 @@ TABLES = {
     "signal_to_noise": signal_to_noise,
     "judges": judges,
     "whole_recordings": whole_recordings,
-    "windows": windows,
-    "ar_settings": partial(full_table, "likelihood", "ar_settings"),
     "objectives": partial(full_table, "objectives"),
     "variants": partial(full_table, "objectives", "variants"),
     "likelihood": partial(full_table, "likelihood"),
@@ -522,11 +514,13 @@ def problems(write=False):
     for name in FILES:
         text = (ROOT / name).read_text()
         for begin, which, body, end in BLOCK.findall(text):
-            made = TABLES[which]() + "\n"
-            known |= numbers_in(made)
-            if made != body and write:
-                text = text.replace(begin + body + end, begin + made + end)
-            elif made != body:
+            lines = TABLES[which]()
+            if lines:
+                lines += "\n"
+            known |= numbers_in(lines)
+            if lines != body and write:
+                text = text.replace(begin + body + end, begin + lines + end)
+            elif lines != body:
                 found.append(
                     f"{name}: table {which} is not what the logs say; write it anew with --write"
                 )

@@ -27,16 +27,8 @@ VRNN = ["vrnn_gauss"]
 VAE = ["vrnn_gauss_alt_nll"]
 IWAE = ["vrnn_gauss_iwae"]
 RESAMPLED = [*IWAE, "--resample"]
-LSTM = [*VRNN, "--z_dim=0"]
 VRNN_SCALED = ["tests/experiments/clipping"]
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
-AR_16 = {
-    "vrnn": [*VRNN, "--ar_order=16"],
-    "vae_5": [*VAE, "--ar_order=16"],
-    "iwae_5": [*IWAE, "--ar_order=16"],
-    "iwae_5_resample": [*RESAMPLED, "--ar_order=16"],
-    "lstm": [*LSTM, "--ar_order=16"],
-}
 # Objective, limits on the gradient, and number of seeds.
 CLIPS = (
     ("vrnn", (0, 5, 2560), 5),
@@ -47,10 +39,6 @@ CLIPS = (
 )
 REGIME = "--no-mirrored_init --x_noise=0 --batch_size=128 --lr=3e-4 --lr_updates=0".split()
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
-WIDE = (
-    "--x2s_dim 256 --p_x_dim 256 --rnn_dim 512 --z2s_dim 64 --q_z_dim 64 --p_z_dim 64 --z_dim 16 "
-    "--ar_order 32 --batch_size 32 --lr 2e-3 --x_noise_updates 2000 --monitor_every 500"
-).split()
 # 15.89 M parameters.
 PUBLISHED_SIZE = (
     "--x2s_dim 600 --p_x_dim 600 --rnn_dim 1000 --z2s_dim 500 --q_z_dim 500 --p_z_dim 500 "
@@ -79,8 +67,6 @@ def table(runs, updates):
     yield "latents", "uniform-0", *VRNN, "--no-mirrored_init", "--x_noise=0"
     yield "latents", "uniform_noise-0", *VRNN, "--no-mirrored_init"
     yield "latents", "mirrored-0", *VRNN, "--x_noise=0"
-    yield from likelihood(updates, longer)
-    yield "size", "vrnn_published_size_ar_16-0", *AR_16["vrnn"], *PUBLISHED_SIZE
     yield "size", "vrnn_published_size-0", *VRNN, *PUBLISHED_SIZE
     yield from objectives((3, 4))
     yield from resampled((3, 4))
@@ -124,23 +110,6 @@ def adam():
     yield "adam", "clip_5_beta2_no_noise-0", *clip_5, short, "--x_noise=0"
 
 
-def likelihood(updates, longer):
-    """Samples predicted from those before them, and whether the other settings then still hold."""
-    yield "likelihood", "vrnn_wide_ar_32-0", *VRNN, *WIDE, *lengths(2.4 * updates)
-    for seed in range(3):
-        for name, flags in AR_16.items():
-            yield "likelihood", f"{name}_ar_16-{seed}", *flags, f"--seed={seed}"
-    yield "ar_settings", "vrnn_ar_16_no_noise-0", *AR_16["vrnn"], "--x_noise=0"
-    yield "ar_settings", "vrnn_ar_16_uniform-0", *AR_16["vrnn"], "--no-mirrored_init"
-    yield "ar_settings", "vrnn_ar_16_clip_0-0", *AR_16["vrnn"], "--grad_clip=0"
-    for seed in range(3):
-        for name in ("vrnn", "iwae_5"):
-            flags = [*AR_16[name], "--grad_clip=2560", f"--seed={seed}"]
-            yield "ar_settings", f"{name}_ar_16_clip_2560-{seed}", *flags
-    for name, flags in AR_16.items():
-        yield "likelihood", f"{name}_long_ar_16-0", *flags, *longer
-
-
 def clips():
     """The limit on the gradient as a dose, for each objective."""
     for name, limits, seeds in CLIPS:
@@ -168,10 +137,6 @@ def judges(runs):
     judged = []
     for name, script in {**OBJECTIVES, "iwae_5_resample": IWAE}.items():
         judged.append((f"{name}_1000-3", f"{name}-3", script))
-    for seed in range(3):
-        for name in ("vrnn", "iwae_5"):
-            trained = f"{name}_ar_16_clip_2560"
-            judged.append((f"{trained}_1000-{seed}", f"{trained}-{seed}", OBJECTIVES[name]))
     for name, trained, script in judged:
         checkpoint = f"--evaluate={runs / trained / 'best.pt'}"
         yield "judges", name, *script, checkpoint, "--eval_k", "5", "1000", "--eval_recordings=0"
