@@ -1818,7 +1818,7 @@ def pcm16_blocks(array):
         return
     peak = np.max([0, *(np.abs(block.astype(np.float64)).max() for block in blocks)])
     is_whole = all((np.rint(block) == block).all() for block in blocks)
-    if kind == "f" and peak <= 1 and all((block >= 0).all() for block in blocks):
+    if kind == "f" and blocks and peak <= 1 and all((block >= 0).all() for block in blocks):
         raise BadAudio("none of its values is negative, as samples are; it is no audio")
     if is_whole and (kind != "f" or peak > 1) and peak <= 1 << 15:
         scale = 1
