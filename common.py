@@ -166,7 +166,7 @@ class AdaptiveLikelihood:
         head.bias.zero_()
         of_components = head.bias[2 * self.x_dim :].view(self.components, -1)
         of_components[:, :7] = torch.tensor([0.0, 0.9, 0.0, 0.3, 0.2, 0.25, 0.2])
-        of_components[:, 2] = torch.linspace(-1.5, 1.5, self.components)
+        of_components[:, 2] = torch.linspace(-2, 2, self.components + 2)[1:-1]
 
     def zero_memory(self, like, rows):
         return (like.new_zeros(rows, HEARD + self.ar_order),)
@@ -259,8 +259,8 @@ def base_filter(samples, order):
         a = one_longer(a, k)
         reflections = torch.cat((reflections, k))
         variance = variance * (1 - k**2)
-    found = (a, reflections.atanh(), 0.5 * variance.log())
-    return [part.movedim(0, -1).to(samples.dtype) for part in found]
+    found = torch.cat((a, reflections.atanh(), 0.5 * variance.log())).movedim(0, -1)
+    return found.to(samples.dtype).split((order, order, 1), dim=-1)
 
 
 def log_levels(samples, base, count):

@@ -258,8 +258,8 @@ def test_a_sample_changes_no_density_of_an_earlier_frame_and_all_of_later_ones(c
     assert not torch.isclose(before[frame:], after[frame:]).any()
 
 
-def test_the_first_sample_of_a_block_alone_sees_what_a_base_filter_fits():
-    """Blocks of 50: a filter is fitted anew at sample 50 of a frame, and none at sample 30."""
+def test_a_frame_of_two_blocks_is_two_frames_of_one_with_the_same_components():
+    """Each block has a base filter and a choice of component of its own."""
     torch.manual_seed(0)
     likelihood, parameters = adaptive(100, 3)
     memory = past_speech(1, 3)
