@@ -75,96 +75,209 @@ def mean_and_sigma(units):
     return mean, F.softplus(sigma) + SIGMA_FLOOR
 
 
-def step_up(k):
-    """Predictor coefficients a_1..a_P, (., P), from reflection coefficients (Levinson's recursion).
-
-    With all |k_i| < 1 the poles of 1 / (1 - sum_i a_i z^-i) lie inside the unit circle.
-    """
-    # The axis that grows goes first: its parts are then contiguous.
-    a, *others = k.movedim(-1, 0).unsqueeze(1)
-    for k_i in others:
-        a = torch.cat((torch.addcmul(a, k_i, a.flip(0), value=-1), k_i))
-    return a.movedim(0, -1)
+@contextlib.contextmanager
+def without_tf32():
+    """Products in full float32: TF32 would round a prediction by a thousandth of the samples."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class FrameLikelihood:
-    """p(x_t | z_t, h_{t-1}, earlier samples): each sample is predicted from the P before it.
+    """p(x_t | z_t, h_{t-1}), as published: given z_t, the samples of a frame are independent.
 
-        x_n | x_<n  ~  N(m_n + sum_i a_i x_{n-i}, s_n^2),    a = step_up(0.9999 tanh(.))
-
-    The decoder's last layer gives m, s (X each) and what a comes from (P), once per frame and
-    particle. The filter runs on across frames and windows: the P last samples, (rows, P), are its
-    memory, the last part of the model's state. With P = 0 there is none, and given z_t the samples
-    of a frame are independent, as published.
-
-    A subclass with another distribution about the prediction replaces `density` (its log, summed
-    over samples) and `draw`; VRNN.Likelihood names the class that a model uses.
+    The decoder's last layer gives mean and sigma of each. A subclass with another distribution
+    replaces `density` (its log, summed over samples) and `draw`; VRNN.Likelihood names the class
+    that a model with ar_order = 0 uses.
     """
 
+    ar_order = 0
     density = staticmethod(gaussian_log_density)
     draw = staticmethod(sample_gaussian)
 
-    def __init__(self, x_dim, ar_order):
+    def __init__(self, x_dim):
         self.x_dim = x_dim
-        self.ar_order = ar_order
-        self.units = 2 * x_dim + ar_order  # of the decoder's last layer
+        self.units = 2 * x_dim  # of the decoder's last layer
 
     def initialise(self, head, sigma_gain=1.0):
-        """Start with the published sigma, and without a filter."""
+        """Start with the published sigma."""
         head.weight[self.x_dim :].mul_(sigma_gain)
-        head.weight[2 * self.x_dim :].zero_()
-        head.bias[self.x_dim : 2 * self.x_dim].fill_(0.6)
+        head.bias[self.x_dim :].fill_(0.6)
 
     def zero_memory(self, like, rows):
         """The parts of the state that are the likelihood's, at a start."""
-        return (like.new_zeros(rows, self.ar_order),) if self.ar_order else ()
+        return ()
 
     def parameters(self, units):
-        """m, s (., X) and a (., P), None without a filter, from the decoder's last layer.
+        """What log_density and sample take, from the decoder's last layer.
 
         The first two are what a Rollout reports as x_mean and x_sigma.
         """
-        gaussian, k = units.split([2 * self.x_dim, self.ar_order], dim=-1)
-        mean, sigma = mean_and_sigma(gaussian)
-        return mean, sigma, step_up(0.9999 * k.tanh()) if self.ar_order else None
+        return mean_and_sigma(units)
 
     def log_density(self, x_TBX, parameters, memory, k):
         """log p(x_t | .) of each particle, (T, B, k), and the memory after the last frame.
 
-        parameters: (T, B*k, .) each. All samples are predicted at once, in one copy of x, which
-        all particles of a sequence have seen.
+        parameters: (T, B*k, .) each. All particles of a sequence have seen the same x.
         """
-        frames, batch, _ = x_TBX.shape
-        mean, sigma, a = parameters
-        by_particle = (frames, batch, k, -1)
-        error = x_TBX.unsqueeze(2)
-        if self.ar_order:
-            (recent,) = memory
-            samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
-            # No matrix product, which a GPU rounds to TF32.
-            for i, a_i in enumerate(a.view(by_particle).split(1, dim=-1), start=1):
-                past = samples[:, self.ar_order - i : -i].view(batch, frames, 1, -1)
-                error = torch.addcmul(error, a_i, past.transpose(0, 1), value=-1)
-            memory = (samples[:, -self.ar_order :].repeat_interleave(k, dim=0),)
-        log_density = self.density(error, mean.view(by_particle), sigma.view(by_particle))
-        return log_density, memory
+        mean, sigma = (part.unflatten(1, (-1, k)) for part in parameters)
+        return self.density(x_TBX.unsqueeze(2), mean, sigma), memory
 
     def sample(self, parameters, memory, generator=None):
         """Draw a frame (rows, X), and the memory after it. parameters: (rows, .) each."""
-        mean, sigma, a = parameters
-        x = self.draw(mean, sigma, generator)
-        if self.ar_order:
-            # drawn = whiten (recent, x): row n of whiten is (-a_P, ..., -a_1, 1) from column n on
-            (recent,) = memory
-            width = self.ar_order + self.x_dim
-            row = F.pad(torch.cat((-a.flip(-1), torch.ones_like(a[:, :1])), dim=1), (0, self.x_dim))
-            whiten = row.repeat(1, self.x_dim)[:, : self.x_dim * width].view(-1, self.x_dim, width)
-            of_recent, of_x = whiten.split([self.ar_order, self.x_dim], dim=2)
-            drawn = x.unsqueeze(2) - of_recent @ recent.unsqueeze(2)
-            x = torch.linalg.solve_triangular(of_x, drawn, upper=False, unitriangular=True)
-            x = x.squeeze(2)
-            memory = (torch.cat((recent, x), dim=1)[:, self.x_dim :],)
-        return x, memory
+        return self.draw(*parameters, generator), memory
+
+
+HEARD = 512  # samples that a base filter suits
+LEVELS = (4, 16, 64)  # samples whose errors tell how loud the next one is
+POWER_FLOOR = 1e-7  # of normalised samples: about that of their rounding to 16 bits
+LOG_SCALE = (math.log(SIGMA_FLOOR), 3.0)  # its least and its largest value, of normalised samples
+
+
+class AdaptiveLikelihood:
+    """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
+
+    Before every block of samples, Levinson's recursion finds the linear filter that suits those
+    just heard: reflection coefficients k0 (P) and level v0. Before every sample n, the errors of
+    that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer gives
+    m, s (X each), and for each of J components a weight pi, b, g, c, e (3) and d (P):
+
+        a_j = step_up(tanh(b_j atanh(k0) + d_j)),    u_jn = x_n + sum_i a_ji x_{n-i}
+        log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n
+        p(block | .) = sum_j pi_j prod_n t_4(u_jn / scale_jn - m_n) / scale_jn
+
+    with Student's density of 4 degrees of freedom, t_4(z) = 12 / (4 + z^2)^(5/2). The memory is
+    the last samples, (rows, .), the same for all particles of a sequence. A Rollout reports m and
+    s as x_mean and x_sigma. The methods are those of FrameLikelihood.
+    """
+
+    def __init__(self, x_dim, ar_order, components):
+        self.x_dim = x_dim
+        self.ar_order = ar_order
+        self.components = components
+        self.block = x_dim if x_dim % 50 else 50
+        self.units = 2 * x_dim + components * (7 + ar_order)
+
+    def initialise(self, head, sigma_gain=1.0):
+        """Start near the base filter, with components from soft to loud."""
+        head.weight[self.x_dim :].mul_(0.1)
+        head.bias.zero_()
+        of_components = head.bias[2 * self.x_dim :].view(self.components, -1)
+        of_components[:, :7] = torch.tensor([0.0, 0.9, 0.0, 0.3, 0.2, 0.25, 0.2])
+        of_components[:, 2] = torch.linspace(-2, 2, self.components + 2)[1:-1]
+
+    def zero_memory(self, like, rows):
+        return (like.new_zeros(rows, HEARD + self.ar_order),)
+
+    def parameters(self, units):
+        m, s, of_components = units.tensor_split((self.x_dim, 2 * self.x_dim), dim=-1)
+        return m, s, of_components.unflatten(-1, (self.components, -1))
+
+    def corrected(self, of_components, k0, level):
+        """a, g + c log v0 and e of components (., 7 + P)."""
+        _, b, g, c, e, d = of_components.split((1, 1, 1, 1, 3, self.ar_order), dim=-1)
+        return step_up(torch.tanh(b * k0 + d)), g + c * level, e
+
+    @without_tf32()
+    def log_density(self, x_TBX, parameters, memory, k):
+        (recent,) = memory
+        remembered = recent.shape[1]
+        samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
+        # Axes from here on: T, B, K, components, blocks of a frame, samples of a block.
+        blocks = samples.unfold(1, remembered + self.block, self.block)
+        blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
+        base, k0, level = base_filter(blocks[..., :remembered], self.ar_order)
+        past = blocks[..., remembered - self.ar_order : -1].unfold(-1, self.ar_order, 1)
+        levels = log_levels(blocks[..., :-1], base, self.block)
+
+        m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
+        m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
+        a, gain, e = self.corrected(of_components.unsqueeze(4), k0, level)
+        u = blocks[..., remembered:] + of_past(a, past)
+        log_scale = (of_past(e, levels) + gain + s).clamp(*LOG_SCALE)
+        z = u * (-log_scale).exp() - m
+        log_t = self.block * math.log(12) - 2.5 * (4 + z**2).log().sum(-1)
+        log_pi = of_components[..., :1].log_softmax(3)
+        log_density = (log_pi + log_t - log_scale.sum(-1)).logsumexp(3).sum(-1)
+        return log_density, (samples[:, -remembered:].repeat_interleave(k, dim=0),)
+
+    def sample(self, parameters, memory, generator=None):
+        m, s, of_components = parameters
+        (samples,) = memory
+        rows = torch.arange(len(m), device=m.device)
+        normal, *others = drawn_like(m, torch.randn, generator, 5, *m.shape)
+        drawn = m + normal / torch.stack(others).square().mean(0).sqrt()
+        for n in range(self.x_dim):
+            if n % self.block == 0:
+                base, k0, level = base_filter(samples, self.ar_order)
+                j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
+                chosen = of_components[rows, j.squeeze(1)]
+                a, gain, e = self.corrected(chosen, k0, level)
+            levels = log_levels(samples, base, 1).squeeze(1)
+            log_scale = (e * levels).sum(1, keepdim=True) + gain + s[:, n : n + 1]
+            predicted = -(a * samples[:, -self.ar_order :]).sum(1, keepdim=True)
+            scale = log_scale.clamp(*LOG_SCALE).exp()
+            samples = torch.cat((samples, predicted + scale * drawn[:, n : n + 1]), dim=1)
+        return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
+
+
+def one_longer(a, k):
+    """Levinson's step: (a_i, ..., a_1), (i, .), from those of order i - 1 and k_i, (1, .)."""
+    return torch.cat((k, a + k * a.flip(0)))
+
+
+def step_up(reflections):
+    """The filter (a_P, ..., a_1), as samples lie, of reflection coefficients (., P).
+
+    With all of them within 1 the poles of 1 / (1 + sum_i a_i z^-i) lie inside the unit circle.
+    """
+    # The axis that grows goes first: its parts are then contiguous.
+    a, *others = reflections.movedim(-1, 0).unsqueeze(1).contiguous()
+    for k in others:
+        a = one_longer(a, k)
+    return a.movedim(0, -1)
+
+
+def base_filter(samples, order):
+    """The filter that suits the last samples, as of step_up; atanh(k0), (., P); log v0, (., 1)."""
+    n = torch.arange(HEARD, device=samples.device, dtype=torch.float64)
+    # A window that rises to the present, and ends there without an edge.
+    window = torch.sin(math.pi / 2 / HEARD * torch.minimum(n / 0.9, (HEARD - n) / 0.1))
+    spectrum = torch.fft.rfft(samples[..., -HEARD:] * window, HEARD + order)
+    r = torch.fft.irfft(spectrum.abs() ** 2, HEARD + order) / window.square().sum()
+    # Lines 40 Hz wide and white noise 33 dB down: no filter fits them too closely.
+    lag_window = torch.exp(-0.5 * (2 * math.pi * 40 / SAMPLE_RATE * n[: order + 1]) ** 2)
+    r = (r[..., : order + 1] * lag_window).movedim(-1, 0).contiguous()
+    r[0] = 1.0005 * r[0] + POWER_FLOOR
+
+    a = reflections = r[:0]
+    variance = r[:1]
+    for i in range(1, order + 1):
+        k = -(r[i] + (a * r[1:i]).sum(0)) / variance
+        a = one_longer(a, k)
+        reflections = torch.cat((reflections, k))
+        variance = variance * (1 - k**2)
+    found = torch.cat((a, reflections.atanh(), 0.5 * variance.log())).movedim(0, -1)
+    return found.to(samples.dtype).split((order, order, 1), dim=-1)
+
+
+def log_levels(samples, base, count):
+    """log r_n, (., count, 3), of the sample after the last one and of those before that."""
+    order = base.shape[-1]
+    longest = max(LEVELS)
+    heard = samples[..., 1 - order - longest - count :]
+    past = heard[..., :-1].unfold(-1, order, 1)
+    squares = (heard[..., order:] + (past * base.unsqueeze(-2)).sum(-1)).square()
+    powers = [squares[..., longest - n :].unfold(-1, n, 1).mean(-1) for n in LEVELS]
+    return 0.5 * (torch.stack(powers, dim=-1) + POWER_FLOOR).log()
+
+
+def of_past(weights, past):
+    """Weighted sums over past (T, B, 1, 1, blocks, n, P), by weights (T, B, K, J, blocks, P)."""
+    return torch.einsum("tbkjip, tbxyinp -> tbkjin", weights, past)
 
 
 # ---- VRNN ----------------------------------------------------------------------------------------
@@ -180,6 +293,7 @@ SIZES = (
     "x2s_dim",
     "z2s_dim",
     "ar_order",
+    "components",
 )
 
 
@@ -194,7 +308,7 @@ class Rollout:
     q_sigma: torch.Tensor
     prior_mean: torch.Tensor
     prior_sigma: torch.Tensor
-    x_mean: torch.Tensor  # (T, B*K, X), without what a filter adds to it
+    x_mean: torch.Tensor  # (T, B*K, X); with ar_order > 0 see AdaptiveLikelihood
     x_sigma: torch.Tensor
     state: tuple  # after the last frame: h and c, (B*K, R) each, and what the likelihood remembers
     phi_x: torch.Tensor  # of x, (T, B, .), for DReG
@@ -235,7 +349,8 @@ class VRNN(nn.Module):
 
     Every network has four ReLU layers before its last one. A first layer that sees two inputs is
     the sum of two products, so that the one with phi_x(x_t) can run before the recurrence. With
-    z_dim = 0 what is left is an LSTM, whose log p(x) is exact. ar_order: see FrameLikelihood.
+    z_dim = 0 what is left is an LSTM, whose log p(x) is exact. With ar_order = 0 p_x is of the
+    class Likelihood; with more it is an AdaptiveLikelihood of that many components.
 
     A subclass may replace any network, and q_z, p_z, p_x, into_lstm or lstm: whatever is not as
     here runs frame by frame as it is called, and autograd finds its gradient.
@@ -245,13 +360,29 @@ class VRNN(nn.Module):
     Likelihood = FrameLikelihood
 
     def __init__(
-        self, x_dim, z_dim, rnn_dim, q_z_dim, p_z_dim, p_x_dim, x2s_dim, z2s_dim, ar_order=0
+        self,
+        x_dim,
+        z_dim,
+        rnn_dim,
+        q_z_dim,
+        p_z_dim,
+        p_x_dim,
+        x2s_dim,
+        z2s_dim,
+        ar_order=0,
+        components=8,
     ):
         super().__init__()
         self.x_dim = x_dim
         self.z_dim = z_dim
         self.rnn_dim = rnn_dim
-        self.likelihood = self.Likelihood(x_dim, ar_order)
+        if ar_order and self.Likelihood is not FrameLikelihood:
+            raise UserError(
+                "--ar_order has a likelihood of its own; give --ar_order=0 beside yours"
+            )
+        self.likelihood = (
+            AdaptiveLikelihood(x_dim, ar_order, components) if ar_order else self.Likelihood(x_dim)
+        )
         self.bf16 = False  # products in bfloat16, except for those of the heads
         self.phi_x = nn.Sequential(*relu_layers(x_dim, x2s_dim, x2s_dim, x2s_dim, x2s_dim))
         if z_dim:

@@ -30,7 +30,8 @@ class Hyperparameters:
     p_x_dim: int = 600  # ... of the decoder
     x2s_dim: int = 600  # ... of phi_x, which the other networks see in place of x
     z2s_dim: int = 500  # ... of phi_z, which the other networks see in place of z
-    ar_order: int = 0  # past samples that predict each one in the decoder; 0 = none (published)
+    ar_order: int = 0  # past samples that predict each one; 0 = none (published)
+    components: int = 8  # filters and gains that ar_order > 0 mixes
     mirrored_init: bool = True  # linear at first, narrow posterior; off = uniform, as published
     init_from: str = ""  # best.pt of another run to start from
 

@@ -3,8 +3,10 @@
 Slow and simple on purpose; the tests hold common.VRNN against it.
 """
 
+import math
+
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal, StudentT, kl_divergence
 from torch.nn.functional import linear, softplus
 
 from common import Rollout
@@ -21,24 +23,71 @@ def gaussian(units):
     return Normal(mean, softplus(sigma) + 1e-4)
 
 
-def predictor(reflections):
-    """a_1..a_P, each (rows,), of reflection coefficients: Levinson's recursion as it stands in textbooks."""
-    a = []
-    for k in reflections:
-        a = [a_i - k * a_mirrored for a_i, a_mirrored in zip(a, reversed(a))] + [k]
-    return a
+def base_filter(heard, order):
+    """a_1..a_P, k_1..k_P and the variance of the error for the last 512 samples: Makhoul 1975, equations 37 and 38."""
+    window = [math.sin(math.pi / 2 * n / 460.8) for n in range(461)]
+    window += [math.cos(math.pi / 2 * (n - 460.8) / 51.2) for n in range(461, 512)]
+    y = [w * x for w, x in zip(window, heard[-512:], strict=True)]
+    r = []
+    for i in range(order + 1):
+        r_i = sum(y[n] * y[n - i] for n in range(i, 512)) / sum(w**2 for w in window)
+        r.append(r_i * math.exp(-0.5 * (2 * math.pi * 40 / 16000 * i) ** 2))
+    r[0] = 1.0005 * r[0] + 1e-7
+    a, reflections, variance = [], [], r[0]
+    for i in range(1, order + 1):
+        k = -(r[i] + sum(a[j - 1] * r[i - j] for j in range(1, i))) / variance
+        a = [a[j - 1] + k * a[i - j - 1] for j in range(1, i)] + [k]
+        variance = (1 - k**2) * variance
+        reflections.append(k)
+    return a, reflections, variance
 
 
-def predicted(x, recent, a):
-    """sum_i a_i x_{n-i} for each sample n of a frame (rows, X), and the samples that the next frame remembers."""
-    samples = torch.cat((recent, x), dim=1)
-    sums = [
-        sum(
-            (a_i * samples[:, n - i] for i, a_i in enumerate(a, start=1)), torch.zeros_like(x[:, 0])
+def log_rms(errors):
+    return 0.5 * math.log(sum(error**2 for error in errors) / len(errors) + 1e-7)
+
+
+def innovations(x, recent, m, s, of_components):
+    """z and log scale of each component at each sample of one frame, (X, J) each; x, m, s (X), recent (.)."""
+    order = of_components.shape[1] - 7
+    samples = [*recent.tolist(), *x.tolist()]
+    b, g, c = of_components[:, 1], of_components[:, 2], of_components[:, 3]
+    e, d = of_components[:, 4:7], of_components[:, 7:]
+    z, log_scales = [], []
+    for n in range(len(x)):
+        now = len(recent) + n
+        if n % block_of(x) == 0:
+            base, k0, v0 = base_filter(samples[:now], order)
+            errors = [
+                samples[i] + sum(base[j - 1] * samples[i - j] for j in range(1, order + 1))
+                for i in range(order, len(samples))
+            ]
+            a = []
+            for i in range(order):
+                k = torch.tanh(b * math.atanh(k0[i]) + d[:, i])
+                a = [a_j + k * a_mirrored for a_j, a_mirrored in zip(a, reversed(a))] + [k]
+        r = [log_rms(errors[now - order - w : now - order]) for w in (4, 16, 64)]
+        log_scale = (
+            s[n] + g + c * 0.5 * math.log(v0) + e[:, 0] * r[0] + e[:, 1] * r[1] + e[:, 2] * r[2]
         )
-        for n in range(len(a), samples.shape[1])
-    ]
-    return torch.stack(sums, dim=1), samples[:, x.shape[1] :]
+        log_scale = log_scale.clamp(math.log(1e-4), 3)
+        u = samples[now] + sum(a[i - 1] * samples[now - i] for i in range(1, order + 1))
+        z.append(u / log_scale.exp() - m[n])
+        log_scales.append(log_scale)
+    return torch.stack(z), torch.stack(log_scales)
+
+
+def block_of(x):
+    return 50 if len(x) % 50 == 0 else len(x)
+
+
+def adaptive_log_density(x, recent, m, s, of_components):
+    """log p of one frame of one particle."""
+    z, log_scale = innovations(x, recent, m, s, of_components)
+    log_t = StudentT(torch.tensor(4.0, dtype=z.dtype)).log_prob(z) - log_scale
+    total = 0
+    for block in log_t.split(block_of(x)):
+        total = total + (of_components[:, 0].log_softmax(0) + block.sum(0)).logsumexp(0)
+    return total
 
 
 def plain_rollout(model, x_TBX, state, noise, k):
@@ -63,15 +112,20 @@ def plain_rollout(model, x_TBX, state, noise, k):
             decoder_below = through([model.decoder_z], phi_z) + decoder_below
             gates = gates + through([model.lstm_z], phi_z)
         units = through(model.decoder, decoder_below)
-        decoder, a = (
-            gaussian(units[:, : 2 * model.x_dim]),
-            predictor(0.9999 * units[:, 2 * model.x_dim :].tanh().T),
-        )
-        from_the_past, recent = predicted(x, recent, a)
+        if model.likelihood.ar_order:
+            m, s, of_components = units.split(
+                [model.x_dim, model.x_dim, units.shape[1] - 2 * model.x_dim], 1
+            )
+            of_components = of_components.unflatten(1, (model.likelihood.components, -1))
+            log_px = torch.stack(list(map(adaptive_log_density, x, recent, m, s, of_components)))
+            recent = torch.cat((recent, x), dim=1)[:, model.x_dim :]
+        else:
+            m, s = gaussian(units).mean, gaussian(units).stddev
+            log_px = Normal(m, s).log_prob(x).sum(-1)
         candidate, i, f, o = (gates + through([model.lstm_h], h)).chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
         h = torch.sigmoid(o) * torch.tanh(c)
-        log_px = log_w = Normal(decoder.mean + from_the_past, decoder.stddev).log_prob(x).sum(-1)
+        log_w = log_px
         if model.z_dim:
             log_w = log_px + prior.log_prob(z).sum(-1) - posterior.log_prob(z).sum(-1)
         frames.append(
@@ -84,8 +138,8 @@ def plain_rollout(model, x_TBX, state, noise, k):
                 posterior.stddev,
                 prior.mean,
                 prior.stddev,
-                decoder.mean,
-                decoder.stddev,
+                m,
+                s,
             )
         )
     phi_x, nll, kl, log_w, *parameters = map(torch.stack, zip(*frames))

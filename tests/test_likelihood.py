@@ -1,14 +1,14 @@
-"""The frame likelihood with a filter in it, and the LSTM without latent variables. All but the runs in float64."""
+"""The frame likelihood that adapts to the samples before it, and the LSTM without z. Mostly in float64."""
 
 import dataclasses
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from plain import plain_rollout
+from plain import innovations, plain_rollout
 from tiny import SIZES, main_of, write_tiny_data
-from torch.distributions import MultivariateNormal
 
 import common
 import vrnn_gauss
@@ -37,16 +37,11 @@ def case(request):
     """(model, x_TBX, state of particles that have seen the same x, noise, k)"""
     z_dim, order, k = request.param
     torch.manual_seed(0)
-    model = common.VRNN(X, z_dim, 8, 7, 6, 9, 10, 4, order).double()
-    torch.nn.init.normal_(
-        model.decoder[-1].weight
-    )  # as training leaves it: no filter is there at the start
+    model = common.VRNN(X, z_dim, 8, 7, 6, 9, 10, 4, order, 3).double()
+    # As training leaves it: components differ.
+    torch.nn.init.normal_(model.decoder[-1].weight, std=0.5)
     h, c = torch.randn(2, BATCH * k, 8, dtype=torch.float64).tanh()
-    recent = (
-        [torch.randn(BATCH, order, dtype=torch.float64).repeat_interleave(k, dim=0)]
-        if order
-        else []
-    )
+    recent = [past_speech(BATCH, order).repeat_interleave(k, dim=0)] if order else []
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     return model, draw(FRAMES, BATCH, X), (h, c, *recent), draw(FRAMES, BATCH * k, z_dim), k
 
@@ -112,129 +107,266 @@ def test_generation_is_the_prior_and_decoder_that_training_scores(case):
         seen = model(x[None], state, torch.zeros(1, 4, model.z_dim, dtype=torch.float64))
         z = seen.prior_mean + seen.prior_sigma * prior_noise
         scored = model(x[None], state, (z - seen.q_mean) / seen.q_sigma)
-        expected = 0.5 * draw(X) ** 2 + scored.x_sigma[0].log() + 0.5 * math.log(2 * math.pi)
-        torch.testing.assert_close(scored.nll_TBK[0, :, 0], expected.sum(1))
+        p_x = model.p_x(model.phi_z(z[0]) if model.z_dim else None, state[0])
+        for ours, its in zip(p_x, (scored.x_mean, scored.x_sigma)):
+            torch.testing.assert_close(ours, its[0])
+        expected, _ = model.likelihood.sample(p_x, state[2:], draws)
+        torch.testing.assert_close(x, expected)
         state = scored.state
 
 
-def joint(parameters, recent):
-    """MultivariateNormal of the T*X samples of one particle, from m, s (T, X) and a (T, P) and the P samples before.
+def adaptive(x_dim, order, components=3):
+    """A likelihood, and its parameters for one particle, (1, .) each: components that differ, levels that count."""
+    likelihood = common.AdaptiveLikelihood(x_dim, order, components)
+    return likelihood, likelihood.parameters(0.4 * torch.randn(1, likelihood.units).double())
 
-    With the filter of its frame in each row, A x = m + C recent + s * noise.
-    """
-    mean, sigma, a = parameters
-    frames, order = a.shape
-    filters = torch.zeros(frames * X, order + frames * X, dtype=torch.float64)
-    for n in range(frames * X):
-        for i in range(1, order + 1):
-            filters[n, order + n - i] = a[n // X, i - 1]
-    eye = torch.eye(frames * X, dtype=torch.float64)
-    solve = torch.linalg.solve_triangular(eye - filters[:, order:], eye, upper=False)
-    scale = solve @ sigma.flatten().diag()
-    return MultivariateNormal(
-        solve @ (mean.flatten() + filters[:, :order] @ recent), scale_tril=scale
+
+def past_speech(batch, order):
+    """Memories (batch, .): noise through a resonance, as loud as speech may be."""
+    noise = 0.3 * torch.randn(batch, 512 + order).double()
+    samples = [noise[:, 0], noise[:, 1]]
+    for n in range(2, noise.shape[1]):
+        samples.append(1.6 * samples[-1] - 0.8 * samples[-2] + noise[:, n])
+    return torch.stack(samples, dim=1) / 2
+
+
+def density_of(likelihood, parameters, x, memory):
+    """p(x | .), (rows,), of frames x (rows, X) after the same memory (1, .)."""
+    parameters = [part.expand(1, len(x), *part.shape[1:]) for part in parameters]
+    log_px, _ = likelihood.log_density(x[None], parameters, (memory.expand(len(x), -1),), 1)
+    return log_px[0, :, 0].exp()
+
+
+def grid(count, finest):
+    """Points from -1e4 to 1e4, densest at 0, and what each stands for in an integral."""
+    t = torch.linspace(-1, 1, count, dtype=torch.float64) * math.asinh(1e4 / finest)
+    return finest * t.sinh(), finest * t.cosh() * (t[1] - t[0])
+
+
+@pytest.mark.parametrize("order", (1, 2, 12))
+@pytest.mark.parametrize("memory", ("zeros", "speech"))
+def test_the_density_of_a_sample_integrates_to_one(order, memory):
+    torch.manual_seed(order)
+    likelihood, parameters = adaptive(1, order)
+    recent = past_speech(1, order) if memory == "speech" else torch.zeros(1, 512 + order).double()
+    x, weight = grid(4000, 1e-4)
+    density = density_of(likelihood, parameters, x[:, None], recent)
+    assert (density * weight).sum() == pytest.approx(1, abs=1e-8)
+
+
+@pytest.fixture(scope="module")
+def plane():
+    """(likelihood, parameters, memory) of frames of two samples, points of a grid and the probability of each."""
+    torch.manual_seed(1)
+    likelihood, parameters = adaptive(2, 3)
+    memory = past_speech(1, 3)
+    x, weight = grid(240, 0.2)
+    points = torch.cartesian_prod(x, x)
+    mass = torch.cartesian_prod(weight, weight).prod(1)
+    mass *= density_of(likelihood, parameters, points, memory)
+    return (likelihood, parameters, memory), points, mass
+
+
+def test_the_density_of_two_samples_integrates_to_one_though_the_first_scales_the_second(plane):
+    (likelihood, parameters, _), _, mass = plane
+    assert mass.sum() == pytest.approx(1, abs=1e-5)
+    exponents = parameters[2][0, :, 4:7]
+    assert exponents.abs().min() > 0.01
+
+
+def test_samples_fall_where_the_density_says(plane):
+    (likelihood, parameters, memory), points, mass = plane
+    draws = 20_000
+    x, _ = likelihood.sample(
+        [part.expand(draws, *part.shape[1:]) for part in parameters],
+        (memory.expand(draws, -1),),
+        torch.Generator().manual_seed(0),
     )
+    # Cells of a turned grid as well, which a density with its axes apart would not fill alike.
+    for turn in (torch.eye(2), torch.tensor([[1.0, 1.0], [1.0, -1.0]])):
+        ours, theirs = x @ turn.double(), points @ turn.double()
+        for q_0, q_1 in itertools.product((0.1, 0.3, 0.5, 0.7, 0.9), repeat=2):
+            edge = torch.stack((ours[:, 0].quantile(q_0), ours[:, 1].quantile(q_1)))
+            expected = mass[(theirs <= edge).all(1)].sum().item()
+            found = (ours <= edge).all(1).double().mean().item()
+            # The edge of a cell of the grid lies within 0.02 in probability.
+            assert abs(found - expected) < 5 * (0.25 / draws) ** 0.5 + 0.02
 
 
-def of_frames(order, rows, frames=2):
-    """A likelihood, and parameters of (frames, rows, .) with strong filters."""
+@pytest.mark.parametrize("x_dim", (4, 100))
+def test_a_frame_is_drawn_sample_by_sample_from_the_density_that_scores_it(x_dim):
+    """What is left of the samples, by the plain loop, is the noise that they were made of."""
     torch.manual_seed(0)
-    likelihood = common.FrameLikelihood(X, order)
-    return likelihood, likelihood.parameters(
-        torch.randn(frames, rows, likelihood.units, dtype=torch.float64)
+    rows, order, components = 6, 4, 3
+    likelihood = common.AdaptiveLikelihood(x_dim, order, components)
+    units = torch.cat([0.3 * torch.randn(1, likelihood.units) for _ in range(rows)]).double()
+    parameters = likelihood.parameters(units)
+    recent = past_speech(rows, order)
+    x, (after,) = likelihood.sample(parameters, (recent,), torch.Generator().manual_seed(1))
+    assert after.equal(torch.cat((recent, x), dim=1)[:, x_dim:])
+
+    generator = torch.Generator().manual_seed(1)
+    normal, *others = torch.randn(5, rows, x_dim, generator=generator, dtype=torch.float64)
+    noise = normal / torch.stack(others).square().mean(0).sqrt()
+    probabilities = parameters[2][..., 0].softmax(1)
+    blocks = range(0, x_dim, likelihood.block)
+    chosen = [probabilities.multinomial(1, generator=generator) for _ in blocks]
+    assert len(torch.cat(chosen).unique()) > 1
+    for row in range(rows):
+        z, _ = innovations(x[row], recent[row], *(part[row] for part in parameters))
+        for first, j in zip(blocks, chosen):
+            part = slice(first, first + likelihood.block)
+            torch.testing.assert_close(z[part, j[row, 0]], noise[row, part])
+
+
+def test_student_innovations_have_four_degrees_of_freedom():
+    """E |t| = 1 and E log(1 + t^2 / 4) = psi(5/2) - psi(2) = 0.2804; of a Gaussian 0.80 and 0.19."""
+    torch.manual_seed(0)
+    likelihood = common.AdaptiveLikelihood(10, 1, 1)
+    units = torch.zeros(10_000, likelihood.units, dtype=torch.float64)
+    x, _ = likelihood.sample(likelihood.parameters(units), likelihood.zero_memory(units, 10_000))
+    assert x.abs().mean() == pytest.approx(1, abs=0.015)
+    assert (x**2 / 4).log1p().mean() == pytest.approx(0.28037, abs=0.006)
+
+
+@pytest.mark.parametrize("n", (0, 1, 40, 49, 50, 77))
+def test_no_scale_and_no_filter_hears_its_own_sample_or_a_later_one(n):
+    torch.manual_seed(0)
+    order, count = 4, 100
+    samples = torch.cat((past_speech(1, order), torch.randn(1, count).double()), dim=1)
+    changed = samples.clone()
+    changed[:, 512 + order + n] += 3
+    before, after = (
+        common.base_filter(part[:, : 512 + order + n], order) for part in (samples, changed)
     )
+    assert all(one.equal(other) for one, other in zip(before, after))
+    levels = [common.log_levels(part[:, :-1], before[0], count) for part in (samples, changed)]
+    moved = (levels[0] != levels[1]).squeeze(0)
+    assert not moved[: n + 1].any()
+    for w, its in zip((4, 16, 64), moved.unbind(1)):
+        assert its[n + 1 : n + 1 + w].all()
+        assert not its[n + 1 + w + order :].any()
 
 
-@pytest.mark.parametrize("order", (1, 3, 12))
-def test_the_density_of_frames_is_the_gaussian_that_the_filters_imply(order):
-    k, batch = 2, 3
-    likelihood, parameters = of_frames(order, batch * k)
-    x_TBX, recent = torch.randn(2, batch, X).double(), torch.randn(batch, order).double()
-    log_px, (after,) = likelihood.log_density(
-        x_TBX, parameters, (recent.repeat_interleave(k, dim=0),), k
-    )
-    for row in range(batch * k):
-        b, j = divmod(row, k)
-        expected = joint([part[:, row] for part in parameters], recent[b])
-        frame_1 = MultivariateNormal(expected.mean[:X], expected.covariance_matrix[:X, :X])
-        torch.testing.assert_close(log_px[0, b, j], frame_1.log_prob(x_TBX[0, b]))
-        torch.testing.assert_close(log_px[:, b, j].sum(), expected.log_prob(x_TBX[:, b].flatten()))
-        assert after[row].equal(torch.cat((recent[b], x_TBX[:, b].flatten()))[-order:])
+@pytest.mark.parametrize("frame", (1, 3))
+def test_a_sample_changes_no_density_of_an_earlier_frame_and_all_of_later_ones(case, frame):
+    model, x_TBX, state, noise, k = case
+    before = model(x_TBX, state, noise, k).nll_TBK
+    x_TBX[frame, :, -1] += 1
+    after = model(x_TBX, state, noise, k).nll_TBK
+    assert torch.equal(before[:frame], after[:frame])
+    assert not torch.isclose(before[frame:], after[frame:]).any()
 
 
-@pytest.mark.parametrize("order", (1, 3, 12))
-def test_samples_have_the_mean_and_covariance_that_the_filters_imply(order):
-    draws = 100_000
-    likelihood, parameters = of_frames(order, 1)
-    recent = torch.randn(order, dtype=torch.float64)
-    memory, x = (recent.expand(draws, -1),), []
-    for frame in range(2):
-        x_frame, memory = likelihood.sample(
-            [part[frame].expand(draws, -1) for part in parameters], memory
-        )
-        x.append(x_frame)
-    x = torch.cat(x, dim=1)
-    expected = joint([part[:, 0] for part in parameters], recent)
-    whitened = torch.linalg.solve(expected.scale_tril, (x - expected.mean).T)
-    assert whitened.mean(1).abs().max() < 5 / draws**0.5
-    assert (whitened.cov() - torch.eye(2 * X)).abs().max() < 5 * (2 / draws) ** 0.5
+def test_a_frame_of_two_blocks_is_two_frames_of_one_with_the_same_components():
+    """Each block has a base filter and a choice of component of its own."""
+    torch.manual_seed(0)
+    likelihood, parameters = adaptive(100, 3)
+    memory = past_speech(1, 3)
+    x = torch.randn(1, 100).double()
+    one_frame = density_of(likelihood, parameters, x, memory).log()
+    m, s, of_components = parameters
+    likelihood = common.AdaptiveLikelihood(50, 3, 3)
+    assert likelihood.block == 50
+    halves = [(m[:, part], s[:, part], of_components) for part in (slice(0, 50), slice(50, 100))]
+    first = density_of(likelihood, halves[0], x[:, :50], memory).log()
+    memory = torch.cat((memory, x), dim=1)[:, 50:-50]
+    second = density_of(likelihood, halves[1], x[:, 50:], memory).log()
+    torch.testing.assert_close(first + second, one_frame)
 
 
-@pytest.mark.parametrize("order", (0, 1, 3, 12))
-def test_a_frame_is_drawn_as_if_sample_by_sample(order):
-    likelihood, parameters = of_frames(order, 4)
-    parameters = [part if part is None else part[0] for part in parameters]
-    recent = torch.randn(4, order, dtype=torch.float64)
-    x, after = likelihood.sample(
-        parameters, (recent,) if order else (), torch.Generator().manual_seed(0)
-    )
-    drawn = common.sample_gaussian(*parameters[:2], torch.Generator().manual_seed(0))
-    samples = list(recent.T)
-    for n in range(X):
-        samples.append(
-            drawn[:, n] + sum(a_i * samples[-i] for i, a_i in enumerate(parameters[2].T, start=1))
-            if order
-            else drawn[:, n]
-        )
-    torch.testing.assert_close(x, torch.stack(samples[order:], dim=1))
-    if order:
-        torch.testing.assert_close(after, (torch.stack(samples[-order:], dim=1),))
+@pytest.mark.parametrize("x_dim, block", ((200, 50), (50, 50), (20, 20), (320, 320), (1, 1)))
+def test_blocks_have_50_samples_where_a_frame_is_made_of_such(x_dim, block):
+    assert common.AdaptiveLikelihood(x_dim, 4, 2).block == block
 
 
 @pytest.mark.parametrize("order", (1, 2, 16))
-def test_reflection_coefficients_stay_below_one_and_poles_inside_the_unit_circle(order):
-    likelihood = common.FrameLikelihood(X, order)
+def test_a_base_filter_predicts_what_a_stable_filter_made(order):
+    """Poles inside the unit circle; on a resonance the error is the noise that drove it."""
     torch.manual_seed(0)
-
-    def largest_pole_and_filter(heads):
-        units = torch.cat((torch.zeros(len(heads), 2 * X, dtype=torch.float64), heads), dim=1)
-        _, _, a = likelihood.parameters(units)
-        companion = torch.diag(torch.ones(order - 1, dtype=torch.float64), -1).repeat(len(a), 1, 1)
-        companion[:, 0] = a
-        return torch.linalg.eigvals(companion).abs().max(), a
-
-    signs = torch.randn(500, order, dtype=torch.float64).sign()
-    for heads in (0.5 * signs, 0.5 * signs * torch.rand(500, order)):
-        assert 0.1 < largest_pole_and_filter(heads)[0] < 1
-    _, a = largest_pole_and_filter(1e3 * signs)
-    assert a.isfinite().all()
-    assert (
-        a[:, -1].abs() < 1
-    ).all()  # it is the last reflection coefficient, of as many as there are
-    torch.testing.assert_close(a[:, -1], 0.9999 * signs[:, -1])
+    samples = past_speech(20, order)
+    a, atanh_k0, log_v0 = common.base_filter(samples, order)
+    companion = torch.diag(torch.ones(order - 1).double(), -1).repeat(len(a), 1, 1)
+    companion[:, 0] = -a.flip(1)
+    assert torch.linalg.eigvals(companion).abs().max() < 1
+    torch.testing.assert_close(common.step_up(atanh_k0.tanh()), a)
+    if order > 1:
+        assert log_v0.exp().mean() == pytest.approx(0.15, rel=0.15)
+        torch.testing.assert_close(
+            a[:, -2:].mean(0), torch.tensor([0.8, -1.6]).double(), atol=0.15, rtol=0
+        )
 
 
-def test_it_starts_without_a_filter_and_learns_one():
+def test_silence_and_the_loudest_signal_have_finite_densities_and_gradients():
     torch.manual_seed(0)
-    model = common.VRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=4).double()
+    model = common.VRNN(X, 0, 8, 8, 8, 8, 8, 8, ar_order=12)
+    model.mirror()
+    tone = torch.sin(torch.arange(60 * X) / 3)
+    for loudness, x in itertools.product(
+        (0, 1e-4, 1, 30), (tone, tone.sign(), torch.randn(60 * X))
+    ):
+        rollout = model(loudness * x.view(60, 1, X))
+        gradients = torch.autograd.grad(rollout.nll_TBK.mean(), list(model.parameters()))
+        assert rollout.nll_TBK.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_particles_of_a_sequence_share_one_base_filter(monkeypatch):
+    """It is found once for a sequence, in float64, and never with a gradient."""
+    rows = []
+
+    def counted(samples, order, found=common.base_filter):
+        rows.append(samples[..., 0].numel())
+        parts = found(samples, order)
+        assert not any(part.requires_grad for part in parts)
+        return parts
+
+    monkeypatch.setattr(common, "base_filter", counted)
+    model = common.VRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=2)
+    model(torch.randn(FRAMES, BATCH, X), k=7)
+    assert rows == [FRAMES * BATCH]
+
+
+def test_products_of_a_prediction_are_not_rounded_to_tf32_though_the_update_allows_it(monkeypatch):
+    seen = []
+
+    def einsum(*operands, found=torch.einsum):
+        seen.append(torch.get_float32_matmul_precision())
+        return found(*operands)
+
+    monkeypatch.setattr(torch, "einsum", einsum)
+    torch.set_float32_matmul_precision("high")
+    try:
+        common.VRNN(X, 0, 8, 8, 8, 8, 8, 8, ar_order=2)(torch.randn(2, 1, X))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and set(seen) == {"highest"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_in_bfloat16_densities_are_still_float32(dtype):
+    torch.manual_seed(0)
+    model = common.VRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=4)
+    model.bf16 = dtype == torch.bfloat16
+    rollout = model(torch.randn(FRAMES, BATCH, X))
+    assert {getattr(rollout, field).dtype for field in FIELDS} == {torch.float32}
+    assert {part.dtype for part in rollout.state[2:]} == {torch.float32}
+
+
+def test_it_starts_at_the_base_filter_and_learns_every_part():
+    torch.manual_seed(0)
+    model = common.VRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=4, components=3).double()
     for start in (model.initialise, model.mirror):
         start()
-        x_TBX = torch.randn(1, 2, X).double().cumsum(2)
-        rollout = model(x_TBX)
-        expected = common.gaussian_log_density(x_TBX, rollout.x_mean, rollout.x_sigma)
-        torch.testing.assert_close(-rollout.nll_TBK.squeeze(2), expected)
-        vrnn_gauss.objective(rollout).backward()
-        assert model.decoder[-1].weight.grad[2 * X :].any(dim=1).all()
+        head = model.decoder[-1]
+        of_components = head.bias[2 * X :].view(3, 11)
+        assert not of_components[:, [0, *range(7, 11)]].any()
+        assert (of_components[:, 1] > 0.5).all()
+        assert of_components[:, 2].diff().min() > 0.5
+        x_TBX = torch.randn(FRAMES, 2, X).double().cumsum(2)
+        vrnn_gauss.objective(model(x_TBX)).backward()
+        assert head.weight.grad.any(dim=1).all()
 
 
 def test_without_latent_variables_every_bound_is_the_likelihood():
@@ -265,7 +397,7 @@ def test_without_latent_variables_every_bound_is_the_likelihood():
     torch.testing.assert_close(model(x_TBX, k=2).log_w_TBK, rollout.log_w_TBK.expand(-1, -1, 2))
 
 
-def test_another_distribution_about_the_prediction_replaces_two_functions():
+def test_another_distribution_replaces_two_functions_where_there_is_no_filter():
     class Laplace(common.FrameLikelihood):
         def density(self, x, mean, scale):
             return torch.distributions.Laplace(mean, scale).log_prob(x).sum(-1)
@@ -280,7 +412,7 @@ def test_another_distribution_about_the_prediction_replaces_two_functions():
         Likelihood = Laplace
 
     torch.manual_seed(0)
-    model = LaplaceVRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=2).double()
+    model = LaplaceVRNN(X, 3, 8, 8, 8, 8, 8, 8).double()
     x_TBX, noise = (
         torch.randn(FRAMES, BATCH, X).double(),
         torch.randn(FRAMES, 2 * BATCH, 3).double(),
@@ -290,6 +422,8 @@ def test_another_distribution_about_the_prediction_replaces_two_functions():
     assert (
         5.5 < (x_TBX - x_TBX.mean()).pow(4).mean() / x_TBX.var() ** 2 < 6.5
     )  # 3 of a Gaussian, 6 of this one
+    with pytest.raises(common.UserError, match="--ar_order=0"):
+        LaplaceVRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=2)
 
 
 def test_what_is_generated_goes_on_from_a_state(case):
@@ -354,7 +488,7 @@ def test_scripts_learn_a_filter_evaluate_and_generate_with_it(runs):
         assert bounds[0]["nats_per_frame"] < bounds[1]["nats_per_frame"]
         model = torch.load(run / "best.pt", weights_only=True)["model"]
         assert (
-            model["decoder.7.weight"].shape == (2 * 20 + 3, 8)
+            model["decoder.7.weight"].shape == (2 * 20 + 8 * (7 + 3), 8)
             and model["decoder.7.bias"][40:].all()
         )
         assert (run / "samples/resynthesised_1.wav").exists()
