@@ -268,7 +268,7 @@ def checked_config(config):
         part(config, "k", kind=int)
     if config["x_dim"] <= 0 or not config["eval_k"]:
         raise Damaged("its x_dim or eval_k is empty")
-    return {"model_class": "VRNN"} | config  # older logs have none, and no other class
+    return {"model_class": "VRNN", "components": 8} | config  # older logs have no others
 
 
 def checked_data(data):

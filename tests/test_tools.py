@@ -328,6 +328,7 @@ GROUPS = (
     "clip",
     "regime",
     "size",
+    "likelihood",
 )
 
 
@@ -347,8 +348,8 @@ def test_every_run_of_the_experiment_has_valid_flags():
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
         names.append(name)
-    assert len(names) == 92
-    assert len(set(names)) == 92
+    assert len(names) == 104
+    assert len(set(names)) == 104
 
 
 def first_update_of_clipping(data, out, *flags):

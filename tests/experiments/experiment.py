@@ -75,6 +75,7 @@ def table(runs, updates):
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
+    yield from likelihood(range(3))
 
 
 def objectives(seeds):
@@ -130,6 +131,14 @@ def regime(updates):
         flags = [*REGIME, quarter, f"--grad_clip={limit}"]
         yield "regime", f"2016_vrnn_clip_{limit}-0", *VRNN, *flags
     yield "regime", "2016_iwae_5_clip_640-0", *IWAE, *REGIME, quarter, "--grad_clip=640"
+
+
+def likelihood(seeds):
+    """The likelihood from speech coding, without and with latent variables."""
+    for seed in seeds:
+        for name, script in {"lstm": [*VRNN, "--z_dim=0"], **OBJECTIVES}.items():
+            flags = [*script, "--ar_order=32", "--x_noise=0", f"--seed={seed}"]
+            yield "likelihood", f"{name}_ar_32-{seed}", *flags
 
 
 def judges(runs):
