@@ -42,7 +42,7 @@ class Hyperparameters:
     lr: float = 3e-4  # Adam's learning rate
     lr_updates: int = 0  # updates in which it falls in a line to a hundredth; 0 = constant
     max_updates: int = 100_000  # about six epochs of the 283-hour Blizzard corpus
-    grad_clip: float = 2560.0  # largest norm of the gradient (published: 640); 0 = no limit
+    grad_clip: float = 2560.0  # largest norm of the gradient; 0 = no limit
     weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
     ema: float = 0.999  # decay of the averaged weights, which are evaluated; 0 = no averaging
     bf16: bool = False  # matrix products of training in bfloat16; evaluation keeps float32

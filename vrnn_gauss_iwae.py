@@ -46,7 +46,7 @@ class Hyperparameters:
     lr: float = 3e-4  # Adam's learning rate
     lr_updates: int = 0  # updates in which it falls in a line to a hundredth; 0 = constant
     max_updates: int = 100_000  # about six epochs of the 283-hour Blizzard corpus
-    grad_clip: float = 2560.0  # largest norm of the gradient (published: 640); 0 = no limit
+    grad_clip: float = 2560.0  # largest norm of the gradient; 0 = no limit
     weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
     ema: float = 0.999  # decay of the averaged weights, which are evaluated; 0 = no averaging
     bf16: bool = False  # matrix products of training in bfloat16; evaluation keeps float32
@@ -65,7 +65,12 @@ class Hyperparameters:
 
 
 def objective(rollout):
-    """Minus the mean over sequences of the bound, nats per frame; its gradient weighs particle k by w_k / sum w."""
+    """Minus the mean over sequences of the bound, nats per frame.
+
+    Its gradient weighs particle k by w_k / sum w. The states of the K particles are carried on
+    unweighted: from the second window of an excerpt on this bounds log E[p(x_w | h)] over the
+    states that q has led to, not log p(x_w | x_<w).
+    """
     log_w_BK = rollout.log_w_TBK.sum(0)
     return -common.importance_weighted(log_w_BK).mean() / len(rollout.log_w_TBK)
 
