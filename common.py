@@ -2636,6 +2636,9 @@ def has_fast_recurrence(model):
         layers += [type(layer) for layer in network.modules()]
     posterior = [nn.Sequential, nn.ReLU, *[Linear, nn.ReLU] * 3, Head]
     phi_z = [nn.Sequential, *[Linear, nn.ReLU] * 4]
+    without_bias = (model.posterior_h, model.lstm_z, model.lstm_h)
+    if any(getattr(layer, "bias", None) is not None for layer in without_bias):
+        return False
     return layers == [Linear, Linear, *posterior, *phi_z, Linear, Linear, Linear]
 
 

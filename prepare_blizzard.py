@@ -110,6 +110,7 @@ def recordings_in(files, unusable, folder, allow_pickle=False):
 
     Decoded samples go through `folder`.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # left by a conversion that was killed
     for path, why in unusable:
         yield Recording(path, "", problem=why)
     sound_files = [path for path, _ in files if path.suffix.lower() in AUDIO_SUFFIXES]
@@ -291,14 +292,10 @@ UNKNOWN_SIZE = range(0x7FFF_F000, 0x8000_0001), range(0xFFFF_F000, 0x1_0000_0000
 
 def missing_part(path, file):
     """What a sound file says to hold and the decoder does not find or read; None if nothing."""
-    if file.format == "MP3":
-        parts = missing_in_mp3
-    elif file.format == "OGG":
-        parts = missing_in_ogg
-    else:
+    if file.format not in ("MP3", "OGG"):
         return missing_in_wav(path, file)
     with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return parts(data)
+        return missing_in_mp3(data, file.frames) if file.format == "MP3" else missing_in_ogg(data)
 
 
 def missing_in_wav(path, file):
@@ -337,16 +334,17 @@ def missing_in_ogg(data):
     return None
 
 
-def missing_in_mp3(data):
-    """Of MPEG frames. A header in the first may say how many follow."""
+def missing_in_mp3(data, found):
+    """Of MPEG frames. A header in the first may say how many follow. found: by the decoder."""
     claimed = None
-    frames = 0
+    frames = samples = 0
     at = 0
-    while length := mp3_frame_length(data, at) or id3_length(data, at):
+    while length := mp3_frame(data, at)[0] or id3_length(data, at):
         if data[at : at + 3] != b"ID3":
             count = mp3_frames_claimed(data[at : at + 48])
             if count is None:
                 frames += 1
+                samples += mp3_frame(data, at)[1]
             elif frames:
                 return "a second recording follows the first in it; split it, or convert it"
             else:
@@ -358,6 +356,9 @@ def missing_in_mp3(data):
         return f"it is cut short: of {claimed:,} frames {frames:,} are there; {AGAIN}"
     if claimed and frames > claimed + 2:
         return f"its header claims {claimed:,} frames, but {frames:,} are there; {AGAIN}"
+    # without a header the decoder estimates
+    if found < 0.99 * samples - 4_000:
+        return f"its decoder would find {found:,} of about {samples:,} samples; convert it again"
     return None
 
 
@@ -381,10 +382,10 @@ MP3_RATES = (
 )
 
 
-def mp3_frame_length(data, at):
-    """Bytes of the MPEG frame there, from its header of 32 bits (ISO 11172-3); 0 if there is none.
+def mp3_frame(data, at):
+    """(bytes, samples) of the MPEG frame there, from its header of 32 bits (ISO 11172-3).
 
-    A length that is free, and so in no header, counts as none.
+    (0, 0) where there is none, or one whose length is free, and so in no header.
     """
     header = int.from_bytes(data[at : at + 4], "big")
     version = header >> 19 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
@@ -393,14 +394,14 @@ def mp3_frame_length(data, at):
     frequency = header >> 10 & 3
     padding = header >> 9 & 1
     if header >> 21 != 0x7FF or version == 1 or layer == 4 or rate in (0, 15) or frequency == 3:
-        return 0
+        return 0, 0
     hertz = (44_100, 48_000, 32_000)[frequency] >> {3: 0, 2: 1, 0: 2}[version]
     row = layer - 1 if version == 3 else min(layer, 2) + 2
     bits = 1000 * MP3_RATES[row][rate - 1]
     if layer == 1:
-        return (12 * bits // hertz + padding) * 4
+        return (12 * bits // hertz + padding) * 4, 384
     samples = 576 if layer == 3 and version != 3 else 1152
-    return samples // 8 * bits // hertz + padding
+    return samples // 8 * bits // hertz + padding, samples
 
 
 def mp3_frames_claimed(frame):
@@ -444,16 +445,16 @@ def decoded(paths, folder):
     The blocks of a file hold until those of the next one are asked for. Its samples lie in
     `folder`, which is made and removed.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # left by a conversion that was killed
-    folder.mkdir()
     waiting = collections.deque(enumerate(paths))
     ahead = collections.deque()  # (file of the samples, its decoding), in the order of paths
     processes = queue.SimpleQueue()  # those that are idle
     decoders = max(1, min(cores(), MOST_DECODERS, len(paths)))
-    for _ in range(decoders):
-        processes.put(new_process())
     threads = ThreadPoolExecutor(decoders, initializer=hold_back_stops)
+    open_standard_streams()
+    folder.mkdir()
     try:
+        for _ in range(decoders):
+            processes.put(threads.submit(new_process).result())
         while waiting or ahead:
             while waiting and len(ahead) <= 2 * decoders:
                 n, path = waiting.popleft()
@@ -516,6 +517,15 @@ def new_process():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["prepare_blizzard"])
     return ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+
+
+def open_standard_streams():
+    """Let decoders inherit descriptors 0 to 2: where one is closed, another file gets its number."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(null)
+    for descriptor in range(3):
+        os.set_inheritable(descriptor, True)
 
 
 def hold_back_stops():

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     runs = [
         started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"),
         started(folder, "stochastic_gru", *FLAGS),
-        started(folder, "laplace_vrnn", *FLAGS, "--ar_order=3"),
+        started(folder, "laplace_vrnn", *FLAGS),
     ]
     for process in runs:
         finished(process)

@@ -529,7 +529,7 @@ def test_help_shows_every_hyperparameter_with_its_comment_and_the_published_defa
     text = " ".join(result.stdout.split())
     for name in (
         "data out_dir seed device x_dim z_dim rnn_dim q_z_dim p_z_dim p_x_dim x2s_dim z2s_dim "
-        "ar_order k seq_frames reset_freq batch_size lr max_updates monitor_every grad_clip "
+        "ar_order components k seq_frames reset_freq batch_size lr max_updates monitor_every grad_clip "
         "weight_norm dequantize init_from evaluate resume demo"
     ).split():
         assert f"--{name}" in text
