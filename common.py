@@ -7,6 +7,10 @@ Shape suffixes: T frames, B sequences, K particles, X samples in a frame, Z late
 size. Tensors of (T, B*K, .) hold particle j of sequence b in row b*K + j. Log-densities are in
 nats; a bound on log p(x) is reported in nats per frame (summed over X, averaged over T and B)
 unless its name says otherwise.
+
+A recording is cut into excerpts, an excerpt into reset_freq windows, through which the state is
+carried, a window into seq_frames frames, a frame into X samples. `h` are hyperparameters; with c it
+is the state of the LSTM.
 """
 
 import contextlib
@@ -368,7 +372,7 @@ def lstm_cell(gates, c):
 
 
 class VRNN(nn.Module):
-    """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), Gaussian throughout.
+    """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), with Gaussian z.
 
     Every network has four ReLU layers before its last one. A first layer that sees two inputs is
     the sum of two products, so that the one with phi_x(x_t) can run before the recurrence. With
@@ -549,15 +553,16 @@ class VRNN(nn.Module):
         return zeros, zeros, *self.likelihood.zero_memory(zeros, rows)
 
     def existing(self, *names):
-        """Those of its networks and layers that it has: without z some are missing."""
+        """The named networks and layers that exist: without z some do not."""
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
     @torch.no_grad()
     def initialise(self):
-        """As published: uniform weights, zero biases, sigma biases 0.6, orthogonal recurrence.
+        """Uniform weights, zero biases, sigma biases 0.6, orthogonal recurrence.
 
-        Published weights lie within 0.08. Here 600 inputs give 0.08, and fewer more: at a fixed
-        0.08 narrow four-layer stacks pass no signal and z stays unused.
+        As published, but for one thing: published weights lie within 0.08, here only those of 600
+        inputs, and those of fewer within more. At 0.08 narrow four-layer stacks pass no signal and
+        z stays unused.
         """
         for p in self.parameters():
             if p.dim() == 2:
@@ -618,7 +623,7 @@ class VRNN(nn.Module):
 
 
 def for_particles(from_x, h):
-    """Rows of what sequences share, repeated for the particles of each, to the rows of h."""
+    """Each sequence's row of from_x, (., B, .), repeated for its particles: as many rows as h."""
     return from_x.repeat_interleave(h.shape[-2] // from_x.shape[-2], dim=-2)
 
 
@@ -780,7 +785,7 @@ def evaluate_checkpoint(h, model=None):
     Samples are normalised as in the training of the checkpoint. Raises UserError.
     """
     start_processes()
-    folder = claim(h)
+    folder = check_folder(h)
     device = choose_device(h.device)
     corpus = open_corpus(h.data)
     model = (vrnn_of(h) if model is None else model).to(device)
@@ -788,7 +793,7 @@ def evaluate_checkpoint(h, model=None):
     load_parameters(model, checkpoint, h.evaluate, "--evaluate")
     chosen = {name: value for name, value in config_of(h).items() if name in OF_EVALUATION}
     config = {**config_of(h), **checkpoint["config"], **chosen}
-    start(folder, config)
+    claim_folder(folder, config)
     evaluate(h, model, checkpoint, corpus, folder, config, h.evaluate)
 
 
@@ -889,7 +894,7 @@ def summarise(by_window, seq_frames, x_dim, corpus):
             nats_per_frame=mean / seq_frames,
             stderr=None if stderr is None else stderr / seq_frames,
         )
-        if not name.startswith(("kl", "log_w_std")):
+        if name.startswith(BOUNDS):
             bits = bits_per_sample(mean / seq_frames, x_dim, corpus.std)
             result[name]["bits_per_sample"] = bits
     return result
@@ -1028,7 +1033,7 @@ class Training:
                 f"--batch_size={h.batch_size} does not divide among {self.processes} processes; "
                 "start as many as do"
             )
-        self.folder = claim(h)
+        self.folder = check_folder(h)
         self.device = choose_device(h.device)
         ensure_demo_data(h.data)
         self.corpus = open_corpus(h.data)
@@ -1040,7 +1045,7 @@ class Training:
         if h.resume:
             self.restore(read_checkpoint(self.folder / LAST, "--resume", STATE))
             gather("restored")
-        start(self.folder, self.config, self.log)
+        claim_folder(self.folder, self.config, self.log)
         if is_first():
             parameters = sum(p.numel() for p in self.model.parameters())
             print(
@@ -1221,7 +1226,9 @@ class Training:
         """Decorator of a script's update: on a GPU it becomes one CUDA graph.
 
         To launch its thousands of kernels takes longer than to run them. They are launched one by
-        one where that fails, and in several processes. Leaves the state as it is.
+        one where that fails, and in several processes. The graph repeats kernels alone: an update
+        may not read a tensor (.item(), print, if), and it learns its number from counts["made"].
+        The training's state is afterwards what it was before.
         """
         if self.device.type != "cuda" or self.processes > 1:
             return update
@@ -1326,10 +1333,7 @@ class Training:
         sys.exit(128 + signal_number)
 
     def monitor(self):
-        """A log line with held-out bounds; best.pt where iwae_k is highest yet; and last.pt.
-
-        The choice is by one bound for every objective: iwae_k of the first of eval_k.
-        """
+        """A log line with held-out bounds; best.pt where monitored_bound is highest yet; last.pt."""
         h, folder, counts = self.h, self.folder, self.counts
         by_window = window_bounds(
             self.averaged,
@@ -1357,7 +1361,7 @@ class Training:
         if is_first():
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
-        chosen_by = line["valid"][f"iwae_{h.eval_k[0]}"]["nats_per_frame"]
+        chosen_by = line["valid"][monitored_bound(h)]["nats_per_frame"]
         is_best = chosen_by > self.best
         self.best = max(self.best, chosen_by)
         checkpoint = self.checkpoint()
@@ -1462,9 +1466,14 @@ def ensure_demo_data(path):
     gather("the data is there")
 
 
+def monitored_bound(h):
+    """The name of the bound on valid by which best.pt is chosen, for every objective."""
+    return f"iwae_{h.eval_k[0]}"
+
+
 def progress_line(h, line):
     """What is printed of a line of the log."""
-    valid, tracked = line["valid"], f"iwae_{h.eval_k[0]}"
+    valid, tracked = line["valid"], monitored_bound(h)
     nats = [f"{name} {valid[name]['nats_per_frame']:.2f}" for name in (tracked, "elbo", "kl")]
     text = (
         f"update {line['update']:,} | {line['sequences']:,} sequences | "
@@ -2016,7 +2025,7 @@ STATE = dict(
 HEADER = dict(config=dict, data=dict, device=str)  # what decides whether a log can go on
 
 
-def claim(h):
+def check_folder(h):
     """The folder of a run or an evaluation that begins or goes on. UserError where it is taken."""
     folder = Path(h.out_dir)
     has_state = (folder / LAST).exists()
@@ -2033,7 +2042,7 @@ def claim(h):
     return folder
 
 
-def start(folder, config, log=()):
+def claim_folder(folder, config, log=()):
     """Keep other processes out of a folder, and begin its log; an evaluation has none.
 
     Only the first process of a job writes anything.
