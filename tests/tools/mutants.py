@@ -79,10 +79,11 @@ COLUMNS = (
 )
 
 LIKELIHOOD = "test_likelihood.py::test_"
-IMPLIED = LIKELIHOOD + "the_density_of_frames_is_the_gaussian_that_the_filters_imply"
+SURROUNDINGS = "test_surroundings.py::test_"
+OWN_SAMPLE = LIKELIHOOD + "no_scale_and_no_filter_hears_its_own_sample_or_a_later_one"
 WINDOWED = LIKELIHOOD + "windows_in_sequence_equal_one_long_one"
 PLAIN_LIKELIHOOD = LIKELIHOOD + "rollout_and_gradients_equal_the_plain_ones"
-UNFILTERED = LIKELIHOOD + "it_starts_without_a_filter_and_learns_one"
+DRAWN = LIKELIHOOD + "a_frame_is_drawn_sample_by_sample_from_the_density_that_scores_it"
 EXACT = LIKELIHOOD + "without_latent_variables_every_bound_is_the_likelihood"
 RESYNTHESIS = LIKELIHOOD + "resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter"
 GOES_ON = LIKELIHOOD + "what_is_generated_goes_on_from_a_state"
@@ -168,24 +169,45 @@ MUTANTS = (
     ),
     Mutant(
         "a filter off by one lag",
-        tests=IMPLIED,
-        function="FrameLikelihood.log_density",
-        old="samples[:, self.ar_order - i:-i]",
-        new="samples[:, self.ar_order - i + 1:1 - i or None]",
+        tests=PLAIN_LIKELIHOOD,
+        function="AdaptiveLikelihood.log_density",
+        old="blocks[..., remembered - self.ar_order:-1].unfold",
+        new="blocks[..., remembered - self.ar_order - 1:-2].unfold",
+    ),
+    Mutant(
+        "a scale that hears its own sample",
+        tests=OWN_SAMPLE,
+        function="AdaptiveLikelihood.log_density",
+        old="log_levels(blocks[..., :-1], base, self.block)",
+        new="log_levels(blocks[..., 1:], base, self.block)",
     ),
     Mutant(
         "memories in another order than the particles",
         tests=PLAIN_LIKELIHOOD,
-        function="FrameLikelihood.log_density",
+        function="AdaptiveLikelihood.log_density",
         old="repeat_interleave(k, dim=0)",
         new="repeat(k, 1)",
     ),
     Mutant(
-        "a filter at the start",
-        tests=UNFILTERED,
-        function="FrameLikelihood.initialise",
-        old="head.weight[2 * self.x_dim:].zero_()",
-        new="pass",
+        "a component for each sample in place of each block",
+        tests=PLAIN_LIKELIHOOD,
+        function="AdaptiveLikelihood.log_density",
+        old="(log_pi + log_t - log_scale.sum(-1)).logsumexp(3)",
+        new="(log_pi + log_t - log_scale.sum(-1)).sum(3)",
+    ),
+    Mutant(
+        "a frame drawn with the base filter of its beginning",
+        tests=DRAWN,
+        function="AdaptiveLikelihood.sample",
+        old="samples = torch.cat((samples, drawn_block), dim=1)",
+        new="samples = torch.cat((drawn_block, samples), dim=1)",
+    ),
+    Mutant(
+        "levels of a drawn block that follow nothing",
+        tests=DRAWN,
+        function="AdaptiveLikelihood.sample_block",
+        old="squares[:, longest + n] = (x_n + (base * past).sum(1)) ** 2",
+        new="squares[:, longest + n] = squares[:, longest + n - 1]",
     ),
     # model
     Mutant(
@@ -678,9 +700,9 @@ MUTANTS = (
     Mutant(
         "best.pt chosen by the elbo",
         tests=BEST,
-        function="Training.monitor",
-        old="[f'iwae_{h.eval_k[0]}']",
-        new="['elbo']",
+        function="monitored_bound",
+        old="f'iwae_{h.eval_k[0]}'",
+        new="'elbo'",
     ),
     Mutant(
         "test split evaluated with the last weights",
@@ -835,14 +857,14 @@ MUTANTS = (
     Mutant(
         "the evaluation of a run that goes on kept",
         tests=STALE,
-        function="start",
+        function="claim_folder",
         old="(folder / EVAL).unlink(missing_ok=True)",
         new="pass",
     ),
     Mutant(
         "log lines that the checkpoint has not seen kept",
         tests=RESUME,
-        function="start",
+        function="claim_folder",
         old="if log:",
         new="if log and (not (folder / LOG).exists()):",
     ),
@@ -951,7 +973,7 @@ MUTANTS = (
         "half a recording stays",
         tests=NEEDIEST,
         function="SplitWriter.close",
-        old="self.audio.resize((self.offsets[-1],))",
+        old="self.audio.resize((samples,))",
         new="pass",
     ),
     Mutant(
@@ -964,7 +986,7 @@ MUTANTS = (
     Mutant(
         "arrays of arrays read in any case",
         tests=PICKLES,
-        function="array_recordings",
+        function="only_array",
         old="allow_pickle=allow_pickle",
         new="allow_pickle=True",
     ),
@@ -972,9 +994,9 @@ MUTANTS = (
         "the last of two channels",
         tests=CHANNEL,
         file=PREPARE,
-        function="sound_file_blocks",
-        old="yield block[:, 0]",
-        new="yield block[:, -1]",
+        function="first_channel",
+        old="channels[:, 0]",
+        new="channels[:, -1]",
     ),
     Mutant(
         "an .mp3 read on after a seek",
@@ -1079,8 +1101,44 @@ MUTANTS = (
         tests=NUMBERS,
         file=CHECK,
         function="problems",
-        old="elif made != body:",
+        old="elif lines != body:",
         new="elif False:",
+    ),
+    # surroundings
+    Mutant(
+        "an output that fails ends the run",
+        tests=SURROUNDINGS + "a_closed_pipe_behind_the_output_ends_no_run",
+        function="Unfailing.attempt",
+        old="except OSError:",
+        new="except KeyError:",
+    ),
+    Mutant(
+        "SIGHUP taken under nohup",
+        tests=SURROUNDINGS + "a_signal_that_is_ignored_stays_ignored",
+        function="stop_requests",
+        old="signal.getsignal(number) != signal.SIG_IGN",
+        new="True",
+    ),
+    Mutant(
+        "data read with a lock",
+        tests=SURROUNDINGS + "data_are_read_without_a_lock",
+        function="open_hdf5",
+        old="locking=False",
+        new="locking=True",
+    ),
+    Mutant(
+        "what is learnt lost with the data",
+        tests=SURROUNDINGS + "an_input_error_in_training_is_named_and_keeps_what_is_learnt",
+        function="Training.updates",
+        old="if self.processes == 1:",
+        new="if self.processes == 0:",
+    ),
+    Mutant(
+        "arrays after the first lost",
+        tests=SURROUNDINGS + "arrays_after_the_first_in_one_file_are_not_lost_in_silence",
+        function="refuse_surplus",
+        old="if count:",
+        new="if False:",
     ),
     # pipeline of 2016
     Mutant(
