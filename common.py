@@ -939,7 +939,7 @@ def evaluate_recordings(model, corpus, split, k, at_most):
         bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
     )
     result = {f"smc_{k}": found}
-    if corpus.flac_bits.keys() >= set(chosen):
+    if corpus.flac_bits:
         bits = sum(corpus.flac_bits[i] for i in chosen)
         samples = sum(corpus.flac_samples[i] for i in chosen)
         result["flac"] = yardstick(bits / samples, model.x_dim, corpus.std)

@@ -239,7 +239,7 @@ def test_the_particle_filter_equals_a_plain_one_and_so_does_the_gradient_along_i
     noise = randn(12, 4 * k, 3)
     state = [randn(4 * k, 8), randn(4 * k, 8)]
     if order:
-        state.append(randn(4, order).repeat_interleave(k, dim=0))
+        state.append(randn(4, 512 + order).repeat_interleave(k, dim=0))
     given = (model, x_TBX, tuple(state), noise, uniform_TB, k)
 
     plain_B = plain_particle_filter(*given)
@@ -345,12 +345,24 @@ def test_whole_recordings_count_every_frame_once(corpus, at_most, monkeypatch):
     assert whole["flac"]["bits_per_sample"] == pytest.approx(bits / samples)
 
 
-def test_there_is_no_flac_where_a_recording_has_none(corpus, monkeypatch):
+def test_whole_recordings_are_those_that_flac_has_coded(corpus, monkeypatch):
     monkeypatch.setattr(common, "estimate_smc", minus_squares)
+    model = common.VRNN(20, 3, 8, 7, 7, 7, 7, 7)
+    measured = len(corpus.flac_bits)
     monkeypatch.delitem(corpus.flac_bits, 0)
+    whole = common.evaluate_recordings(model, corpus, corpus.test, k=500, at_most=100)
+    assert whole.keys() == {"smc_500", "flac"}
+    assert whole["smc_500"]["recordings"] == measured - 1
+
+
+def test_all_whole_recordings_are_evaluated_where_flac_has_coded_none(corpus, monkeypatch):
+    monkeypatch.setattr(common, "estimate_smc", minus_squares)
+    monkeypatch.setattr(corpus, "flac_bits", {})
     model = common.VRNN(20, 3, 8, 7, 7, 7, 7, 7)
     whole = common.evaluate_recordings(model, corpus, corpus.test, k=500, at_most=100)
     assert whole.keys() == {"smc_500"}
+    lengths = np.diff(corpus.test.offsets)
+    assert whole["smc_500"]["recordings"] == (lengths >= 20).sum()
 
 
 # ---- the doubly reparameterised gradient ----

@@ -90,7 +90,12 @@ class Forgetful(common.VRNN):
     """A recurrence of its own: frames know nothing of each other."""
 
     def recurrence(self, phi_x, noise, h, c, k, ancestors):
-        h_before = h.expand(len(phi_x), -1, -1)
+        h_before = []
+        for t in range(len(phi_x)):
+            h_before.append(h)
+            if ancestors is not None:
+                h, c = h[ancestors[t]], c[ancestors[t]]
+        h_before = torch.stack(h_before)
         q_mean, q_sigma = self.q_z(phi_x, h_before)
         phi_z = self.phi_z(q_mean + q_sigma * noise)
         return h_before, phi_z, (q_mean, q_sigma), h, c
