@@ -12,7 +12,7 @@ import time
 
 import check_readme
 import pytest
-from tiny import ROOT, SIZES, assert_same_run, log_of, main_of, run, write_tiny_data
+from tiny import ROOT, SIZES, TIME_LIMIT, assert_same_run, log_of, main_of, run, write_tiny_data
 
 import common
 
@@ -40,7 +40,7 @@ def started(folder, script, *flags):
 
 
 def finished(process):
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 0, errors
     return output
 

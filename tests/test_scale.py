@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, SIZES, command, log_of
+from tiny import ROOT, SIZES, TIME_LIMIT, command, log_of
 
 import common
 
@@ -29,7 +29,7 @@ def torchrun(processes, *arguments):
 
 
 def finished(arguments):
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -116,7 +116,7 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_res
     out = tmp_path / "run"
     job, processes = start_job(data, out)
     os.kill(processes[-1], signal.SIGKILL)
-    _, errors = job.communicate(timeout=100)
+    _, errors = job.communicate(timeout=TIME_LIMIT)
     assert job.returncode != 0
     lost = [line for line in errors.splitlines() if "lost the others" in line]
     assert len(lost) == 1
@@ -132,7 +132,7 @@ def test_a_job_that_is_asked_to_stop_saves_its_state(data, tmp_path):
     job, processes = start_job(data, out)
     for process in processes:
         os.kill(process, signal.SIGTERM)
-    output, _ = job.communicate(timeout=100)
+    output, _ = job.communicate(timeout=TIME_LIMIT)
     stopped = int(output.split("stopped after update ")[1].split(";")[0])
     assert state(out)["update"] == stopped
 

@@ -21,6 +21,7 @@ from kill import kill_and_compare
 from tiny import (
     ROOT,
     SIZES,
+    TIME_LIMIT,
     assert_same_run,
     command,
     lines_of,
@@ -449,7 +450,7 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     while not (stopped / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert output.splitlines()[-1].endswith("; go on with the same command and --resume")
@@ -546,8 +547,14 @@ def test_help_shows_every_hyperparameter_with_its_comment_and_the_published_defa
 @pytest.mark.parametrize(
     "script, shown",
     (
-        ("prepare_blizzard", ("--allow_pickle", "executes what the file says", "[PATHS", "--demo")),
-        ("plot_recon", ("picture to write (default: recon.png)", "[FOLDERS", "--demo")),
+        (
+            "prepare_blizzard",
+            ("files, and folders to search", "executes what the file says", "--demo"),
+        ),
+        (
+            "plot_recon",
+            ("of runs (default: runs;", "picture to write (default: recon.png)", "--demo"),
+        ),
     ),
 )
 def test_other_scripts_have_help_too(script, shown):

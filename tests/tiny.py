@@ -18,6 +18,7 @@ import common  # noqa: E402
 import prepare_blizzard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+TIME_LIMIT = 600  # seconds, after which a process hangs; it needs ten, but cores may be shared
 SIZES = (
     "--x_dim=20 --z_dim=4 --rnn_dim=12 --q_z_dim=8 --p_z_dim=8 --p_x_dim=8 --x2s_dim=8 --z2s_dim=8 "
     "--seq_frames=5 --reset_freq=2 --batch_size=4 --eval_k 2 6 --monitor_windows=8 --device=cpu"
@@ -48,9 +49,8 @@ def command(script, *arguments):
 
 
 def run(script, *arguments, cwd):
-    return subprocess.run(
-        command(script, *arguments), cwd=cwd, text=True, capture_output=True, timeout=120
-    )
+    given = command(script, *arguments)
+    return subprocess.run(given, cwd=cwd, text=True, capture_output=True, timeout=TIME_LIMIT)
 
 
 def main_of(script, *arguments):
