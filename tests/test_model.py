@@ -164,7 +164,7 @@ def rollout_by_methods(model, x_TBX, state, noise, k):
         prior_mean, prior_sigma = model.p_z(h)
         z = q_mean + q_sigma * noise_t
         phi_z = model.phi_z(z)
-        x_mean, x_sigma, _ = model.p_x(phi_z, h)
+        x_mean, x_sigma = model.p_x(phi_z, h)
         log_px = common.gaussian_log_density(x, x_mean, x_sigma)
         log_pz = common.gaussian_log_density(z, prior_mean, prior_sigma)
         log_qz = common.gaussian_log_density(z, q_mean, q_sigma)
