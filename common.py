@@ -2187,7 +2187,6 @@ DEMO = dict(
     p_x_dim=128,
     rnn_dim=128,
     z_dim=32,
-    ar_order=16,
     batch_size=16,
     lr=1e-3,
     max_updates=1000,
