@@ -982,7 +982,7 @@ def evaluation_table(result):
 
 
 @torch.no_grad()
-def write_samples(model, corpus, split, folder, frames=800, given=80, count=2):
+def write_samples(model, corpus, split, folder, frames=400, given=80, count=2):
     """Speech as .wav files, as loud as it comes, at most `frames` long.
 
     real_N are beginnings of the longest recordings, sample_N are generated. Of a VRNN there are

@@ -154,7 +154,7 @@ def check_speech(samples):
     assert {path.name for path in samples.iterdir()} == expected
     audio, rate = soundfile.read(samples / "sample_0.wav", dtype="int16")
     assert rate == 16_000
-    assert len(audio) == 800 * 20
+    assert len(audio) == 400 * 20
     assert audio.std() > 0
     real, rate = soundfile.read(samples / "real_0.wav", dtype="int16")
     assert rate == 16_000
