@@ -206,7 +206,9 @@ class PlainRun:
         self.mean, self.std = mean_and_std(data)
         self.loss_of = loss_of
         torch.manual_seed(h.seed)
-        self.model = common.VRNN(*(getattr(h, size, 0) for size in common.SIZES))
+        self.model = common.VRNN(
+            **{size: getattr(h, size) for size in common.SIZES if hasattr(h, size)}
+        )
         self.model.mirror()
         self.parameters = list(self.model.double().parameters())
         self.first = [torch.zeros_like(p) for p in self.parameters]
