@@ -180,7 +180,8 @@ def main():
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     checkpoint = common.read_checkpoint(options.checkpoint, "checkpoint")
-    model = common.VRNN(**{name: checkpoint["config"][name] for name in common.SIZES})
+    config = checkpoint["config"]  # older ones lack some
+    model = common.VRNN(**{name: config[name] for name in common.SIZES if name in config})
     common.load_parameters(model, checkpoint, options.checkpoint, "checkpoint")
     corpus = common.open_corpus(options.data)
     with torch.no_grad():
