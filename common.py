@@ -69,8 +69,7 @@ def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):
 
 def sample_gaussian(mean, sigma, generator=None):
     """One draw of each element of N(mean, sigma^2)."""
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + sigma * noise
+    return mean + sigma * drawn_like(mean, torch.randn, generator, *mean.shape)
 
 
 def mean_and_sigma(units):
