@@ -207,19 +207,14 @@ def found_in(path, allow_pickle=False):
     """{name: number of samples, or why there are none} of an array file."""
     found = {}
     try:
-        for name, blocks in recordings_in(path, allow_pickle):
+        for recording in common.array_recordings(path, "x", allow_pickle):
             try:
-                found[name] = sum(map(len, common.guarded(blocks)))
+                found[recording.name] = sum(map(len, common.blocks_of(recording)))
             except common.BadAudio as why:
-                found[name] = str(why)
+                found[recording.name] = str(why)
     except common.BadAudio as why:
         found["file"] = str(why)
     return found
-
-
-def recordings_in(path, allow_pickle):
-    """(name, blocks or what is wrong) of each recording."""
-    yield from common.array_recordings(path, "x", allow_pickle)
 
 
 def saved(path, array):
