@@ -252,7 +252,7 @@ class AdaptiveLikelihood:
 
 def one_longer(a, k):
     """Levinson's step: (a_i, ..., a_1), (i, .), from those of order i - 1 and k_i, (1, .)."""
-    return torch.cat((k, a + k * a.flip(0)))
+    return torch.cat((k, torch.addcmul(a, k, a.flip(0))))
 
 
 def step_up(reflections):
@@ -273,7 +273,8 @@ def base_filter(samples, order):
     # A window that rises to the present, and ends there without an edge.
     window = torch.sin(math.pi / 2 / HEARD * torch.minimum(n / 0.9, (HEARD - n) / 0.1))
     spectrum = torch.fft.rfft(samples[..., -HEARD:] * window, HEARD + order)
-    r = torch.fft.irfft(spectrum.abs() ** 2, HEARD + order) / window.square().sum()
+    power = spectrum.real**2 + spectrum.imag**2
+    r = torch.fft.irfft(power, HEARD + order) / window.square().sum()
     # Lines 40 Hz wide and white noise 33 dB down: no filter fits them too closely.
     lag_window = torch.exp(-0.5 * (2 * math.pi * 40 / SAMPLE_RATE * n[: order + 1]) ** 2)
     r = (r[..., : order + 1] * lag_window).movedim(-1, 0).contiguous()
@@ -295,8 +296,11 @@ def log_levels(samples, base, count):
     order = base.shape[-1]
     longest = max(LEVELS)
     heard = samples[..., 1 - order - longest - count :]
-    past = heard[..., :-1].unfold(-1, order, 1)
-    squares = (heard[..., order:] + (past * base.unsqueeze(-2)).sum(-1)).square()
+    errors = heard[..., order:]
+    for i in range(order):
+        shifted = heard[..., i : i + errors.shape[-1]]
+        errors = torch.addcmul(errors, base[..., i : i + 1], shifted)
+    squares = errors.square()
     powers = [squares[..., longest - n :].unfold(-1, n, 1).mean(-1) for n in LEVELS]
     return 0.5 * (torch.stack(powers, dim=-1) + POWER_FLOOR).log()
 

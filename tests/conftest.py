@@ -1,4 +1,5 @@
 import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ sys.path[:0] = map(str, (TESTS.parent, TESTS / "tools", TESTS / "experiments"))
 import tiny  # noqa: E402 (sets the number of threads, before torch is imported)
 
 import common  # noqa: E402
+
+
+# A job in the background, or below nohup, ignores these, and so would every process started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):
