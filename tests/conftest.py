@@ -12,7 +12,6 @@ import tiny  # noqa: E402 (sets the number of threads, before torch is imported)
 
 import common  # noqa: E402
 
-
 # A job in the background, or below nohup, ignores these, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -570,7 +570,7 @@ def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_ag
 ):
     folder = tmp_path / "in"
     folder.mkdir()
-    soundfile.write(folder / "0.wav", np.tile(noise(44_100), 60), 44_100)
+    soundfile.write(folder / "0.wav", np.tile(noise(44_100), 30), 44_100)
     for i in range(1, 400):
         os.link(folder / "0.wav", folder / f"{i}.wav")
     with open(folder / "errors.txt", "w") as errors:

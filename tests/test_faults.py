@@ -51,7 +51,7 @@ def one_sentence(result):
 # ---- writes that fail ----
 
 
-@pytest.mark.parametrize("kilobytes", (0, 1, 9, 100, 700))
+@pytest.mark.parametrize("kilobytes", (0, 9, 700))
 def test_a_limit_on_the_size_of_files_ends_a_conversion_in_one_sentence(tmp_path, kilobytes):
     folder = tmp_path / "in"
     write_good(folder, samples=30_000)
@@ -87,7 +87,7 @@ def convert(limit=None):
 convert()
 size = os.path.getsize({out!r})
 os.unlink({out!r})
-limits = [*range(0, 16_000, 4_000), *range(16_000, size, size // 6), *range(size - 4_000, size, 999)]
+limits = [*range(0, 16_000, 5_000), *range(16_000, size, size // 4), *range(size - 4_000, size, 1_333)]
 for limit in limits:
     child = os.fork()
     if child == 0:

@@ -12,7 +12,7 @@ import time
 
 import check_readme
 import pytest
-from tiny import ROOT, SIZES, TIME_LIMIT, assert_same_run, log_of, main_of, run, write_tiny_data
+from tiny import ROOT, SIZES, assert_same_run, log_of, main_of, run, write_tiny_data
 
 import common
 
@@ -39,10 +39,9 @@ def started(folder, script, *flags):
     )
 
 
-def finished(process):
-    output, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode == 0, errors
-    return output
+def finished(folder, script, *flags):
+    result = run(folder / script, *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +55,9 @@ def folder(tmp_path_factory):
     for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
         (folder / name).write_text(source)
     shutil.copy(ROOT / "tests/examples/stochastic_gru.py", folder)
-    ours = run("vrnn_gauss", *FLAGS, cwd=folder)
-    assert ours.returncode == 0, ours.stderr
-    runs = [
-        started(folder, "beta_vrnn", *FLAGS, "--beta=0.7"),
-        started(folder, "stochastic_gru", *FLAGS),
-        started(folder, "laplace_vrnn", *FLAGS),
-    ]
-    for process in runs:
-        finished(process)
+    finished(folder, ROOT / "vrnn_gauss", *FLAGS)
+    for script, *flags in (["beta_vrnn", "--beta=0.7"], ["stochastic_gru"], ["laplace_vrnn"]):
+        finished(folder, script, *FLAGS, *flags)
     kill_and_resume(folder, folder / "killed/stochastic_gru")
     return folder
 
@@ -78,7 +71,7 @@ def kill_and_resume(folder, out):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "eval.json").exists()
-    finished(started(folder, *flags, "--resume"))
+    finished(folder, *flags, "--resume")
 
 
 def test_every_table_and_every_measured_number_is_in_the_logs():
@@ -169,7 +162,7 @@ def test_a_printed_hyperparameter_has_its_flag_and_its_comment_as_help(folder, p
 def test_the_bounds_of_a_printed_model_are_found_again_by_evaluate(folder, name):
     checkpoint = f"runs/{name}/best.pt"
     flags = (f"--evaluate={checkpoint}", f"--out_dir=again/{name}", "--device=cpu")
-    finished(started(folder, name, *flags))
+    finished(folder, name, *flags)
     first = evaluation_in(folder / "runs" / name)
     assert evaluation_in(folder / "again" / name) == first | dict(checkpoint=checkpoint)
     assert not (folder / "again" / name / "log.jsonl").exists()  # nothing was trained
@@ -179,7 +172,7 @@ def test_all_runs_are_drawn_by_the_name_that_they_state(folder):
     drawn = folder / "drawn"
     shutil.copytree(folder / "runs", drawn)
     flags = ("--evaluate=runs/stochastic_gru/best.pt", "--out_dir=drawn/again")
-    finished(started(folder, "stochastic_gru", *flags))
+    finished(folder, "stochastic_gru", *flags)
     result = run("plot_recon", "drawn", cwd=folder)
     assert result.returncode == 0, result.stderr
     _, *rows = (line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| "))

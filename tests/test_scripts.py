@@ -411,11 +411,11 @@ def test_a_failed_write_keeps_the_last_good_state(folder, runs, tmp_path, monkey
 
 
 def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
-    assert kill_and_compare(tmp_path, kills=2) == [True] * 2
+    assert kill_and_compare(tmp_path, kills=2, updates=100) == [True] * 2
 
 
 def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
-    fuzz = [sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=150", "--seed=1"]
+    fuzz = [sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=60", "--seed=1"]
     result = subprocess.run(fuzz, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -440,12 +440,13 @@ def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_p
     ),
 )
 def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
-    flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=300", "--monitor_every=50"]
+    flags = [*SIZES, "--data=data/tiny.h5", "--max_updates=80", "--monitor_every=20"]
     whole = folder / "unstopped"
     stopped = folder / f"stopped-{status}"
     if not whole.exists():
         assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
-    arguments = command("vrnn_gauss", *flags, f"--out_dir={stopped}")
+    flags.append(f"--out_dir={stopped}")
+    arguments = command("vrnn_gauss", *flags)
     process = subprocess.Popen(
         arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -456,7 +457,7 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert output.splitlines()[-1].endswith("; go on with the same command and --resume")
-    subprocess.run([*arguments, "--resume"], cwd=folder, capture_output=True, check=True)
+    assert run("vrnn_gauss", *flags, "--resume", cwd=folder).returncode == 0
     assert_same_run(whole, stopped)
 
 

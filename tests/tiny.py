@@ -1,10 +1,14 @@
 """Tiny recordings, tiny models and runs of the scripts as processes, for tests."""
 
+import functools
 import importlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Tiny products gain nothing from threads, and lose much where cores are shared.
@@ -49,8 +53,56 @@ def command(script, *arguments):
 
 
 def run(script, *arguments, cwd):
-    given = command(script, *arguments)
-    return subprocess.run(given, cwd=cwd, text=True, capture_output=True, timeout=TIME_LIMIT)
+    """Run a script as a process, a fork of one that has imported what takes it seconds to import.
+
+    Tests of how processes start and end start their own, by command().
+    """
+    given = command(script, *arguments)[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        request = (given, str(cwd), outputs, dict(os.environ))
+        print(json.dumps(request), file=forker().stdin, flush=True)
+        status = int(forker().stdout.readline())
+        texts = [Path(path).read_text(errors="surrogateescape") for path in outputs]
+    return subprocess.CompletedProcess(given, status, *texts)
+
+
+@functools.cache
+def forker():
+    """The process that run() asks for forks. It ends with this one."""
+    program = "import sys; sys.path[:0] = sys.argv[1:]; import tiny; tiny.fork_on_request()"
+    path = ["", str(Path(__file__).parent), str(ROOT)]  # the first is that of the script
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program, *path], **pipes)
+
+
+def fork_on_request():
+    """In that process: run the script of each request in a fork, and print its exit status."""
+    import torch._dynamo  # noqa: F401 (by Adam)
+
+    import plot_recon  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            become(*json.loads(line))
+            return
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def become(given, cwd, outputs, environment):
+    """Be the process of a script to its end."""
+    signal.alarm(TIME_LIMIT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = given
+    sys.path[0] = str(Path(given[0]).parent)
+    runpy.run_path(given[0], run_name="__main__")
 
 
 def main_of(script, *arguments):

@@ -18,39 +18,37 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 from tiny import SIZES, assert_same_run, command, write_tiny_data  # noqa: E402
 
-UPDATES = 300
 
-
-def training(out, data, *more):
+def training(out, data, updates, *more):
     return command(
         "vrnn_gauss_iwae",
         *SIZES,
         f"--data={data}",
         f"--out_dir={out}",
-        f"--max_updates={UPDATES}",
+        f"--max_updates={updates}",
         "--monitor_every=5",
         "--k=3",
         *more,
     )
 
 
-def train(out, data, *more):
-    subprocess.run(training(out, data, *more), check=True, stdout=subprocess.DEVNULL)
+def train(out, data, updates, *more):
+    subprocess.run(training(out, data, updates, *more), check=True, stdout=subprocess.DEVNULL)
 
 
 def lines_in(log):
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def kill_once(out, data, in_checkpoint, fraction):
+def kill_once(out, data, updates, in_checkpoint, fraction):
     """Start the run in out, or resume it, and kill it.
 
     Returns how many lines its log has, and the files left half-written.
     """
     resume = ["--resume"] if (out / "last.pt").exists() else []
-    process = subprocess.Popen(training(out, data, *resume), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(training(out, data, updates, *resume), stdout=subprocess.DEVNULL)
     lines = 0
-    while process.poll() is None and lines < fraction * UPDATES / 5:
+    while process.poll() is None and lines < fraction * updates / 5:
         lines = lines_in(out / "log.jsonl")
     while process.poll() is None and in_checkpoint and not (out / "last.pt.partial").exists():
         pass
@@ -61,18 +59,19 @@ def kill_once(out, data, in_checkpoint, fraction):
     return lines, [path.name for path in out.glob("*.partial")]
 
 
-def kill_and_compare(folder, kills, seed=0):
+def kill_and_compare(folder, kills, seed=0, updates=300):
     """Whether each of `kills` runs, killed once and resumed, equals the undisturbed one."""
     random.seed(seed)
     data, whole = folder / "tiny.h5", folder / "whole"
     write_tiny_data(data)
-    train(whole, data)
+    train(whole, data, updates)
     same = []
     for i in range(kills):
         out = folder / f"killed-{i}"
-        lines, partial = kill_once(out, data, in_checkpoint=i % 2 == 1, fraction=random.random())
+        in_checkpoint, fraction = i % 2 == 1, random.random()
+        lines, partial = kill_once(out, data, updates, in_checkpoint, fraction)
         resume = ["--resume"] if (out / "last.pt").exists() else []
-        train(out, data, *resume)
+        train(out, data, updates, *resume)
         try:
             assert_same_run(whole, out)
             same.append(True)
