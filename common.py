@@ -134,8 +134,6 @@ class FrameLikelihood:
         return self.draw(*parameters, generator), memory
 
 
-HEARD = 512  # samples that a base filter suits
-LEVELS = (4, 16, 64)  # samples whose errors tell how loud the next one is
 POWER_FLOOR = 1e-7  # of normalised samples: about that of their rounding to 16 bits
 LOG_SCALE = (math.log(SIGMA_FLOOR), 3.0)  # its least and its largest value, of normalised samples
 
@@ -157,11 +155,15 @@ class AdaptiveLikelihood:
     s as x_mean and x_sigma. The methods are those of FrameLikelihood.
     """
 
+    heard = 512  # samples that a base filter suits
+    spans = (4, 16, 64)  # samples whose errors tell how loud the next one is
+    block_size = 50  # samples between two base filters
+
     def __init__(self, x_dim, ar_order, components):
         self.x_dim = x_dim
         self.ar_order = ar_order
         self.components = components
-        self.block = x_dim if x_dim % 50 else 50
+        self.block = x_dim if x_dim % self.block_size else self.block_size
         self.units = 2 * x_dim + components * (7 + ar_order)
 
     def initialise(self, head, sigma_gain=1.0):
@@ -173,7 +175,7 @@ class AdaptiveLikelihood:
         of_components[:, 2] = torch.linspace(-2, 2, self.components + 2)[1:-1]
 
     def zero_memory(self, like, rows):
-        return (like.new_zeros(rows, HEARD + self.ar_order),)
+        return (like.new_zeros(rows, self.heard + self.ar_order),)
 
     def parameters(self, units):
         m, s, of_components = units.tensor_split((self.x_dim, 2 * self.x_dim), dim=-1)
@@ -184,6 +186,43 @@ class AdaptiveLikelihood:
         _, b, g, c, e, d = of_components.split((1, 1, 1, 1, 3, self.ar_order), dim=-1)
         return step_up(torch.tanh(b * atanh_k0 + d)), g + c * log_v0, e
 
+    def base_filter(self, samples):
+        """The filter that suits the last samples, as of step_up; atanh(k0), (., P); log v0, (., 1)."""
+        order, heard = self.ar_order, self.heard
+        n = torch.arange(heard, device=samples.device, dtype=torch.float64)
+        # A window that rises to the present, and ends there without an edge.
+        window = torch.sin(math.pi / 2 / heard * torch.minimum(n / 0.9, (heard - n) / 0.1))
+        spectrum = torch.fft.rfft(samples[..., -heard:] * window, heard + order)
+        power = spectrum.real**2 + spectrum.imag**2
+        r = torch.fft.irfft(power, heard + order) / window.square().sum()
+        # Lines 40 Hz wide and white noise 33 dB down: no filter fits them too closely.
+        lag_window = torch.exp(-0.5 * (2 * math.pi * 40 / SAMPLE_RATE * n[: order + 1]) ** 2)
+        r = (r[..., : order + 1] * lag_window).movedim(-1, 0).contiguous()
+        r[0] = 1.0005 * r[0] + POWER_FLOOR
+
+        a = reflections = r[:0]
+        variance = r[:1]
+        for i in range(1, order + 1):
+            k = -(r[i] + (a * r[1:i]).sum(0)) / variance
+            a = one_longer(a, k)
+            reflections = torch.cat((reflections, k))
+            variance = variance * (1 - k**2)
+        found = torch.cat((a, reflections.atanh(), 0.5 * variance.log())).movedim(0, -1)
+        return found.to(samples.dtype).split((order, order, 1), dim=-1)
+
+    def log_levels(self, samples, base):
+        """log r_n, (., block, 3), of the sample after the last one and of those before that."""
+        order = base.shape[-1]
+        longest = max(self.spans)
+        heard = samples[..., 1 - order - longest - self.block :]
+        errors = heard[..., order:]
+        for i in range(order):
+            shifted = heard[..., i : i + errors.shape[-1]]
+            errors = torch.addcmul(errors, base[..., i : i + 1], shifted)
+        squares = errors.square()
+        powers = [squares[..., longest - n :].unfold(-1, n, 1).mean(-1) for n in self.spans]
+        return 0.5 * (torch.stack(powers, dim=-1) + POWER_FLOOR).log()
+
     @without_tf32()
     def log_density(self, x_TBX, parameters, memory, k):
         (recent,) = memory
@@ -192,9 +231,9 @@ class AdaptiveLikelihood:
         # Axes from here on: T, B, K, components, blocks of a frame, samples of a block.
         blocks = samples.unfold(1, remembered + self.block, self.block)
         blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
-        base, atanh_k0, log_v0 = base_filter(blocks[..., :remembered], self.ar_order)
+        base, atanh_k0, log_v0 = self.base_filter(blocks[..., :remembered])
         past = blocks[..., remembered - self.ar_order : -1].unfold(-1, self.ar_order, 1)
-        levels = log_levels(blocks[..., :-1], base, self.block)
+        levels = self.log_levels(blocks[..., :-1], base)
 
         m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
         m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
@@ -214,7 +253,7 @@ class AdaptiveLikelihood:
         drawn = m + normal / torch.stack(others).square().mean(0).sqrt()
         rows = torch.arange(len(m), device=m.device)
         for first in range(0, self.x_dim, self.block):
-            base, atanh_k0, log_v0 = base_filter(samples, self.ar_order)
+            base, atanh_k0, log_v0 = self.base_filter(samples)
             j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
             chosen = of_components[rows, j.squeeze(1)]
             a, gain, e = self.corrected(chosen, atanh_k0, log_v0)
@@ -233,7 +272,7 @@ class AdaptiveLikelihood:
         samples, base, a, gain, e, drawn = (
             part.detach().double().cpu().numpy() for part in tensors
         )
-        longest = max(LEVELS)
+        longest = max(self.spans)
         heard = samples[:, -longest - self.ar_order :]
         past = np.lib.stride_tricks.sliding_window_view(heard[:, :-1], self.ar_order, axis=1)
         squares = (heard[:, self.ar_order :] + (past * base[:, None]).sum(2)) ** 2
@@ -241,7 +280,7 @@ class AdaptiveLikelihood:
         squares = np.pad(squares, ((0, 0), (0, self.block)))
         for n in range(self.block):
             past = x[:, longest + n : longest + n + self.ar_order]
-            power = [squares[:, longest + n - span : longest + n].mean(1) for span in LEVELS]
+            power = [squares[:, longest + n - span : longest + n].mean(1) for span in self.spans]
             levels = 0.5 * np.log(np.stack(power, axis=1) + POWER_FLOOR)
             log_scale = (e * levels).sum(1) + gain[:, n]
             x_n = np.exp(log_scale.clip(*LOG_SCALE)) * drawn[:, n] - (a * past).sum(1)
@@ -265,44 +304,6 @@ def step_up(reflections):
     for k in others:
         a = one_longer(a, k)
     return a.movedim(0, -1)
-
-
-def base_filter(samples, order):
-    """The filter that suits the last samples, as of step_up; atanh(k0), (., P); log v0, (., 1)."""
-    n = torch.arange(HEARD, device=samples.device, dtype=torch.float64)
-    # A window that rises to the present, and ends there without an edge.
-    window = torch.sin(math.pi / 2 / HEARD * torch.minimum(n / 0.9, (HEARD - n) / 0.1))
-    spectrum = torch.fft.rfft(samples[..., -HEARD:] * window, HEARD + order)
-    power = spectrum.real**2 + spectrum.imag**2
-    r = torch.fft.irfft(power, HEARD + order) / window.square().sum()
-    # Lines 40 Hz wide and white noise 33 dB down: no filter fits them too closely.
-    lag_window = torch.exp(-0.5 * (2 * math.pi * 40 / SAMPLE_RATE * n[: order + 1]) ** 2)
-    r = (r[..., : order + 1] * lag_window).movedim(-1, 0).contiguous()
-    r[0] = 1.0005 * r[0] + POWER_FLOOR
-
-    a = reflections = r[:0]
-    variance = r[:1]
-    for i in range(1, order + 1):
-        k = -(r[i] + (a * r[1:i]).sum(0)) / variance
-        a = one_longer(a, k)
-        reflections = torch.cat((reflections, k))
-        variance = variance * (1 - k**2)
-    found = torch.cat((a, reflections.atanh(), 0.5 * variance.log())).movedim(0, -1)
-    return found.to(samples.dtype).split((order, order, 1), dim=-1)
-
-
-def log_levels(samples, base, count):
-    """log r_n, (., count, 3), of the sample after the last one and of those before that."""
-    order = base.shape[-1]
-    longest = max(LEVELS)
-    heard = samples[..., 1 - order - longest - count :]
-    errors = heard[..., order:]
-    for i in range(order):
-        shifted = heard[..., i : i + errors.shape[-1]]
-        errors = torch.addcmul(errors, base[..., i : i + 1], shifted)
-    squares = errors.square()
-    powers = [squares[..., longest - n :].unfold(-1, n, 1).mean(-1) for n in LEVELS]
-    return 0.5 * (torch.stack(powers, dim=-1) + POWER_FLOOR).log()
 
 
 def of_past(weights, past):
@@ -912,13 +913,13 @@ def yardstick(bits, x_dim, std):
 
 
 def evaluate_recordings(model, corpus, split, k, at_most):
-    """smc_k on whole recordings from a zero state, at_most of them evenly spread, and FLAC there.
+    """smc_k on whole recordings from a zero state, at_most of them evenly spread, and yardsticks.
 
     The mean over all frames; stderr over recordings, of the ratio of their nats to their frames.
     """
     lengths = np.diff(split.offsets) // model.x_dim
     # Of those that prepare_blizzard.py has measured, where it has measured any.
-    measured = [i for i in corpus.flac_bits if lengths[i]]
+    measured = [i for i in corpus.recording_samples if lengths[i]]
     chosen = evenly_spread(np.array(measured or np.flatnonzero(lengths)), at_most)
     # Recordings of a batch are about as long, so that little of it lies after an end.
     chosen = chosen[lengths[chosen].argsort(kind="stable")]
@@ -944,10 +945,11 @@ def evaluate_recordings(model, corpus, split, k, at_most):
         bits_per_sample=bits_per_sample(mean, model.x_dim, corpus.std),
     )
     result = {f"smc_{k}": found}
-    if corpus.flac_bits:
-        bits = sum(corpus.flac_bits[i] for i in chosen)
-        samples = sum(corpus.flac_samples[i] for i in chosen)
-        result["flac"] = yardstick(bits / samples, model.x_dim, corpus.std)
+    for name, bits in corpus.recording_bits.items():
+        bits_of_all = sum(bits[i] for i in chosen)
+        if math.isfinite(bits_of_all):
+            samples = sum(corpus.recording_samples[i] for i in chosen)
+            result[name] = yardstick(bits_of_all / samples, model.x_dim, corpus.std)
     return result
 
 
@@ -1749,8 +1751,8 @@ class Corpus:
     valid: Split
     test: Split
     yardsticks: dict  # {samples of a window: {name: bits per sample of test}}
-    flac_bits: dict  # {recording of test: bits in FLAC}
-    flac_samples: dict  # {recording of test: how many samples these are of}
+    recording_bits: dict  # {name: {recording of test: bits; NaN where it was not measured}}
+    recording_samples: dict  # {recording of test: how many samples these are of}
 
 
 def open_corpus(path):
@@ -1805,18 +1807,21 @@ def read_split(file, name):
 def read_yardsticks(file):
     """Those fields of a Corpus, as prepare_blizzard.py measured them, or empty if it did not."""
     if "yardsticks" not in file:
-        return dict(yardsticks={}, flac_bits={}, flac_samples={})
+        return dict(yardsticks={}, recording_bits={}, recording_samples={})
     windows, recordings = file["yardsticks/windows"], file["yardsticks/recordings"]
     samples = int(windows.attrs["samples"])
     yardsticks = {}
     for name, bits in windows.items():
         if name != "starts" and len(bits):
             yardsticks[name] = float(bits[:].mean()) / samples
-    index = recordings["index"][:].tolist()
+    by_recording = {}
+    for name, values in recordings.items():
+        by_recording[name] = dict(zip(recordings["index"][:].tolist(), values[:].tolist()))
+    del by_recording["index"]
     return dict(
         yardsticks={samples: yardsticks},
-        flac_bits=dict(zip(index, recordings["flac"][:].tolist())),
-        flac_samples=dict(zip(index, recordings["samples"][:].tolist())),
+        recording_samples=by_recording.pop("samples"),
+        recording_bits=by_recording,
     )
 
 

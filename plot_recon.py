@@ -47,7 +47,7 @@ BOUNDS = {
 }
 YARDSTICKS = {
     "flac": "FLAC",
-    "linear_prediction_16": "linear prediction, order 16",
+    "adaptive_filter": "adaptive filter",
     "histogram": "histogram",
 }
 SPEECH = ("real", "sample", "continued", "resynthesised")  # so begin the names of sound files

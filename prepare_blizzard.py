@@ -7,7 +7,7 @@ the first channel of each. Arrays are (samples,) or (samples, channels). An arra
 form of the 2015 Blizzard files, is a pickle and is read with --allow_pickle only. Recordings are
 taken in natural order and go, whole, to the split that is furthest below its share. Unusable files
 are skipped and listed with the reason. The file also says what a model has to beat on its test
-split: FLAC, a linear prediction and the histogram of the samples.
+split: FLAC, an adaptive filter and the histogram of the samples.
 """
 
 import collections
@@ -562,13 +562,12 @@ WINDOW = 8_000  # samples: the 0.5 s on which models are evaluated at published 
 FRAME = 200  # samples: models take whole recordings frame by frame, and leave what remains
 MOST_WINDOWS = 2_048  # of test
 MOST_RECORDINGS = 100  # of test
-FITTED_WINDOWS = 256  # of train, on which the linear prediction is fitted
-WINDOWS_AT_ONCE = 128  # fixed, because each batch has its own noise
+MOST_FILTERED = 40 * SAMPLE_RATE  # samples of a recording, which take one step of the filter each
+FITTED_WINDOWS = 128  # of train, from which the filter has its prior and its density
 NOISE_SEED = 2015  # fixed, so that the same recordings give the same bits
-ORDER = 16  # samples from which the linear prediction predicts the next
 YARDSTICKS = {  # with their titles in the report
     "flac": "FLAC",
-    "linear_prediction_16": "linear prediction",
+    "adaptive_filter": "adaptive filter",
     "histogram": "histogram",
 }
 
@@ -582,43 +581,50 @@ def add_yardsticks(path):
             setattr(corpus, name, split)
         windows = file.create_group("yardsticks/windows")
         windows.attrs["samples"] = WINDOW
-        for name, values in window_yardsticks(corpus).items():
+        fitted = fitted_filter(corpus)
+        for name, values in window_yardsticks(corpus, fitted).items():
             windows[name] = values
         recordings = file.create_group("yardsticks/recordings")
-        for name, values in recording_yardsticks(corpus.test).items():
+        for name, values in recording_yardsticks(corpus, fitted).items():
             recordings[name] = values
 
 
-def window_yardsticks(corpus):
+def window_yardsticks(corpus, fitted):
     """Where the windows of test start, and the bits that each takes: {name: (windows,)}."""
     starts = window_starts(corpus.test, MOST_WINDOWS)
+    windows = windows_at(corpus.test, starts)
     found = {
         "starts": starts,
-        "flac": np.array([flac_bits(window) for window in windows_at(corpus.test, starts)]),
-        "histogram": np.full(len(starts), WINDOW * entropy(windows_at(corpus.test, starts))),
+        "flac": np.array([flac_bits(window) for window in windows]),
+        "histogram": np.full(len(starts), WINDOW * entropy(windows)),
     }
-    fitted_starts = window_starts(corpus.train, FITTED_WINDOWS)
-    if len(starts) and len(fitted_starts):
-        batches = dequantised_windows(corpus.train, fitted_starts, corpus)
-        fitted = fit_linear_prediction(torch.cat(list(batches)))
-        batches = dequantised_windows(corpus.test, starts, corpus)
-        nats = torch.cat([linear_prediction(x, *fitted) for x in batches])
-        # a density of normalised samples: log(std) takes it to steps of 16 bits
-        bits = (WINDOW * math.log(corpus.std) - nats) / math.log(2)
-        found["linear_prediction_16"] = bits.numpy()
+    if len(starts) and fitted:
+        found["adaptive_filter"] = filter_bits(windows, corpus, fitted)
     return found
 
 
-def recording_yardsticks(split):
-    """Which recordings of a split, the samples of each in whole frames, and the bits they take."""
+def recording_yardsticks(corpus, fitted):
+    """Which recordings of test, the samples of each in whole frames, and the bits they take.
+
+    The filter has none of a recording that is too long for it: NaN.
+    """
+    split = corpus.test
     lengths = np.diff(split.offsets) // FRAME * FRAME
-    usable = np.flatnonzero(lengths)
-    index = common.evenly_spread(usable, MOST_RECORDINGS)
-    bits = []
-    for i in index:
+    index = common.evenly_spread(np.flatnonzero(lengths), MOST_RECORDINGS)
+    flac, short = [], {}
+    for n, i in enumerate(index):
         (recording,) = split.read(split.offsets[[i]], lengths[i])
-        bits.append(flac_bits(recording))
-    return {"index": index, "samples": lengths[index], "flac": np.array(bits)}
+        flac.append(flac_bits(recording))
+        if len(recording) <= MOST_FILTERED:
+            short[n] = recording
+    found = {"index": index, "samples": lengths[index], "flac": np.array(flac)}
+    if fitted:
+        found["adaptive_filter"] = np.full(len(index), np.nan)
+        if short:
+            found["adaptive_filter"][list(short)] = filter_bits(
+                list(short.values()), corpus, fitted
+            )
+    return found
 
 
 def window_starts(split, at_most):
@@ -632,22 +638,21 @@ def window_starts(split, at_most):
 
 
 def windows_at(split, starts):
-    """Yield int16 (WINDOW,) from each start on."""
-    for start in starts:
-        yield split.read([start], WINDOW)[0]
-
-
-def dequantised_windows(split, starts, corpus):
-    """Yield float64 (., WINDOW) of windows, normalised and dequantised with fixed noise."""
-    for batch, first in enumerate(range(0, len(starts), WINDOWS_AT_ONCE)):
-        pcm = torch.from_numpy(split.read(starts[first : first + WINDOWS_AT_ONCE], WINDOW))
-        generator = torch.Generator().manual_seed(NOISE_SEED + batch)
-        uniform = torch.rand(pcm.shape, generator=generator)
-        yield common.normalise(pcm, corpus, uniform).double()
+    """int16 (len(starts), WINDOW), from each start on."""
+    return split.read(starts, WINDOW) if len(starts) else np.zeros((0, WINDOW), np.int16)
 
 
 def flac_bits(samples):
-    """Bits of int16 samples in FLAC at the highest compression, without the header of the file."""
+    """Bits of int16 samples in FLAC frames of 1,024 samples, at the highest compression.
+
+    libsndfile makes frames of 4,096, which are too long for speech. No frame depends on another,
+    so each is coded as a file of its own here, of which the frame alone counts.
+    """
+    return sum(frame_bits(samples[n : n + 1024]) for n in range(0, len(samples), 1024))
+
+
+def frame_bits(samples):
+    """Bits of at most 4,096 samples as one frame of FLAC."""
     file = io.BytesIO()
     soundfile.write(
         file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
@@ -663,70 +668,137 @@ def flac_bits(samples):
 
 def entropy(windows):
     """Bits per sample of a code made for the histogram of all samples in the windows; 0 of none."""
-    counts = np.zeros(1 << 16, np.int64)
-    for window in windows:
-        counts += np.bincount(window.astype(np.int64) + (1 << 15), minlength=1 << 16)
+    counts = np.bincount(windows.ravel().astype(np.int64) + (1 << 15))
     p = counts[counts > 0] / counts.sum()
     return (p * np.log2(1 / p)).sum()
 
 
-# The linear prediction is a Gaussian about what the samples before predict, with a variance (level)
-# that follows the squared errors e of the prediction:
+# The adaptive filter predicts a sample from the 32 before it, by the coefficients a that would have
+# done best so far (recursive least squares): before sample n they minimise
 #
-#     x_n ~ N(sum_i a_i x_{n-i}, v_n),    v_{n+1} = memory v_n + (1 - memory) e_n^2
+#     sum_{m<n} FORGETTING^(n-m) e_m^2 / rms_m    +    a prior, forgotten as fast
+#
+# where e_m is the error at sample m and rms_m that of the errors just before. The sample is a
+# Student's t about its prediction, with a scale that follows the errors over three spans:
+#
+#     log scale_n = offset + sum_i weight_i log rms_in
+#
+# Prior, weights, offset and degrees of freedom are of train. FORGETTING and the form of the weights
+# were chosen on valid.
+
+ORDER = 32
+FORGETTING = 0.993
+KEPT = (3 / 4, 15 / 16, 63 / 64)  # of a mean of squares, at each sample: about 4, 16 and 64 samples
+FIRST_SQUARE = 1e-3  # of normalised samples: the mean before the first error
+STEPS_AT_ONCE = 2_000
 
 
-def fit_linear_prediction(x):
-    """a (ORDER,), memory and first level that suit windows x (W, samples).
+@dataclass
+class Filter:
+    """What the filter has from train."""
 
-    By turns: a, by least squares in which a sample weighs 1 / level, so that quiet ones count as
-    much as loud ones; memory and first level, the most likely pair of a grid.
+    a: torch.Tensor  # (ORDER,), in the order of the samples: the last one's comes last
+    covariance: torch.Tensor  # (ORDER, ORDER), of a
+    density: torch.Tensor  # (5,): weights of the three spans, offset, log of the degrees of freedom
+
+
+def fitted_filter(corpus):
+    """The Filter for a corpus; None where no recording of train has a window."""
+    starts = window_starts(corpus.train, FITTED_WINDOWS)
+    if len(starts) == 0:
+        return None
+    x = dequantised(windows_at(corpus.train, starts), corpus)
+    a, covariance = prior(x)
+    errors, squares = (torch.cat(part) for part in zip(*filtered(x, a, covariance)))
+    return Filter(a, covariance, fit_density(errors, squares))
+
+
+def prior(x):
+    """Least squares over windows x (W, N) of equal loudness: a, and the inverse of the moments."""
+    loudness = x.square().mean(1, keepdim=True).sqrt()
+    lags = F.pad(x / loudness, (ORDER, 0)).unfold(1, ORDER + 1, 1).flatten(0, 1)
+    moments = lags.T @ lags / len(lags)
+    covariance = torch.cholesky_inverse(torch.linalg.cholesky(moments[:-1, :-1]))
+    return covariance @ moments[:-1, -1], covariance
+
+
+def filtered(x, a, covariance):
+    """Yield errors (n, W) and squares (n, W, 3) for every n samples of x (W, N), in order.
+
+    The squares are what the means over three spans were before each sample.
     """
-    memories = 1 - 0.5 ** torch.arange(1, 9, dtype=x.dtype)
-    first_levels = 0.25 ** torch.arange(8, dtype=x.dtype)
-    grid = torch.cartesian_prod(memories, first_levels)
-    weights = torch.ones_like(x)
-    for _ in range(6):
-        a = least_squares(x, weights)
-        # on an eighth of the windows, because all pairs are tried
-        nats = linear_prediction(x[::8], a, memory=grid[:, :1], first=grid[:, 1:])
-        memory, first = grid[nats.mean(1).argmax()]
-        steps = squares_and_levels(x, a, memory, first.expand(len(x)))
-        weights = 1 / torch.stack([level for _, level in steps], dim=1)
-    return a, memory, first
+    a = a.repeat(len(x), 1)
+    covariance = covariance.repeat(len(x), 1, 1)
+    square = x.new_full((len(x), 3), FIRST_SQUARE)
+    kept = x.new_tensor(KEPT)
+    samples = F.pad(x, (ORDER, 0)).T.contiguous()
+    errors, squares = [], []
+    for n in range(x.shape[1]):
+        past = samples[n : n + ORDER].T
+        error = samples[n + ORDER] - (a * past).sum(1)
+        errors.append(error)
+        squares.append(square)
+
+        gain = (covariance @ past.unsqueeze(2)).squeeze(2)
+        variance = square[:, 0].sqrt() + (past * gain).sum(1)
+        a = a + gain * (error / variance).unsqueeze(1)
+        # By a vector times itself: the covariance must stay symmetric to the last bit, or it
+        # explodes.
+        gain = gain / variance.sqrt().unsqueeze(1)
+        covariance = torch.baddbmm(covariance, gain.unsqueeze(2), gain.unsqueeze(1), alpha=-1)
+        covariance = covariance / FORGETTING
+        # With the noise of dequantisation a square is 1e-11 on average at least.
+        square = torch.lerp(error.square().clamp(min=1e-12).unsqueeze(1), square, kept)
+        if len(errors) == STEPS_AT_ONCE or n == x.shape[1] - 1:
+            yield torch.stack(errors), torch.stack(squares)
+            errors, squares = [], []
 
 
-def least_squares(x, weights):
-    """The a (ORDER,) of least weighted squared errors; x and weights are (W, samples)."""
-    moments = x.new_zeros(ORDER + 1, ORDER + 1)
-    for window, weight in zip(x, weights):
-        lags = F.pad(window, (ORDER, 0)).unfold(0, ORDER + 1, 1)  # row n: x_{n-ORDER}, ..., x_n
-        moments += (lags * weight.unsqueeze(1)).T @ lags
-    # by the pseudo-inverse, which silence has as well: its moments are singular
-    inverse = torch.linalg.pinv(moments[:-1, :-1], hermitian=True)
-    return (inverse @ moments[:-1, -1]).flip(0)
+def log_density(errors, squares, density):
+    """Log of Student's density of each error (n, W)."""
+    weights, offset, log_freedom = density.split((3, 1, 1))
+    log_scale = offset + 0.5 * squares.log() @ weights
+    return torch.distributions.StudentT(log_freedom.exp(), 0.0, log_scale.exp()).log_prob(errors)
 
 
-def linear_prediction(x, a, memory, first):
-    """Log-likelihood (..., W) of windows x (W, samples); memory and first level: (..., 1)."""
-    total = 0.0
-    for square, level in squares_and_levels(x, a, memory, first):
-        total = total + square / level + level.log()
-    samples = x.shape[1]
-    return -0.5 * (total + samples * math.log(2 * math.pi))
+def fit_density(errors, squares):
+    """The most likely parameters of log_density."""
+    density = errors.new_tensor([0.4, 0.3, 0.3, 0.0, math.log(4.0)]).requires_grad_()
+    optimiser = torch.optim.LBFGS([density], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        nll = -log_density(errors, squares, density).mean()
+        nll.backward()
+        return nll
+
+    optimiser.step(loss)
+    return density.detach()
 
 
-def squares_and_levels(x, a, memory, level):
-    """Yield e_n^2 (W,) and v_n (..., W) of each sample in turn."""
-    errors = x.clone()
-    for lag, a_lag in enumerate(a, start=1):
-        errors[:, lag:] -= a_lag * x[:, :-lag]
-    # The level of silence must not become 0, whose logarithm is infinite. With the noise of
-    # dequantisation a square is 1e-11 on average at least, so that this changes nothing else.
-    squares = errors.square().clamp(min=1e-12)
-    for square in squares.T.contiguous():
-        yield square, level
-        level = torch.lerp(square, level, memory)
+def filter_bits(recordings, corpus, fitted):
+    """Bits of each of some int16 recordings, by the filter begun anew in each."""
+    lengths = torch.tensor([len(recording) for recording in recordings])
+    longest = int(lengths.max())
+    # Shorter ones are repeated up to the length of the longest; that does not count.
+    x = dequantised(np.stack([np.resize(samples, longest) for samples in recordings]), corpus)
+    nats = torch.zeros(len(x), dtype=x.dtype)
+    first = 0
+    for errors, squares in filtered(x, fitted.a, fitted.covariance):
+        n = first + torch.arange(len(errors)).unsqueeze(1)
+        counted = n < lengths
+        nats += (log_density(errors, squares, fitted.density) * counted).sum(0)
+        first += len(errors)
+    # A density of normalised samples: log(std) takes it to steps of 16 bits.
+    bits = (lengths * math.log(corpus.std) - nats) / math.log(2)
+    return bits.numpy()
+
+
+def dequantised(pcm, corpus):
+    """float64 of int16 (W, N), normalised and dequantised with fixed noise."""
+    pcm = torch.from_numpy(pcm)
+    uniform = torch.rand(pcm.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    return common.normalise(pcm, corpus, uniform).double()
 
 
 # ---- demo speech ---------------------------------------------------------------------------------

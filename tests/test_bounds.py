@@ -345,19 +345,20 @@ def test_whole_recordings_count_every_frame_once(corpus, at_most, monkeypatch):
     assert whole["flac"]["bits_per_sample"] == pytest.approx(bits / samples)
 
 
-def test_whole_recordings_are_those_that_flac_has_coded(corpus, monkeypatch):
+def test_whole_recordings_are_those_that_have_yardsticks(corpus, monkeypatch):
     monkeypatch.setattr(common, "estimate_smc", minus_squares)
     model = common.VRNN(20, 3, 8, 7, 7, 7, 7, 7)
-    measured = len(corpus.flac_bits)
-    monkeypatch.delitem(corpus.flac_bits, 0)
+    measured = len(corpus.recording_samples)
+    monkeypatch.delitem(corpus.recording_samples, 0)
     whole = common.evaluate_recordings(model, corpus, corpus.test, k=500, at_most=100)
     assert whole.keys() == {"smc_500", "flac"}
     assert whole["smc_500"]["recordings"] == measured - 1
 
 
-def test_all_whole_recordings_are_evaluated_where_flac_has_coded_none(corpus, monkeypatch):
+def test_all_whole_recordings_are_evaluated_where_none_has_yardsticks(corpus, monkeypatch):
     monkeypatch.setattr(common, "estimate_smc", minus_squares)
-    monkeypatch.setattr(corpus, "flac_bits", {})
+    monkeypatch.setattr(corpus, "recording_samples", {})
+    monkeypatch.setattr(corpus, "recording_bits", {})
     model = common.VRNN(20, 3, 8, 7, 7, 7, 7, 7)
     whole = common.evaluate_recordings(model, corpus, corpus.test, k=500, at_most=100)
     assert whole.keys() == {"smc_500"}

@@ -409,6 +409,7 @@ def test_yardsticks_are_those_of_the_data_file_for_windows_of_that_length(
         recordings["index"] = [0, 2, 4]
         recordings["samples"] = [300, 1250, 680]
         recordings["flac"] = [900.0, 3000.0, 1000.0]
+        recordings["adaptive_filter"] = [math.nan, 2000.0, 900.0]
 
     monkeypatch.setattr(common, "write_samples", lambda *_: None)
 
@@ -423,6 +424,7 @@ def test_yardsticks_are_those_of_the_data_file_for_windows_of_that_length(
     assert found["yardsticks"] == dict(flac=in_nats(2.5, std), histogram=in_nats(5.0, std))
     flac = found["whole_recordings"]["flac"]
     assert flac == in_nats((900 + 3000 + 1000) / (300 + 1250 + 680), std)
+    assert "adaptive_filter" not in found["whole_recordings"]
     assert evaluation("shorter", "--seq_frames=4")["yardsticks"] == {}
 
 

@@ -236,11 +236,13 @@ def test_no_scale_and_no_filter_hears_its_own_sample_or_a_later_one(n):
     samples = torch.cat((past_speech(1, order), torch.randn(1, count).double()), dim=1)
     changed = samples.clone()
     changed[:, 512 + order + n] += 3
+    likelihood = common.AdaptiveLikelihood(50, order, 1)
     before, after = (
-        common.base_filter(part[:, : 512 + order + n], order) for part in (samples, changed)
+        likelihood.base_filter(part[:, : 512 + order + n]) for part in (samples, changed)
     )
     assert all(one.equal(other) for one, other in zip(before, after))
-    levels = [common.log_levels(part[:, :-1], before[0], count) for part in (samples, changed)]
+    likelihood.block = count
+    levels = [likelihood.log_levels(part[:, :-1], before[0]) for part in (samples, changed)]
     moved = (levels[0] != levels[1]).squeeze(0)
     assert not moved[: n + 1].any()
     for w, its in zip((4, 16, 64), moved.unbind(1)):
@@ -285,7 +287,7 @@ def test_a_base_filter_predicts_what_a_stable_filter_made(order):
     """Poles inside the unit circle; on a resonance the error is the noise that drove it."""
     torch.manual_seed(0)
     samples = past_speech(20, order)
-    a, atanh_k0, log_v0 = common.base_filter(samples, order)
+    a, atanh_k0, log_v0 = common.AdaptiveLikelihood(50, order, 1).base_filter(samples)
     companion = torch.diag(torch.ones(order - 1).double(), -1).repeat(len(a), 1, 1)
     companion[:, 0] = -a.flip(1)
     assert torch.linalg.eigvals(companion).abs().max() < 1
@@ -315,13 +317,13 @@ def test_the_particles_of_a_sequence_share_one_base_filter(monkeypatch):
     """It is found once for a sequence, in float64, and never with a gradient."""
     rows = []
 
-    def counted(samples, order, found=common.base_filter):
+    def counted(likelihood, samples, found=common.AdaptiveLikelihood.base_filter):
         rows.append(samples[..., 0].numel())
-        parts = found(samples, order)
+        parts = found(likelihood, samples)
         assert not any(part.requires_grad for part in parts)
         return parts
 
-    monkeypatch.setattr(common, "base_filter", counted)
+    monkeypatch.setattr(common.AdaptiveLikelihood, "base_filter", counted)
     model = common.VRNN(X, 3, 8, 8, 8, 8, 8, 8, ar_order=2)
     model(torch.randn(FRAMES, BATCH, X), k=7)
     assert rows == [FRAMES * BATCH]

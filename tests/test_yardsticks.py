@@ -1,4 +1,4 @@
-"""What FLAC, a linear prediction and a histogram make of the test split."""
+"""What FLAC, an adaptive filter and a histogram make of the test split."""
 
 import io
 import math
@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 from tiny import smooth_noise
-from torch.distributions import Normal
 
 import common
 import plot_recon
@@ -65,95 +64,140 @@ def short_windows(monkeypatch):
 
 
 def flac_bits(samples):
-    """Bits of a FLAC file without its header; it must hold the samples."""
-    file = io.BytesIO()
-    soundfile.write(file, samples, 16_000, format="FLAC", compression_level=1.0)
-    decoded, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="int16")
-    np.testing.assert_array_equal(decoded, samples)
-    return 8 * (len(file.getvalue()) - FLAC_HEADER)
+    """Bits of FLAC files of 1,024 samples without their headers; they must hold the samples."""
+    bits = 0
+    for part in np.split(samples, range(1_024, len(samples), 1_024)):
+        file = io.BytesIO()
+        soundfile.write(file, part, 16_000, format="FLAC", compression_level=1.0)
+        decoded, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="int16")
+        np.testing.assert_array_equal(decoded, part)
+        bits += 8 * (len(file.getvalue()) - FLAC_HEADER)
+    return bits
 
 
-def plain_linear_prediction(x, a, memory, v):
-    """Sample by sample."""
-    total = 0.0
-    for n in range(len(x)):
-        mean = sum(a_i * x[n - i] for i, a_i in enumerate(a, start=1) if n >= i)
-        total += Normal(mean, v**0.5).log_prob(x[n])
-        v = memory * v + (1 - memory) * (x[n] - mean) ** 2
-    return total
+def plain_filter(x, a, covariance):
+    """(error, means of squares) at each sample of x (N,), from the definition, in NumPy."""
+    order = len(a)
+    information = np.linalg.inv(covariance)
+    target = information @ a
+    squares = np.full(3, 1e-3)
+    padded = np.concatenate((np.zeros(order), x))
+    for n, x_n in enumerate(x):
+        past = padded[n : n + order]
+        error = x_n - np.linalg.solve(information, target) @ past
+        yield error, squares
+        weight = 1 / np.sqrt(squares[0])
+        information = 0.993 * (information + weight * np.outer(past, past))
+        target = 0.993 * (target + weight * x_n * past)
+        kept = np.array([3 / 4, 15 / 16, 63 / 64])
+        squares = kept * squares + (1 - kept) * error**2
 
 
-def test_the_linear_prediction_is_that_of_a_plain_loop_for_every_memory_and_first_level():
+def plain_log_density(error, squares, density):
+    log_scale = density[3] + sum(w * math.log(v**0.5) for w, v in zip(density, squares))
+    freedom = math.exp(density[4])
+    z = error / math.exp(log_scale)
+    log_t = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    log_t -= 0.5 * math.log(freedom * math.pi) + (freedom + 1) / 2 * math.log(1 + z * z / freedom)
+    return log_t - log_scale
+
+
+@pytest.fixture
+def short_filter(monkeypatch):
+    """Of order 3, and in steps that end in the midst of the windows."""
+    monkeypatch.setattr(prepare_blizzard, "ORDER", 3)
+    monkeypatch.setattr(prepare_blizzard, "STEPS_AT_ONCE", 37)
+
+
+def a_prior():
+    a = torch.tensor([0.2, -0.8, 1.5]).double()
+    return a, torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.2], [0.1, 0.2, 3.0]]).double()
+
+
+def test_the_filter_is_least_squares_over_all_samples_before(short_filter):
+    x = torch.from_numpy(np.stack([autoregression(np.random.default_rng(i), 100) for i in (0, 1)]))
+    x = x.double() / 1_000
+    parts = zip(*prepare_blizzard.filtered(x, *a_prior()))
+    errors, squares = (torch.cat(part) for part in parts)
+    assert errors.shape == (100, 2)
+    for window in (0, 1):
+        plain = plain_filter(x[window].numpy(), *(part.numpy() for part in a_prior()))
+        for n, (error, mean_squares) in enumerate(plain):
+            assert errors[n, window] == pytest.approx(error, rel=1e-6, abs=1e-9)
+            assert squares[n, window].tolist() == pytest.approx(mean_squares.tolist(), rel=1e-6)
+
+
+def test_its_density_is_students_and_the_fit_finds_the_most_likely():
     torch.manual_seed(0)
-    x = torch.randn(2, 30, dtype=torch.float64)
-    a = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64)
-    memories = torch.tensor([0.5, 0.9], dtype=torch.float64)
-    levels = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
-    found = prepare_blizzard.linear_prediction(x, a, memories.view(-1, 1, 1), levels.view(-1, 1))
-    assert found.shape == (2, 3, 2)
-    for i, memory in enumerate(memories):
-        for j, level in enumerate(levels):
-            for window in range(2):
-                plain = plain_linear_prediction(x[window], a, memory, level)
-                torch.testing.assert_close(found[i, j, window], plain)
+    density = torch.tensor([0.5, 0.2, 0.3, -0.1, math.log(5)]).double()
+    squares = torch.randn(4_000, 5, 3).double().exp()
+    scale = (density[3] + 0.5 * squares.log() @ density[:3]).exp()
+    errors = scale * torch.distributions.StudentT(5.0).sample(scale.shape).double()
+    found = prepare_blizzard.log_density(errors, squares, density)
+    for n in (0, 7):
+        plain = plain_log_density(errors[n, 1].item(), squares[n, 1].tolist(), density.tolist())
+        assert found[n, 1].item() == pytest.approx(plain)
+    fitted = prepare_blizzard.fit_density(errors, squares)
+    assert (fitted - density).abs().max() < 0.1
+    best = prepare_blizzard.log_density(errors, squares, fitted).mean()
+    assert best >= found.mean()
+    for i in range(5):
+        other = fitted.clone()
+        other[i] += 0.05
+        assert prepare_blizzard.log_density(errors, squares, other).mean() < best
 
 
-def test_the_fit_finds_the_process_and_its_code_length_is_the_entropy_rate(corpus, short_windows):
-    starts = prepare_blizzard.window_starts(corpus.train, at_most=256)
-    x = torch.cat(list(prepare_blizzard.dequantised_windows(corpus.train, starts, corpus)))
-    a, memory, _ = prepare_blizzard.fit_linear_prediction(x)
-    assert np.abs(a[:2].numpy() - A).max() < 0.05  # of 45,000 samples
-    assert a[2:].abs().max() < 0.05
-    assert memory == 1 - 0.5**8  # its level is constant, so it is averaged as long as may be
-    bits = prepare_blizzard.window_yardsticks(corpus)["linear_prediction_16"]
+def test_its_code_is_not_much_longer_than_the_entropy_of_a_process(corpus, short_windows):
     entropy_rate = math.log2(300 * math.sqrt(2 * math.pi * math.e))
-    assert entropy_rate < bits.mean() / 800 < entropy_rate + 0.05
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    bits = prepare_blizzard.window_yardsticks(corpus, fitted)["adaptive_filter"] / 800
+    assert entropy_rate < bits.mean() < entropy_rate + 0.3  # the price of adapting
 
 
-def test_a_level_that_changes_is_followed_and_quiet_samples_count_as_much_as_loud_ones():
-    random = np.random.default_rng(1)
-    loudness_of_samples = np.repeat(np.tile([30.0, 30.0, 30.0, 300.0], 5), 400)
-    x = [0.0]
-    for loudness in loudness_of_samples:  # only the quiet ones swing
-        a_1 = 0.5 if loudness > 100 else -0.5
-        x.append(loudness * random.normal() + a_1 * x[-1])
-    x = np.array(x[1:])
-    windows = torch.from_numpy(x / x.std()).view(-1, 2_000)
-    a, memory, _ = prepare_blizzard.fit_linear_prediction(windows)
-    assert 0.7 < memory < 0.99
-    assert a[0] < -0.2
-
-
-def test_the_bits_of_the_linear_prediction_are_those_of_16_bit_samples(corpus, short_windows):
-    starts = prepare_blizzard.window_starts(corpus.train, at_most=256)
-    x = torch.cat(list(prepare_blizzard.dequantised_windows(corpus.train, starts, corpus)))
-    a, memory, first = prepare_blizzard.fit_linear_prediction(x)
-    bits = prepare_blizzard.window_yardsticks(corpus)["linear_prediction_16"]
-
-    # by hand, of the second window of the third recording, in steps of 16 bits
-    nth = 5 * 2 + 1
-    pcm = torch.from_numpy(corpus.test.audio[2 * 4_100 + 800 :][:800].astype(float))
-    uniform = torch.rand(25, 800, generator=torch.Generator().manual_seed(2015))[nth]
-    dequantised = pcm + uniform - 0.5 - corpus.mean
-    nats = plain_linear_prediction(dequantised, a, memory, first * corpus.std**2)
-    assert bits[nth] == pytest.approx(-nats.item() / math.log(2), rel=1e-5)
-
-
-def test_each_batch_of_windows_is_dequantised_with_its_own_fixed_noise(
-    corpus, short_windows, monkeypatch
+def test_the_bits_of_the_filter_are_those_of_16_bit_samples_by_what_train_says(
+    corpus, short_windows
 ):
-    monkeypatch.setattr(prepare_blizzard, "WINDOWS_AT_ONCE", 2)
-    starts = np.array([0, 900, 4_100])
-    first, second = prepare_blizzard.dequantised_windows(corpus.test, starts, corpus)
-    for x, batch_starts, seed in ((first, starts[:2], 2015), (second, starts[2:], 2016)):
-        pcm = corpus.test.read(batch_starts, 800)
-        uniform = torch.rand(pcm.shape, generator=torch.Generator().manual_seed(seed)).numpy()
-        plain = (pcm + uniform - 0.5 - corpus.mean) / corpus.std
-        np.testing.assert_allclose(x, plain, atol=1e-6)
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    bits = prepare_blizzard.window_yardsticks(corpus, fitted)["adaptive_filter"]
+
+    # by hand, of the second window of the third recording
+    nth = 5 * 2 + 1
+    pcm = corpus.test.audio[2 * 4_100 + 800 :][:800].astype(float)
+    uniform = torch.rand(25, 800, generator=torch.Generator().manual_seed(2015))[nth].numpy()
+    x = (pcm + uniform - 0.5 - corpus.mean) / corpus.std
+    nats = 0.0
+    for error, squares in plain_filter(x, fitted.a.numpy(), fitted.covariance.numpy()):
+        nats += plain_log_density(error, squares, fitted.density.tolist())
+    by_hand = (800 * math.log(corpus.std) - nats) / math.log(2)
+    assert bits[nth] == pytest.approx(by_hand, rel=1e-4)
+
+    windows = np.stack([window for window in corpus.train.audio.reshape(12, 4_100)[:, :4_000]])
+    windows = windows.reshape(60, 800)
+    uniform = torch.rand(60, 800, generator=torch.Generator().manual_seed(2015)).numpy()
+    x = (windows + uniform - 0.5 - corpus.mean) / corpus.std
+    x /= np.sqrt((x**2).mean(1, keepdims=True))
+    padded = np.pad(x, ((0, 0), (32, 0)))
+    past = np.concatenate([padded[:, n : n + 32] for n in range(800)])
+    a, *_ = np.linalg.lstsq(past, x.T.ravel(), rcond=None)
+    np.testing.assert_allclose(fitted.a, a, atol=1e-4)
+
+
+def test_recordings_of_different_lengths_are_filtered_as_each_alone(corpus, monkeypatch):
+    def without_noise(pcm, corpus):
+        return torch.from_numpy(pcm / corpus.std)
+
+    monkeypatch.setattr(prepare_blizzard, "dequantised", without_noise)
+    monkeypatch.setattr(prepare_blizzard, "STEPS_AT_ONCE", 300)
+    monkeypatch.setattr(prepare_blizzard, "WINDOW", 800)
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    recordings = [corpus.test.audio[:length] for length in (1_000, 200, 610)]
+    together = prepare_blizzard.filter_bits(recordings, corpus, fitted)
+    alone = [prepare_blizzard.filter_bits([each], corpus, fitted).item() for each in recordings]
+    assert together == pytest.approx(alone)
 
 
 def test_flac_counts_the_audio_of_each_window_and_not_its_header(corpus, short_windows):
-    found = prepare_blizzard.window_yardsticks(corpus)["flac"]
+    found = prepare_blizzard.window_yardsticks(corpus, None)["flac"]
     assert found.dtype == np.float64
     bits = []
     for start in corpus.test.offsets[:-1]:
@@ -168,7 +212,7 @@ def test_the_histogram_has_the_entropy_of_the_samples_in_whole_windows(corpus, m
     values = np.tile(np.array([-32768, 5, 32767, 5], np.int16), 250)
     too_short = np.full(99, 7, np.int16)
     corpus.test = Recordings("test", values, too_short)
-    found = prepare_blizzard.window_yardsticks(corpus)["histogram"]
+    found = prepare_blizzard.window_yardsticks(corpus, None)["histogram"]
     assert found == pytest.approx(np.full(10, 100 * 1.5))
 
 
@@ -176,8 +220,9 @@ def test_speech_like_noise_is_predicted_better_than_it_is_counted(monkeypatch):
     monkeypatch.setattr(prepare_blizzard, "WINDOW", 200)
     random = np.random.default_rng(2)
     corpus = corpus_of([smooth_noise(random, 8_007)], [smooth_noise(random, 8_007)])
-    found = prepare_blizzard.window_yardsticks(corpus)
-    assert found["linear_prediction_16"].mean() < found["flac"].mean()
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    found = prepare_blizzard.window_yardsticks(corpus, fitted)
+    assert found["adaptive_filter"].mean() < found["flac"].mean()
     assert {*found} - {"starts"} == {*prepare_blizzard.YARDSTICKS} == {*plot_recon.YARDSTICKS}
 
 
@@ -186,19 +231,15 @@ def test_constant_windows_have_yardsticks_as_all_others(corpus, short_windows, v
     silence = np.full(4_000, value, np.int16)
     loud = autoregression(np.random.default_rng(3), 1_600)
     for train, test in (([silence, loud], [silence]), ([loud], [silence, loud])):
-        found = prepare_blizzard.window_yardsticks(corpus_of(train, test))
+        corpus = corpus_of(train, test)
+        fitted = prepare_blizzard.fitted_filter(corpus)
+        found = prepare_blizzard.window_yardsticks(corpus, fitted)
         for name in prepare_blizzard.YARDSTICKS:
             assert np.isfinite(found[name]).all()
             assert len(found[name]) == len(found["starts"])
         assert found["flac"][0] < 200
-    assert prepare_blizzard.window_yardsticks(corpus_of([loud], [silence]))["histogram"].max() == 0
-
-
-def test_exact_silence_can_be_fitted_and_predicted():
-    x = torch.zeros(9, 2_000, dtype=torch.float64)  # so long that the level would come down to 0
-    a, memory, first = prepare_blizzard.fit_linear_prediction(x)
-    assert (a == 0).all()
-    assert prepare_blizzard.linear_prediction(x, a, memory, first).isfinite().all()
+    corpus = corpus_of([loud], [silence])
+    assert prepare_blizzard.window_yardsticks(corpus, None)["histogram"].max() == 0
 
 
 @pytest.mark.parametrize("at_most", (1, 3, 17, 18, 19, 2_048))
@@ -264,8 +305,10 @@ def test_the_file_holds_the_windows_of_test_and_the_bits_of_each(
     entropy = -(p * np.log2(p)).sum()
     assert windows["histogram"][:] == pytest.approx(np.full(len(starts), 800 * entropy))
 
-    predicted = prepare_blizzard.window_yardsticks(corpus)["linear_prediction_16"]
-    assert windows["linear_prediction_16"][:].tolist() == predicted.tolist()
+    filtered = prepare_blizzard.filter_bits(
+        np.stack(pcm), corpus, prepare_blizzard.fitted_filter(corpus)
+    )
+    assert windows["adaptive_filter"][:].tolist() == filtered.tolist()
     for name, dataset in windows.items():
         assert dataset.dtype == (np.int64 if name == "starts" else np.float64)
 
@@ -276,6 +319,8 @@ def test_the_file_holds_the_bits_of_whole_recordings_in_whole_frames(
 ):
     monkeypatch.setattr(prepare_blizzard, "MOST_RECORDINGS", at_most)
     monkeypatch.setattr(common, "SHORTEST", 1)  # as in a file that was made otherwise
+    monkeypatch.setattr(prepare_blizzard, "MOST_FILTERED", 1_500)
+    monkeypatch.setattr(prepare_blizzard, "WINDOW", 800)
     corpus, yardsticks = converted(tmp_path)
     recordings = yardsticks["recordings"]
     lengths = np.diff(corpus.test.offsets)
@@ -288,15 +333,22 @@ def test_the_file_holds_the_bits_of_whole_recordings_in_whole_frames(
 
     samples = [lengths[i] - lengths[i] % 200 for i in usable]
     assert recordings["samples"][:].tolist() == samples
-    bits = []
+    audio = []
     for i, count in zip(usable, samples):
         start = corpus.test.offsets[i]
-        bits.append(flac_bits(corpus.test.audio[start : start + count]))
+        audio.append(corpus.test.audio[start : start + count])
+    bits = list(map(flac_bits, audio))
     assert recordings["flac"][:].tolist() == bits
     assert len(set(bits)) == len(bits)
     assert recordings["index"].dtype == recordings["samples"].dtype == np.int64
     assert recordings["flac"].dtype == np.float64
-    assert "linear_prediction_16" not in recordings
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    short = [each for each in audio if len(each) <= 1_500]
+    assert 0 < len(short) < len(audio)  # the filter takes no long ones
+    filtered = recordings["adaptive_filter"][:]
+    expected = prepare_blizzard.filter_bits(short, corpus, fitted)
+    assert filtered[np.array(samples) <= 1_500].tolist() == expected.tolist()
+    assert np.isnan(filtered[np.array(samples) > 1_500]).all()
 
 
 def test_recordings_without_a_window_have_no_yardsticks_on_windows(tmp_path):
@@ -309,9 +361,13 @@ def test_recordings_without_a_window_have_no_yardsticks_on_windows(tmp_path):
     assert len(yardsticks["recordings"]["flac"]) > 4
 
 
-def test_without_a_window_in_train_there_is_no_linear_prediction(corpus, short_windows):
+def test_without_a_window_in_train_there_is_no_filter(corpus, short_windows):
     corpus = corpus_of([corpus.train.audio[:799]], [corpus.test.audio])
-    assert {*prepare_blizzard.window_yardsticks(corpus)} == {"starts", "flac", "histogram"}
+    fitted = prepare_blizzard.fitted_filter(corpus)
+    assert fitted is None
+    found = prepare_blizzard.window_yardsticks(corpus, fitted)
+    assert {*found} == {"starts", "flac", "histogram"}
+    assert "adaptive_filter" not in prepare_blizzard.recording_yardsticks(corpus, fitted)
 
 
 def test_yardsticks_that_fail_midway_leave_nothing(tmp_path, monkeypatch, short_windows):
@@ -372,11 +428,13 @@ def test_the_report_has_the_bits_per_sample_on_windows_and_recordings(
     def on_windows(name):
         return f"{windows[name][:].mean() / 800:.3f}"
 
-    flac = f"{recordings['flac'][:].sum() / recordings['samples'][:].sum():.3f}"
+    def on_recordings(name):
+        return f"{recordings[name][:].sum() / recordings['samples'][:].sum():.3f}"
+
     assert table == [
         ["number of them", str(len(windows["starts"])), str(len(recordings["index"]))],
-        ["FLAC", on_windows("flac"), flac],
-        ["linear prediction", on_windows("linear_prediction_16"), "-"],
+        ["FLAC", on_windows("flac"), on_recordings("flac")],
+        ["adaptive filter", on_windows("adaptive_filter"), on_recordings("adaptive_filter")],
         ["histogram", on_windows("histogram"), "-"],
     ]
 

@@ -131,11 +131,9 @@ IN_STEP = DATA + "an_mp3_of_varying_rate_is_read_as_in_one_piece"
 
 YARDSTICKS = "test_yardsticks.py::test_"
 FLAC_SIZE = YARDSTICKS + "flac_counts_the_audio_of_each_window_and_not_its_header"
-LPC = YARDSTICKS + "the_linear_prediction_is_that_of_a_plain_loop_for_every_memory_and_first_level"
-LPC_FIT = (
-    YARDSTICKS + "a_level_that_changes_is_followed_and_quiet_samples_count_as_much_as_loud_ones"
-)
-LPC_BITS = YARDSTICKS + "the_bits_of_the_linear_prediction_are_those_of_16_bit_samples"
+LEAST_SQUARES = YARDSTICKS + "the_filter_is_least_squares_over_all_samples_before"
+FILTER_BITS = YARDSTICKS + "the_bits_of_the_filter_are_those_of_16_bit_samples_by_what_train_says"
+FILTER_LENGTHS = YARDSTICKS + "recordings_of_different_lengths_are_filtered_as_each_alone"
 SPREAD = YARDSTICKS + "the_file_holds_the_windows_of_test_and_the_bits_of_each"
 WHOLE_FRAMES = YARDSTICKS + "the_file_holds_the_bits_of_whole_recordings_in_whole_frames"
 
@@ -178,8 +176,8 @@ MUTANTS = (
         "a scale that hears its own sample",
         tests=OWN_SAMPLE,
         function="AdaptiveLikelihood.log_density",
-        old="log_levels(blocks[..., :-1], base, self.block)",
-        new="log_levels(blocks[..., 1:], base, self.block)",
+        old="log_levels(blocks[..., :-1], base)",
+        new="log_levels(blocks[..., 1:], base)",
     ),
     Mutant(
         "memories in another order than the particles",
@@ -793,8 +791,8 @@ MUTANTS = (
         "FLAC of other recordings",
         tests=WHOLE,
         function="evaluate_recordings",
-        old="corpus.flac_bits[i] for i in chosen",
-        new="corpus.flac_bits[i] for i in sorted(corpus.flac_bits)[-len(chosen):]",
+        old="bits[i] for i in chosen",
+        new="bits[i] for i in sorted(bits)[-len(chosen):]",
     ),
     Mutant(
         "other data normalised by their own mean and std",
@@ -1011,7 +1009,7 @@ MUTANTS = (
         "the header of FLAC counted",
         tests=FLAC_SIZE,
         file=PREPARE,
-        function="flac_bits",
+        function="frame_bits",
         old="(len(coded) - first_frame)",
         new="len(coded)",
     ),
@@ -1024,35 +1022,51 @@ MUTANTS = (
         new="",
     ),
     Mutant(
-        "a level that has seen the sample",
-        tests=LPC,
+        "FLAC in frames of 4,096 samples",
+        tests=FLAC_SIZE,
         file=PREPARE,
-        function="squares_and_levels",
-        old="yield (square, level)\n        level = torch.lerp(square, level, memory)",
-        new="level = torch.lerp(square, level, memory)\n        yield (square, level)",
+        function="flac_bits",
+        old="samples[n:n + 1024] for n in range(0, len(samples), 1024)",
+        new="samples[n:n + 4096] for n in range(0, len(samples), 4096)",
     ),
     Mutant(
-        "a prediction fitted without its level",
-        tests=LPC_FIT,
+        "a filter that weighs loud samples more than quiet ones",
+        tests=LEAST_SQUARES,
         file=PREPARE,
-        function="fit_linear_prediction",
-        old="weights = 1 / torch.stack",
-        new="torch.stack",
+        function="filtered",
+        old="square[:, 0].sqrt() + ",
+        new="1 + ",
     ),
     Mutant(
-        "a prediction fitted on what it predicts",
-        tests=LPC_BITS,
+        "a scale that has seen the sample",
+        tests=LEAST_SQUARES,
         file=PREPARE,
-        function="window_yardsticks",
-        old="dequantised_windows(corpus.train, fitted_starts,",
-        new="dequantised_windows(corpus.test, starts,",
+        function="filtered",
+        old="squares.append(square)",
+        new="squares.append(torch.lerp(error.square().unsqueeze(1), square, kept))",
+    ),
+    Mutant(
+        "a filter fitted on what it predicts",
+        tests=FILTER_BITS,
+        file=PREPARE,
+        function="fitted_filter",
+        old="windows_at(corpus.train, starts)",
+        new="windows_at(corpus.test, window_starts(corpus.test, FITTED_WINDOWS))",
+    ),
+    Mutant(
+        "what repeats a short recording counted",
+        tests=FILTER_LENGTHS,
+        file=PREPARE,
+        function="filter_bits",
+        old=" * counted",
+        new="",
     ),
     Mutant(
         "bits of normalised samples",
-        tests=LPC_BITS,
+        tests=FILTER_BITS,
         file=PREPARE,
-        function="window_yardsticks",
-        old="WINDOW * math.log(corpus.std) - nats",
+        function="filter_bits",
+        old="lengths * math.log(corpus.std) - nats",
         new="-nats",
     ),
     # tables
