@@ -155,7 +155,7 @@ class AdaptiveLikelihood:
     s as x_mean and x_sigma. The methods are those of FrameLikelihood.
     """
 
-    heard = 512  # samples that a base filter suits
+    heard = 320  # samples that a base filter suits
     spans = (4, 16, 64)  # samples whose errors tell how loud the next one is
     block_size = 50  # samples between two base filters
 
@@ -195,10 +195,8 @@ class AdaptiveLikelihood:
         spectrum = torch.fft.rfft(samples[..., -heard:] * window, heard + order)
         power = spectrum.real**2 + spectrum.imag**2
         r = torch.fft.irfft(power, heard + order) / window.square().sum()
-        # Lines 40 Hz wide and white noise 33 dB down: no filter fits them too closely.
-        lag_window = torch.exp(-0.5 * (2 * math.pi * 40 / SAMPLE_RATE * n[: order + 1]) ** 2)
-        r = (r[..., : order + 1] * lag_window).movedim(-1, 0).contiguous()
-        r[0] = 1.0005 * r[0] + POWER_FLOOR
+        r = r[..., : order + 1].movedim(-1, 0).contiguous()
+        r[0] = (1 + 1e-6) * r[0] + POWER_FLOOR  # white noise 60 dB down: no filter rings on
 
         a = reflections = r[:0]
         variance = r[:1]

@@ -24,15 +24,13 @@ def gaussian(units):
 
 
 def base_filter(heard, order):
-    """a_1..a_P, k_1..k_P and the variance of the error for the last 512 samples: Makhoul 1975, equations 37 and 38."""
-    window = [math.sin(math.pi / 2 * n / 460.8) for n in range(461)]
-    window += [math.cos(math.pi / 2 * (n - 460.8) / 51.2) for n in range(461, 512)]
-    y = [w * x for w, x in zip(window, heard[-512:], strict=True)]
-    r = []
-    for i in range(order + 1):
-        r_i = sum(y[n] * y[n - i] for n in range(i, 512)) / sum(w**2 for w in window)
-        r.append(r_i * math.exp(-0.5 * (2 * math.pi * 40 / 16000 * i) ** 2))
-    r[0] = 1.0005 * r[0] + 1e-7
+    """a_1..a_P, k_1..k_P and the variance of the error for the last 320 samples: Makhoul 1975, equations 37 and 38."""
+    window = [math.sin(math.pi / 2 * n / 288) for n in range(288)]
+    window += [math.cos(math.pi / 2 * (n - 288) / 32) for n in range(288, 320)]
+    y = [w * x for w, x in zip(window, heard[-320:], strict=True)]
+    power = sum(w**2 for w in window)
+    r = [sum(y[n] * y[n - i] for n in range(i, 320)) / power for i in range(order + 1)]
+    r[0] = (1 + 1e-6) * r[0] + 1e-7
     a, reflections, variance = [], [], r[0]
     for i in range(1, order + 1):
         k = -(r[i] + sum(a[j - 1] * r[i - j] for j in range(1, i))) / variance

@@ -27,6 +27,7 @@ FIELDS = (
     "x_sigma",
 )
 X, BATCH, FRAMES = 5, 3, 6
+HEARD = common.AdaptiveLikelihood.heard
 
 
 @pytest.fixture(
@@ -123,7 +124,7 @@ def adaptive(x_dim, order, components=3):
 
 def past_speech(batch, order):
     """Memories (batch, .): noise through a resonance, as loud as speech may be."""
-    noise = 0.3 * torch.randn(batch, 512 + order).double()
+    noise = 0.3 * torch.randn(batch, HEARD + order).double()
     samples = [noise[:, 0], noise[:, 1]]
     for n in range(2, noise.shape[1]):
         samples.append(1.6 * samples[-1] - 0.8 * samples[-2] + noise[:, n])
@@ -148,7 +149,7 @@ def grid(count, finest):
 def test_the_density_of_a_sample_integrates_to_one(order, memory):
     torch.manual_seed(order)
     likelihood, parameters = adaptive(1, order)
-    recent = past_speech(1, order) if memory == "speech" else torch.zeros(1, 512 + order).double()
+    recent = past_speech(1, order) if memory == "speech" else torch.zeros(1, HEARD + order).double()
     x, weight = grid(4000, 1e-4)
     density = density_of(likelihood, parameters, x[:, None], recent)
     assert (density * weight).sum() == pytest.approx(1, abs=1e-8)
@@ -235,10 +236,10 @@ def test_no_scale_and_no_filter_hears_its_own_sample_or_a_later_one(n):
     order, count = 4, 100
     samples = torch.cat((past_speech(1, order), torch.randn(1, count).double()), dim=1)
     changed = samples.clone()
-    changed[:, 512 + order + n] += 3
+    changed[:, HEARD + order + n] += 3
     likelihood = common.AdaptiveLikelihood(50, order, 1)
     before, after = (
-        likelihood.base_filter(part[:, : 512 + order + n]) for part in (samples, changed)
+        likelihood.base_filter(part[:, : HEARD + order + n]) for part in (samples, changed)
     )
     assert all(one.equal(other) for one, other in zip(before, after))
     likelihood.block = count

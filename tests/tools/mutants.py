@@ -145,6 +145,9 @@ REFERENCES = (
 )
 NUMBERS = "test_readme.py::test_what_is_not_in_the_logs_is_noticed"
 
+GRAPH = "test_graph.py::test_"
+NO_HOST = GRAPH + "an_update_neither_reads_from_the_device_nor_brings_anything_there"
+REPLAYS = GRAPH + "a_run_of_replays_is_a_run_of_updates"
 PUBLISHED = "test_published_2016.py::test_"
 STREAMS = PUBLISHED + "row_streams_w_plus_j_is_window_w_of_stream_j"
 IN_ORDER = PUBLISHED + "each_objective_takes_its_rows_in_order_epoch_after_epoch"
@@ -174,7 +177,7 @@ MUTANTS = (
     ),
     Mutant(
         "a scale that hears its own sample",
-        tests=OWN_SAMPLE,
+        tests=PLAIN_LIKELIHOOD,
         function="AdaptiveLikelihood.log_density",
         old="log_levels(blocks[..., :-1], base)",
         new="log_levels(blocks[..., 1:], base)",
@@ -1023,11 +1026,11 @@ MUTANTS = (
     ),
     Mutant(
         "FLAC in frames of 4,096 samples",
-        tests=FLAC_SIZE,
+        tests=WHOLE_FRAMES,
         file=PREPARE,
         function="flac_bits",
-        old="samples[n:n + 1024] for n in range(0, len(samples), 1024)",
-        new="samples[n:n + 4096] for n in range(0, len(samples), 4096)",
+        old="(samples[n:n + 1024]) for n in range(0, len(samples), 1024)",
+        new="(samples[n:n + 4096]) for n in range(0, len(samples), 4096)",
     ),
     Mutant(
         "a filter that weighs loud samples more than quiet ones",
@@ -1068,6 +1071,91 @@ MUTANTS = (
         function="filter_bits",
         old="lengths * math.log(corpus.std) - nats",
         new="-nats",
+    ),
+    # the CUDA graph
+    Mutant(
+        "an update that reads the device",
+        tests=NO_HOST,
+        function="Training.step",
+        old="self.step_adam(is_finite)",
+        new="if is_finite.item():\n        self.step_adam(is_finite)",
+    ),
+    Mutant(
+        "a tensor of the host in an update",
+        tests=NO_HOST,
+        function="Training.step_adam",
+        old="(~is_finite).float()",
+        new="torch.tensor(0.0)",
+    ),
+    Mutant(
+        "a window of the host in the likelihood",
+        tests=NO_HOST,
+        function="AdaptiveLikelihood.base_filter",
+        old="torch.arange(heard, device=samples.device, dtype=torch.float64)",
+        new="torch.arange(heard, dtype=torch.float64)",
+    ),
+    Mutant(
+        "numbers of the default generator",
+        tests=REPLAYS,
+        function="Training.draw",
+        old="generator=self.generator, ",
+        new="",
+    ),
+    Mutant(
+        "a state that is replaced, not copied",
+        tests=REPLAYS,
+        function="Training.step",
+        old="carried.copy_(torch.where(is_finite, part, 0.0))",
+        new="carried.set_(torch.where(is_finite, part, 0.0))",
+    ),
+    Mutant(
+        "a learning rate that a graph repeats",
+        tests=REPLAYS,
+        function="Training.step_adam",
+        old="self.counts['made'] / h.lr_updates",
+        new="torch.tensor(self.made / h.lr_updates)",
+    ),
+    Mutant(
+        "a noise that a graph repeats",
+        tests=REPLAYS,
+        function="Training.window",
+        old="self.counts['made'] / h.x_noise_updates",
+        new="torch.tensor(self.made / h.x_noise_updates)",
+    ),
+    Mutant(
+        "an average whose share a graph repeats",
+        tests=REPLAYS,
+        function="Training.average_weights",
+        old="made = self.counts['made']",
+        new="made = torch.tensor(self.made)",
+    ),
+    Mutant(
+        "a generator that the graph does not know",
+        tests=REPLAYS,
+        function="Training.capture",
+        old="graph.register_generator_state(self.generator)",
+        new="pass",
+    ),
+    Mutant(
+        "moments that capture leaves moved",
+        tests=REPLAYS,
+        function="Training.restore",
+        old="tensor.copy_(checkpoint['optimiser']['state'][i][name])",
+        new="pass",
+    ),
+    Mutant(
+        "averages that capture leaves moved",
+        tests=REPLAYS,
+        function="Training.restore",
+        old="self.averaged.load_state_dict(checkpoint['averaged'])",
+        new="pass",
+    ),
+    Mutant(
+        "counts that capture leaves moved",
+        tests=REPLAYS,
+        function="Training.restore",
+        old="count.copy_(checkpoint['counts'][name])",
+        new="pass",
     ),
     # tables
     Mutant(
