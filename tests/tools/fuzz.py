@@ -268,7 +268,7 @@ def draw_run(name, data, folder, run):
     (copy / name).write_bytes(data)
     try:
         rows = plot_recon.read_folders([folder / "runs"])
-        plot_recon.draw(rows, plot_recon.references(rows), folder / "it.png")
+        plot_recon.draw(rows, folder / "it.png")
     finally:
         (folder / "it.png").unlink(missing_ok=True)
         shutil.rmtree(folder / "runs")
