@@ -2195,11 +2195,13 @@ DEMO = dict(
     p_x_dim=128,
     rnn_dim=128,
     z_dim=32,
-    batch_size=16,
+    batch_size=8,
     lr=1e-3,
-    max_updates=1000,
+    max_updates=400,
     monitor_every=50,
-    x_noise_updates=500,
+    monitor_windows=32,
+    x_noise_updates=200,
+    eval_recordings=2,
 )
 
 # The least that makes sense of each, where it is not any number, and the most: it is far more than

@@ -14,6 +14,7 @@ goes their picture, samples.png.
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +61,8 @@ WORDS = {
     "grad_clip": "clipped at {:g}",
     "rnn_dim": "{} units",
     "batch_size": "{} sequences",
+    "rows": "{} rows",
+    "components": "{} components",
 }
 # Settings that need not be said where these are changed with them.
 SAID_BY = {size: "rnn_dim" for size in common.SIZES if size != "rnn_dim"}
@@ -129,17 +133,26 @@ class Run:
 
 
 def train_demo_runs(folder):
-    for script in SCRIPTS:
-        run = folder / script
-        if (run / "eval.json").exists():
-            continue
-        path = Path(__file__).with_name(f"{script}.py")
-        command = [sys.executable, path, "--demo", f"--out_dir={run}"]
-        if (run / "last.pt").exists():
-            command.append("--resume")
-        status = subprocess.run(command).returncode
-        if status:
-            sys.exit(status)
+    """Train the three scripts at small sizes, two at a time, each on one core."""
+    common.ensure_demo_data(common.DEMO["data"])
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(functools.partial(train_demo_run, folder), SCRIPTS))
+    if any(statuses):
+        sys.exit(next(filter(None, statuses)))
+
+
+def train_demo_run(folder, script):
+    """Train a script, or go on with its run; its exit status."""
+    run = folder / script
+    if (run / "eval.json").exists():
+        return 0
+    print(f"training {script} for a minute or two; its progress is in {run / 'log.jsonl'}")
+    path = Path(__file__).with_name(f"{script}.py")
+    command = [sys.executable, path, "--demo", f"--out_dir={run}"]
+    if (run / "last.pt").exists():
+        command.append("--resume")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
 
 
 # ---- bounds --------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The README: its numbers, its length, and its scripts of one's own, as printed."""
 
-import importlib
 import json
 import os
 import re
@@ -54,7 +53,8 @@ def folder(tmp_path_factory):
     write_tiny_data(folder / "tiny.h5")
     for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
         (folder / name).write_text(source)
-    shutil.copy(ROOT / "tests/examples/stochastic_gru.py", folder)
+    for example in ("stochastic_gru.py", "laplace_vrnn.py"):
+        shutil.copy(ROOT / "tests/examples" / example, folder)
     finished(folder, ROOT / "vrnn_gauss", *FLAGS)
     for script, *flags in (["beta_vrnn", "--beta=0.7"], ["stochastic_gru"], ["laplace_vrnn"]):
         finished(folder, script, *FLAGS, *flags)
@@ -109,17 +109,10 @@ def test_what_is_not_in_the_logs_is_noticed(tmp_path, monkeypatch, text, instead
     assert (check_readme.problems() == []) == is_in_a_table
 
 
-def test_the_readme_is_read_in_two_minutes():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
-
-
-def test_the_readme_prints_two_scripts_of_few_lines_without_their_docstrings_and_blank_lines():
-    lengths = {}
-    for name, source in PRINTED.findall((ROOT / "README.md").read_text()):
-        _, *lines = filter(None, source.splitlines())
-        lengths[name] = len(lines)
-    assert list(lengths) == ["beta_vrnn.py", "laplace_vrnn.py"]
-    assert max(lengths.values()) <= 23
+def test_the_readme_prints_one_script_that_fits_a_screen():
+    ((name, source),) = PRINTED.findall((ROOT / "README.md").read_text())
+    assert name == "beta_vrnn.py"
+    assert len(source.splitlines()) <= 34
 
 
 def test_a_printed_script_learns(folder):
@@ -139,8 +132,6 @@ def printed(folder, monkeypatch):
     """A function that calls the main of a printed script in this process."""
     monkeypatch.syspath_prepend(folder)
     monkeypatch.chdir(folder)
-    beta_vrnn = importlib.import_module("beta_vrnn")
-    beta_vrnn.main = lambda: beta_vrnn.train(common.parse(beta_vrnn.Hyperparameters))
     yield main_of
     for name in ("beta_vrnn", "laplace_vrnn", "stochastic_gru"):
         sys.modules.pop(name, None)

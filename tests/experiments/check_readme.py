@@ -117,40 +117,48 @@ def full_table(*groups):
 
 # ---- the front page ------------------------------------------------------------------------------
 
-FRONT = (("objectives",), ("objectives", "variants"), ("likelihood",))
-NOT_IN_FRONT = ("VRNN warm", "IWAE_5 warm", "IWAE_5 DReG")
-NATS = "nats/frame (`smc_100`)"
-BITS = "bits per sample"
+NATS = "adaptive likelihood, nats/frame"
+BITS = "its bits per sample"
 BENCHMARKED = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": "VAE_5", "vrnn_gauss_iwae": "IWAE_5"}
 
 
 def front_table():
     """Of the runs behind the answer: what the front page shows."""
+    published = by_objective(runs_of("default_limit"))
+    adaptive = by_objective(
+        [run for run in runs_of("latent_variables") if run.config["components"] == 8]
+    )
     rows = []
-    for groups in FRONT:
-        if not made(groups[-1]):
-            continue
-        runs, reference = read(*groups)[-1]
-        for label, group in by_label(runs).items():
-            if group[0].name not in NOT_IN_FRONT:
-                rows.append(front_row(label, group, reference))
-    # The runs of published size have other settings than those that they could be compared with.
-    for label, group in by_label(runs_of("size")).items():
-        rows.append(front_row(f"{label}, published size", group, reference=[]))
-    return markdown(rows + plot_recon.yardstick_rows(runs_of("objectives"), NATS, BITS))
+    for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
+        rows.append(front_row(name, published[name], adaptive[name]))
+    rows.append(front_row("LSTM, trained longer", [], runs_of("likelihood")))
+    yardsticks = plot_recon.yardstick_rows(runs_of("likelihood"), NATS, BITS)
+    return markdown(rows + [row for row in yardsticks if row["objective"] != "histogram"])
 
 
-def front_row(label, group, reference):
-    bounds = [run.bounds["smc_100"] for run in group]
-    bits = [bits_of(run, run.bounds["smc_100"]) for run in group]
-    return {
-        "objective": label,
-        "runs": str(len(group)),
-        NATS: mean_and_interval(bounds),
-        "difference from VRNN": mean_and_interval(plot_recon.paired(group, reference, "smc_100")),
-        BITS: mean_and_interval(bits, 3),
-        "minutes": minutes(group[0].config),
-    }
+def by_objective(runs):
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.objective, []).append(run)
+    return groups
+
+
+def front_row(name, published, adaptive):
+    row = {"objective": name}
+    row["published likelihood, nats/frame"] = mean_and_interval(filtered(published))
+    row["bits per sample"] = mean_and_interval(bits_by_filter(published), 3)
+    row["minutes"] = minutes(published[0].config) if published else ""
+    row[NATS] = mean_and_interval(filtered(adaptive))
+    row[BITS] = mean_and_interval(bits_by_filter(adaptive), 3)
+    return row
+
+
+def filtered(runs):
+    return [run.bounds["smc_100"] for run in runs]
+
+
+def bits_by_filter(runs):
+    return [bits_of(run, run.bounds["smc_100"]) for run in runs]
 
 
 def minutes(config):
@@ -183,7 +191,7 @@ def minutes(config):
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient."""
     chosen = []
-    for run in runs_of("objectives", "clip", "variants"):
+    for run in runs_of("objectives", "clip", "default_limit", "variants"):
         config = run.config
         is_usual = config["max_updates"] == 5000 and config["mirrored_init"] and config["x_noise"]
         if is_usual and run.bounds and run.name == name and config["grad_clip"] == limit:
@@ -258,7 +266,7 @@ def row_of_bounds(heading, *contrast):
 def norms_and_clips():
     """Median norm of the gradient, and the share of updates clipped, of runs that count them."""
     groups = {}
-    for run in runs_of("objectives", "clip", "regime"):
+    for run in runs_of("objectives", "clip", "default_limit", "regime"):
         if "clipped" in log_of(run)[-1]:
             batch = in_words("batch_size", run.config["batch_size"])
             limit = in_words("grad_clip", run.config["grad_clip"])
@@ -291,6 +299,96 @@ def regime():
         row["updates clipped"] = f"{percent_clipped(log):.1f} %"
         rows.append(row)
     return markdown(rows)
+
+
+def at_update(run, update):
+    """iwae_5 on valid after so many updates."""
+    return dict(run.curve.tolist())[update]
+
+
+def pipeline():
+    """2016 as it was, and with one ingredient exchanged: held-out data at the same updates."""
+    rows = []
+    for runs in read("published_2016", "published_2016_exchanged"):
+        for label, group in by_label(runs[0]).items():
+            config = group[0].config
+            row = {
+                "objective": label,
+                "distinct windows an update": pace_of(group[0]),
+                "limit": f"{config['grad_clip']:g}",
+                "seeds": str(len(group)),
+            }
+            for update in (100, 200, 400, 500, 600):
+                row[f"at {update}"] = ", ".join(f"{at_update(run, update):.1f}" for run in group)
+            rows.append(row)
+    return markdown(rows)
+
+
+def pace_of(run):
+    last = log_of(run)[-1]
+    return f"{last['distinct_windows'] / last['update']:g}"
+
+
+def pipeline_contrasts():
+    """The five contrasts, seed by seed."""
+    runs = {}
+    for run in runs_of("published_2016", "published_2016_exchanged"):
+        runs.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
+    rows = []
+    for number, one, at_one, other, at_other in (
+        ("1", "vae", 600, "vrnn", 600),
+        ("1", "iwae", 600, "vrnn", 600),
+        ("2", "iwae_limit_640", 600, "iwae", 600),
+        ("3", "vrnn_rows_25", 600, "vrnn", 600),
+        ("4", "iwae_limit_640", 600, "vrnn_rows_25", 600),
+        ("5", "vae", 500, "vrnn", 100),
+        ("5", "iwae", 500, "vrnn", 100),
+    ):
+        seeds = sorted(runs[one].keys() & runs[other].keys())
+        found = []
+        for seed in seeds:
+            difference = at_update(runs[one][seed], at_one)
+            difference -= at_update(runs[other][seed], at_other)
+            found.append(f"{difference:.1f}")
+        rows.append(
+            {
+                "contrast": number,
+                "of": f"{PIPELINE_WORDS[one]}, update {at_one}",
+                "above": f"{PIPELINE_WORDS[other]}, update {at_other}",
+                "nats/frame, seed by seed": ", ".join(found),
+            }
+        )
+    return markdown(rows)
+
+
+PIPELINE_WORDS = {
+    "vrnn": "VRNN",
+    "vae": "VAE_5",
+    "iwae": "IWAE_5",
+    "iwae_limit_640": "IWAE_5 limited to 640",
+    "vrnn_rows_25": "VRNN with 25 rows",
+}
+
+
+def latent_variables():
+    """The adaptive likelihood with and without latent variables."""
+    rows = []
+    for label, group in by_label(runs_of("latent_variables")).items():
+        rows.append(
+            {
+                "objective": label,
+                "seeds": str(len(group)),
+                "`elbo`": mean_of(run.bounds["elbo"] for run in group),
+                "`smc_100`": mean_of(filtered(group)),
+                "`kl`": mean_of(run.kl for run in group),
+                "bits per sample": mean_of(bits_by_filter(group), 3),
+            }
+        )
+    return markdown(rows)
+
+
+def mean_of(values, digits=2):
+    return f"{statistics.mean(values):.{digits}f}"
 
 
 # ---- particles and sizes -------------------------------------------------------------------------
@@ -367,8 +465,9 @@ def whole_recordings():
     for label, group in groups_by_label("objectives", *made("likelihood")):
         found = [evaluation_of(run)["whole_recordings"] for run in group]
         rows.append(row_of_recordings(label, [bounds["smc_100"] for bounds in found]))
-        flac = [bounds["flac"] for bounds in found if "flac" in bounds]
-    return markdown([*rows, row_of_recordings("FLAC", flac[:1])])
+    for name in ("flac", "adaptive_filter"):
+        rows.append(row_of_recordings(plot_recon.YARDSTICKS[name], [found[0][name]]))
+    return markdown(rows)
 
 
 def row_of_recordings(label, found):
@@ -488,6 +587,10 @@ TABLES = {
     "signal_to_noise": signal_to_noise,
     "judges": judges,
     "whole_recordings": whole_recordings,
+    "pipeline": pipeline,
+    "pipeline_contrasts": pipeline_contrasts,
+    "latent_variables": latent_variables,
+    "default_limit": partial(full_table, "default_limit"),
     "objectives": partial(full_table, "objectives"),
     "variants": partial(full_table, "objectives", "variants"),
     "likelihood": partial(full_table, "likelihood"),

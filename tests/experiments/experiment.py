@@ -28,6 +28,13 @@ VAE = ["vrnn_gauss_alt_nll"]
 IWAE = ["vrnn_gauss_iwae"]
 RESAMPLED = [*IWAE, "--resample"]
 VRNN_SCALED = ["tests/experiments/clipping"]
+ADAPTIVE = ["--ar_order=32", "--x_noise=0"]
+PIPELINE = ["tests/experiments/published_2016"]
+PIPELINE_SETTINGS = (
+    "--x2s_dim 128 --z2s_dim 128 --q_z_dim 128 --p_z_dim 128 --p_x_dim 128 --rnn_dim 128 "
+    "--z_dim 32 --init by_width --monitor_every 50 --monitor_windows 256 --max_updates 600 "
+    "--eval_k 5 --eval_recordings 0 --device cpu --data data/speech.h5"
+).split()
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
 # Objective, limits on the gradient, and number of seeds.
 CLIPS = (
@@ -71,11 +78,14 @@ def table(runs, updates):
     yield from objectives((3, 4))
     yield from resampled((3, 4))
     yield from clips()
+    yield "default_limit", "lstm-0", *VRNN, "--z_dim=0", "--grad_clip=2560"
     yield from regime(updates)
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
-    yield from likelihood(range(3))
+    yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
+    yield from latent_variables()
+    yield from pipeline_of_2016()
 
 
 def objectives(seeds):
@@ -117,7 +127,10 @@ def clips():
         for seed in range(seeds):
             for limit in limits:
                 flags = [*OBJECTIVES[name], f"--grad_clip={limit}", f"--seed={seed}"]
-                yield "clip", f"{name}_clip_{limit}-{seed}", *flags
+                if limit == 2560:
+                    yield "default_limit", f"{name}-{seed}", *flags
+                else:
+                    yield "clip", f"{name}_clip_{limit}-{seed}", *flags
     for seed in range(3):
         yield "clip", f"vae_1-{seed}", *VAE, "--k=1", f"--seed={seed}"
 
@@ -133,12 +146,26 @@ def regime(updates):
     yield "regime", "2016_iwae_5_clip_640-0", *IWAE, *REGIME, quarter, "--grad_clip=640"
 
 
-def likelihood(seeds):
-    """The likelihood from speech coding, without and with latent variables."""
-    for seed in seeds:
-        for name, script in {"lstm": [*VRNN, "--z_dim=0"], **OBJECTIVES}.items():
-            flags = [*script, "--ar_order=32", "--x_noise=0", f"--seed={seed}"]
-            yield "likelihood", f"{name}_ar_32-{seed}", *flags
+def latent_variables():
+    """The adaptive likelihood with and without latent variables: short runs, many components or one."""
+    short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
+    for name, script in {"lstm": [*VRNN, "--z_dim=0"], **OBJECTIVES}.items():
+        yield "latent_variables", f"{name}-0", *script, *short
+    for name, flags in {"lstm": ["--z_dim=0"], "vrnn": []}.items():
+        yield "latent_variables", f"{name}_one-0", *VRNN, *flags, *short, "--components=1"
+        yield "latent_variables", f"{name}-1", *VRNN, *flags, *short, "--seed=1"
+
+
+def pipeline_of_2016():
+    """2016 as it was, and with one of its ingredients exchanged."""
+    for seed in range(2):
+        for objective in ("iwae", "vae", "vrnn"):
+            flags = [f"--objective={objective}", f"--seed={seed}"]
+            yield "published_2016", f"{objective}-{seed}", *PIPELINE, *flags
+        flags = ["--objective=iwae", "--grad_clip=640", f"--seed={seed}"]
+        yield "published_2016_exchanged", f"iwae_limit_640-{seed}", *PIPELINE, *flags
+    flags = ["--objective=vrnn", "--rows=25"]
+    yield "published_2016_exchanged", "vrnn_rows_25-0", *PIPELINE, *flags
 
 
 def judges(runs):
@@ -174,7 +201,9 @@ def train(runs, updates, to, group, name, script, *flags):
 def start(folder, updates, script, *flags):
     """Run a script to its end, with what it prints in a file beside its folder; its status."""
     command = [sys.executable, ROOT / f"{script}.py", f"--out_dir={folder}"]
-    if not flags or not flags[0].startswith("--evaluate"):  # a checkpoint has its own settings
+    if [script] == PIPELINE:
+        command += PIPELINE_SETTINGS
+    elif not flags or not flags[0].startswith("--evaluate"):  # a checkpoint has its own settings
         command += [*SETTINGS, "--data=data/speech.h5", "--x_noise_updates=1500", *lengths(updates)]
     command += flags
     if (folder / "last.pt").exists():
