@@ -12,10 +12,13 @@ from types import SimpleNamespace
 
 import benchmark
 import experiment
+import gpu_check
 import mutants
 import particles
+import published_2016
 import pytest
 import torch
+import tyro
 from tiny import ROOT, SIZES, log_of, main_of, make_updates, run, tiny_training, update_with
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -329,6 +332,8 @@ GROUPS = (
     "regime",
     "size",
     "likelihood",
+    "default_limit",
+    "latent_variables",
 )
 
 
@@ -336,19 +341,24 @@ def test_every_run_of_the_experiment_has_valid_flags():
     names = []
     for group, name, script, *flags in experiment.table(Path("runs"), 5000):
         assert (ROOT / f"{script}.py").exists()
+        assert (group, name) not in names
+        names.append((group, name))
+        if group.startswith("published_2016"):
+            settings = [*experiment.PIPELINE_SETTINGS, *flags]
+            tyro.cli(published_2016.Hyperparameters, args=settings, use_underscores=True)
+            continue
         module = importlib.import_module(Path(script).name)
         settings = [*experiment.SETTINGS, *experiment.lengths(5000)]
         if group == "judges":  # of an earlier run, with its settings
             checkpoint, *flags = flags
-            earlier = Path("runs", name.replace("_1000", ""), "best.pt")
-            assert checkpoint == f"--evaluate={earlier}"
-            assert earlier.parent.name in names
+            *_, earlier_group, earlier, _ = checkpoint.split("/")
+            assert earlier == name.replace("_1000", "")
+            assert (earlier_group, earlier) in names
             settings = [f"--evaluate={ROOT / 'data/results/objectives/vrnn_long-0/best.pt'}"]
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-        names.append(name)
-    assert len(names) == 104
+    assert len(names) == 111
     assert len(set(names)) == 104
 
 
@@ -464,3 +474,23 @@ def test_mutants_are_killed_or_named_as_survivors():
     ]
     assert lines[2:] == ["1 of 2 mutants killed", "harmless"]
     assert result.returncode == 1
+
+
+def test_the_check_for_a_first_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "VARIANTS", (["vrnn_gauss_iwae", "--ar_order=3"],))
+    monkeypatch.setattr(gpu_check, "TIMED", (("IWAE_5", dict(resample=True)),))
+    for step in ("versions", "equality", "benchmark"):
+        folder = tmp_path / step
+        folder.mkdir()
+        assert gpu_check.STEPS[step](folder, "cpu", quick=True)
+    said = capsys.readouterr().out
+    assert "ok  vrnn_gauss_iwae --ar_order=3 | NO GRAPH | again: bit for bit" in said
+    assert "IWAE_5 {'resample': True}: " in said
+
+
+def test_the_check_for_a_first_gpu_notices_a_difference(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "VARIANTS", (["vrnn_gauss"],))
+    worst = iter([("", 0.0), ("model", 0.1), ("", 0.0)])
+    monkeypatch.setattr(gpu_check, "largest_difference", lambda one, other: next(worst))
+    assert not gpu_check.equality(tmp_path, "cpu", quick=True)
+    assert "BAD vrnn_gauss" in capsys.readouterr().out

@@ -100,7 +100,7 @@ def resampled(seeds):
 
 
 def variants(runs):
-    warm = [f"--init_from={runs / 'vrnn-0' / 'best.pt'}", "--x_noise=0"]
+    warm = [f"--init_from={runs / 'objectives' / 'vrnn-0' / 'best.pt'}", "--x_noise=0"]
     yield "variants", "iwae_5_dreg-0", *IWAE, "--dreg"
     yield "variants", "iwae_5_warm-0", *IWAE, *warm
     yield "variants", "vrnn_warm-0", *VRNN, *warm
@@ -172,15 +172,17 @@ def judges(runs):
     """Ten times as many particles as any run was chosen or reported with."""
     judged = []
     for name, script in {**OBJECTIVES, "iwae_5_resample": IWAE}.items():
-        judged.append((f"{name}_1000-3", f"{name}-3", script))
+        group = "objectives" if name in OBJECTIVES else "variants"
+        judged.append((f"{name}_1000-3", runs / group / f"{name}-3" / "best.pt", script))
     for name, trained, script in judged:
-        checkpoint = f"--evaluate={runs / trained / 'best.pt'}"
+        checkpoint = f"--evaluate={trained}"
         yield "judges", name, *script, checkpoint, "--eval_k", "5", "1000", "--eval_recordings=0"
 
 
 def train(runs, updates, to, group, name, script, *flags):
     """Train a run, go on with it, or evaluate another's checkpoint, and copy its logs to `to`."""
-    folder = runs / name
+    folder = runs / group / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
     kept = to / group / name
     if (kept / "eval.json").exists():
         return
@@ -222,7 +224,6 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--to", type=Path, default=Path("data/results"))
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
         started = [
             pool.submit(train, options.runs, options.updates, options.to, *run)
