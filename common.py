@@ -198,14 +198,16 @@ class AdaptiveLikelihood:
         r = r[..., : order + 1].movedim(-1, 0).contiguous()
         r[0] = (1 + 1e-6) * r[0] + POWER_FLOOR  # white noise 60 dB down: no filter rings on
 
-        a = reflections = r[:0]
+        a = r[:0]
         variance = r[:1]
+        reflections = []
         for i in range(1, order + 1):
             k = -(r[i] + (a * r[1:i]).sum(0)) / variance
             a = one_longer(a, k)
-            reflections = torch.cat((reflections, k))
-            variance = variance * (1 - k**2)
-        found = torch.cat((a, reflections.atanh(), 0.5 * variance.log())).movedim(0, -1)
+            reflections.append(k)
+            variance = variance * (1 - k * k)
+        parts = (a, torch.cat(reflections).atanh(), 0.5 * variance.log())
+        found = torch.cat(parts).movedim(0, -1)
         return found.to(samples.dtype).split((order, order, 1), dim=-1)
 
     def log_levels(self, samples, base):
@@ -276,12 +278,15 @@ class AdaptiveLikelihood:
         squares = (heard[:, self.ar_order :] + (past * base[:, None]).sum(2)) ** 2
         x = np.pad(heard, ((0, 0), (0, self.block)))
         squares = np.pad(squares, ((0, 0), (0, self.block)))
+        averages = np.zeros((longest, len(self.spans)))  # a product with it has the mean of each
+        for i, span in enumerate(self.spans):
+            averages[-span:, i] = 1 / span
         for n in range(self.block):
             past = x[:, longest + n : longest + n + self.ar_order]
-            power = [squares[:, longest + n - span : longest + n].mean(1) for span in self.spans]
-            levels = 0.5 * np.log(np.stack(power, axis=1) + POWER_FLOOR)
+            levels = 0.5 * np.log(squares[:, n : n + longest] @ averages + POWER_FLOOR)
             log_scale = (e * levels).sum(1) + gain[:, n]
-            x_n = np.exp(log_scale.clip(*LOG_SCALE)) * drawn[:, n] - (a * past).sum(1)
+            scale = np.exp(np.minimum(np.maximum(log_scale, LOG_SCALE[0]), LOG_SCALE[1]))
+            x_n = scale * drawn[:, n] - (a * past).sum(1)
             x[:, longest + self.ar_order + n] = x_n
             squares[:, longest + n] = (x_n + (base * past).sum(1)) ** 2
         return torch.from_numpy(x[:, -self.block :]).to(tensors[0])

@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the repository, on synthetic recordings that do too."""
+"""The checkpoints that come with the repository, on synthetic recordings that do too."""
 
 import json
 
@@ -18,9 +18,17 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("short_samples")
-def test_the_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(data, tmp_path):
-    checkpoint = ROOT / "data/results/objectives/vrnn_long-0/best.pt"
-    expected = dict(elbo=52.973, iwae_5=53.870, smc_5=56.702)
+@pytest.mark.parametrize(
+    "run, update, expected",
+    (
+        ("objectives/vrnn_long-0", 12_500, dict(elbo=52.973, iwae_5=53.870, smc_5=56.702)),
+        ("likelihood/lstm_ar_32-0", 5_000, dict(elbo=349.901, iwae_5=349.901, smc_5=349.901)),
+    ),
+)
+def test_a_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(
+    data, tmp_path, run, update, expected
+):
+    checkpoint = ROOT / "data/results" / run / "best.pt"
     assert checkpoint.stat().st_size < 3e6
     main_of(
         "vrnn_gauss",
@@ -32,6 +40,6 @@ def test_the_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(data, t
         "--device=cpu",
     )
     found = json.loads((tmp_path / "out/eval.json").read_text())
-    assert (found["windows"], found["update"]) == (4, 12_500)
+    assert (found["windows"], found["update"]) == (4, update)
     bounds = {name: found["bounds"][name]["nats_per_frame"] for name in expected}
     assert bounds == pytest.approx(expected, rel=1e-3)
