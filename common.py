@@ -187,7 +187,7 @@ class AdaptiveLikelihood:
         return step_up(torch.tanh(b * atanh_k0 + d)), g + c * log_v0, e
 
     def base_filter(self, samples):
-        """The filter that suits the last samples, as of step_up; atanh(k0), (., P); log v0, (., 1)."""
+        """The filter that suits the last samples, as of step_up; atanh k0 (., P); log v0 (., 1)."""
         order, heard = self.ar_order, self.heard
         n = torch.arange(heard, device=samples.device, dtype=torch.float64)
         # A window that rises to the present, and ends there without an edge.
@@ -231,13 +231,18 @@ class AdaptiveLikelihood:
         # Axes from here on: T, B, K, components, blocks of a frame, samples of a block.
         blocks = samples.unfold(1, remembered + self.block, self.block)
         blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
+
+        # Of x alone: once for all particles and components.
         base, atanh_k0, log_v0 = self.base_filter(blocks[..., :remembered])
         past = blocks[..., remembered - self.ar_order : -1].unfold(-1, self.ar_order, 1)
         levels = self.log_levels(blocks[..., :-1], base)
 
+        # Of the decoder: what each component makes of it.
         m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
         m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
         a, gain, e = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
+
+        # Innovations, their scales, and the mixture of the components over each block.
         u = blocks[..., remembered:] + of_past(a, past)
         log_scale = (of_past(e, levels) + gain + s).clamp(*LOG_SCALE)
         z = u * (-log_scale).exp() - m
@@ -249,10 +254,12 @@ class AdaptiveLikelihood:
     def sample(self, parameters, memory, generator=None):
         m, s, of_components = parameters
         (samples,) = memory
+        # Student's t of 4 degrees of freedom: a normal over the root of a mean of 4 squares.
         normal, *others = drawn_like(m, torch.randn, generator, 5, *m.shape)
         drawn = m + normal / torch.stack(others).square().mean(0).sqrt()
         rows = torch.arange(len(m), device=m.device)
         for first in range(0, self.x_dim, self.block):
+            # One component has the whole block.
             base, atanh_k0, log_v0 = self.base_filter(samples)
             j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
             chosen = of_components[rows, j.squeeze(1)]
@@ -265,7 +272,7 @@ class AdaptiveLikelihood:
         return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
 
     def sample_block(self, *tensors):
-        """A block after samples, by its filters, log gains (rows, block), e and t-distributed noise.
+        """A block after samples, by its filters, log gains (rows, block), e and Student's noise.
 
         Sample by sample, in NumPy, whose calls take a tenth of the time of PyTorch's.
         """
@@ -653,7 +660,7 @@ def importance_weighted(log_w_BK):
 
 
 def effective_sample_size(log_w_BK):
-    """(sum_k w_k)^2 / sum_k w_k^2 of each sequence, (B,): from 1, where one has all weight, to K."""
+    """(sum_k w_k)^2 / sum_k w_k^2 of each sequence, (B,): 1 where one has all weight, up to K."""
     return (2 * log_w_BK.logsumexp(dim=1) - (2 * log_w_BK).logsumexp(dim=1)).exp()
 
 
@@ -667,9 +674,11 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     log-weights, and their deviation `log_w_std`; for k in ks `iwae_k`, averaged over K // k
     disjoint groups, and their effective sample size `ess_iwae_k`.
     """
-    frames, batch, _ = x_TBX.shape
+    frames, batch = x_TBX.shape[:2]
     particles = max(ks)
     drawn = particles if model.z_dim else 1  # without z all particles are the same
+
+    # In parts that fit into memory, each with sums over its frames alone.
     at_once = max(1, max_rows // batch)
     rollouts = []
     for first in range(0, drawn, at_once):
@@ -681,6 +690,8 @@ def estimate_bounds(model, x_TBX, ks, generator, max_rows=EVAL_ROWS):
     nll_BK, kl_BK, log_w_BK = (
         torch.cat(parts, dim=1).expand(-1, particles) for parts in zip(*rollouts)
     )
+
+    # Tighter from one to the next, but for kl and log_w_std, which are no bounds.
     bounds = {
         "elbo": (-nll_BK - kl_BK).mean(1),
         "kl": kl_BK.mean(1),
@@ -733,12 +744,14 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         log_w_BK = log_w_BK + rollout.log_w_TBK[0]
         log_likelihood_B = gathered_B + importance_weighted(log_w_BK)
 
+        # Who goes on from whom: from itself, or from whom resampling has drawn.
         ess_B = effective_sample_size(log_w_BK.detach())
         must_resample = resample_last and t == len(x_TBX) - 1
         resampled_B = ess_B < (math.inf if must_resample else k / 2)
         drawn_BK = own_BK[:, :1] + systematic(log_w_BK.detach(), uniform_TB[t])
         ancestors = torch.where(resampled_B.unsqueeze(1), drawn_BK, own_BK).flatten()
 
+        # Resampled particles weigh the same again; what they weighed is gathered.
         gathered_B = torch.where(resampled_B, log_likelihood_B, gathered_B)
         log_w_BK = torch.where(resampled_B.unsqueeze(1), 0.0, log_w_BK)
         state = tuple(part[ancestors] for part in rollout.state)
@@ -747,7 +760,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
 
 
 def systematic(log_w_BK, uniform_B):
-    """Systematic resampling: k of k particles, (B, k); j is drawn floor or ceil(k w_j / sum w) times."""
+    """Systematic resampling: k of k particles, (B, k); j comes floor or ceil(k w_j / sum w) x"""
     k = log_w_BK.shape[1]
     points_BK = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
     passed_BK = log_w_BK.softmax(dim=1).cumsum(dim=1)
@@ -766,7 +779,7 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     k = k if model.z_dim else 1
     filterings = []
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
-        frames, batch, _ = x.shape
+        frames, batch = x.shape[:2]
         uniform_TB = drawn_like(x, torch.rand, generator, frames, batch)
         noise = (
             drawn_like(x, torch.randn, generator, batch * k, model.z_dim) for _ in range(frames)
@@ -929,6 +942,7 @@ def evaluate_recordings(model, corpus, split, k, at_most):
     frames = lengths[chosen]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(EVAL_SEED)
     nats = []
+    # Each recording is dequantised alone, then a batch is padded to its longest.
     for batch in np.array_split(chosen, math.ceil(len(chosen) / max(1, EVAL_ROWS // k))):
         audio = []
         for i in batch:
@@ -937,6 +951,7 @@ def evaluate_recordings(model, corpus, split, k, at_most):
             audio.append(x_TBX[:, 0])
         estimate_TB, _ = estimate_smc(model, nn.utils.rnn.pad_sequence(audio), k, generator)
         nats += [estimate_TB[lengths[i] - 1, b].item() for b, i in enumerate(batch)]
+    # The mean is a ratio of two sums, and so is its standard error.
     mean = sum(nats) / frames.sum()
     deviations = (nats - mean * frames) / frames.mean()
     stderr = deviations.std(ddof=1) / len(nats) ** 0.5 if len(nats) > 1 else None
@@ -1066,7 +1081,7 @@ class Training:
             )
 
     def create_model(self, model):
-        """Put the model in the state that the hyperparameters ask for, and its average beside it."""
+        """Put the model in the state that the hyperparameters ask for, its average beside it."""
         h = self.h
         refuse_missing_features(h, model)
         if h.mirrored_init:
@@ -1082,7 +1097,8 @@ class Training:
 
     def create_state(self):
         """Everything besides the model that a checkpoint holds, in place on the device."""
-        h, model, device = self.h, self.model, self.device
+        h = self.h
+        model, device = self.model, self.device
         self.optimiser = torch.optim.Adam(
             model.parameters(),
             lr=torch.tensor(h.lr, device=device),
@@ -1213,7 +1229,7 @@ class Training:
         self.optimiser.zero_grad()
 
     def average_weights(self):
-        """Move the averaged weights on; they follow faster at first. Single updates jump by nats."""
+        """Move the averaged weights on, faster at first. Those of single updates jump by nats."""
         made = self.counts["made"]
         share = 1 - ((1 + made) / (10 + made)).clamp(max=self.h.ema)
         for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
@@ -1301,6 +1317,8 @@ class Training:
                     if is_due:
                         self.counts["made"].item()  # wait for the device
                     self.seconds += time.monotonic() - started
+
+                    # Not counted as training.
                     bar.update()
                     self.stop_if_nothing_is_learnt()
                     if is_due:
@@ -1317,6 +1335,7 @@ class Training:
         """Put the next window in place, and the state before it: zeros at an excerpt's start."""
         batch, window = divmod(self.made, self.h.reset_freq)
         is_pinned = self.device.type == "cuda"
+        # The reader is a batch ahead of the updates.
         self.read_ahead.pop(batch - 1, None)
         for index in (batch, batch + 1):
             if index not in self.read_ahead:
@@ -1333,7 +1352,8 @@ class Training:
         if self.made % MAX_SKIPPED == 0 and self.counts["skipped_in_a_row"] >= MAX_SKIPPED:
             raise UserError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} updates in a row, up to "
-                f"update {self.made}; start again in another --out_dir with a lower --lr or --grad_clip"
+                f"update {self.made}; start again in another --out_dir with a lower --lr or "
+                "--grad_clip"
             )
 
     def save_and_exit(self, signal_number):
@@ -1343,8 +1363,9 @@ class Training:
         sys.exit(128 + signal_number)
 
     def monitor(self):
-        """A log line with held-out bounds; best.pt where monitored_bound is highest yet; last.pt."""
-        h, folder, counts = self.h, self.folder, self.counts
+        """A log line with held-out bounds; best.pt where monitored_bound is best yet; last.pt."""
+        h = self.h
+        folder, counts = self.folder, self.counts
         by_window = window_bounds(
             self.averaged,
             self.corpus,
@@ -1367,6 +1388,8 @@ class Training:
         )
         counts["loss_sum"].zero_()
         counts["losses"].zero_()
+
+        # The log first: whatever is lost after it can be made again.
         self.log.append(line)
         if is_first():
             with (folder / LOG).open("a") as log:
@@ -1487,7 +1510,8 @@ def progress_line(h, line):
     nats = [f"{name} {valid[name]['nats_per_frame']:.2f}" for name in (tracked, "elbo", "kl")]
     text = (
         f"update {line['update']:,} | {line['sequences']:,} sequences | "
-        f"valid {' '.join(nats)} nats/frame | {valid[tracked]['bits_per_sample']:.3f} bits/sample | "
+        f"valid {' '.join(nats)} nats/frame | "
+        f"{valid[tracked]['bits_per_sample']:.3f} bits/sample | "
         f"{line['update'] / line['seconds']:.2f} updates/s"
     )
     if line["skipped"]:
@@ -1551,8 +1575,8 @@ def piece_starts(split, samples, at_most=math.inf):
     ends = np.cumsum(counts)
     if ends[-1] == 0:
         raise UserError(
-            f"no recording of the split {split.name} holds a window of {samples / SAMPLE_RATE:g} s; "
-            "give longer recordings or a smaller --seq_frames"
+            f"no recording of the split {split.name} holds a window of "
+            f"{samples / SAMPLE_RATE:g} s; give longer recordings or a smaller --seq_frames"
         )
     chosen = evenly_spread(np.arange(ends[-1]), at_most)
     recording = np.searchsorted(ends, chosen, side="right")
@@ -1861,7 +1885,7 @@ def printable(name):
 
 
 def blocks_of(recording):
-    """Its blocks. Raises BadAudio, also for whatever a damaged file makes NumPy or zipfile raise."""
+    """Its blocks. Raises BadAudio, also for what a damaged file makes NumPy or zipfile raise."""
     if recording.problem:
         raise BadAudio(recording.problem)
     try:
@@ -1981,7 +2005,8 @@ def pcm16_blocks(array):
     array = np.asarray(array)
     if array.dtype.hasobject:
         array = np.array(array.tolist())
-    shape, kind, itemsize = array.shape, array.dtype.kind, array.dtype.itemsize
+    shape = array.shape
+    kind, itemsize = array.dtype.kind, array.dtype.itemsize
     if len(shape) not in (1, 2) or len(shape) == 2 and shape[1] > min(shape[0], MAX_CHANNELS):
         raise BadAudio(
             f"its shape {shape} is neither (samples,) nor (samples, channels) with at most "
@@ -2008,7 +2033,8 @@ def pcm16_blocks(array):
         raise BadAudio("it holds NaN or infinity; remove or repair these samples")
     else:
         raise BadAudio(
-            f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save int16"
+            f"its peak {peak:g} fits neither int16 nor full scale; scale it to [-1, 1] or save "
+            "int16"
         )
     yield from (to_int16(block.astype(np.float64) * scale) for block in blocks)
 
@@ -2020,7 +2046,11 @@ def to_int16(samples):
 
 # ---- run folder and checkpoints ------------------------------------------------------------------
 
-LOG, LAST, BEST, EVAL = "log.jsonl", "last.pt", "best.pt", "eval.json"  # files of a run
+# Files of a run.
+LOG = "log.jsonl"
+LAST = "last.pt"
+BEST = "best.pt"
+EVAL = "eval.json"
 FREE_ON_RESUME = {"max_updates", "monitor_every", "out_dir"}  # no state of a run depends on them
 
 # What it takes to evaluate a checkpoint, and what a training needs besides to go on from one.
@@ -2701,7 +2731,7 @@ class Recurrence(torch.autograd.Function):
     """The frames of a rollout, forwards and backwards.
 
         a_t = from_x_t + [posterior_h | lstm_h] h_{t-1},    split into a_t^q and a_t^gates
-        q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),    z_t = q_mean_t + q_sigma_t * noise_t
+        q_mean_t, q_sigma_t = head(ReLU layers(relu(a_t^q))),  z_t = q_mean_t + q_sigma_t * noise_t
         h_t, c_t = lstm_cell(a_t^gates + lstm_z phi_z(z_t), c_{t-1})
 
     The backward sweep carries gradients of h and c from frame to frame, and leaves those of

@@ -5,11 +5,11 @@
     python plot_recon.py --demo        first trains the three scripts on synthetic data
                                        where runs/demo lacks them
 
-Left: a held-out bound while training. Right: bits per sample by the tightest bound on the test
-split, beside what a model has to beat. The table also says by how much that bound is above that of
-the first objective, in runs of the same seed on the same windows, with the 95 % interval of the
-mean over seeds. Folders made by --evaluate are rows of the table. Beside the .wav files of a run
-goes their picture, samples.png.
+Left: a held-out bound while training, of folders with the likelihood of the first. Right: bits per
+sample by the tightest bound on the test split, beside what a model has to beat. The table also says
+by how much that bound is above that of the first objective, in runs of the same seed on the same
+windows, with the 95 % interval of the mean over seeds. Folders made by --evaluate are rows of the
+table. Beside the .wav files of a run goes their picture, samples.png.
 """
 
 import collections
@@ -499,8 +499,10 @@ def by_label(runs):
 def draw(rows, out):
     """The curves of each folder's runs, and bits per sample of all of them beside the yardsticks.
 
-    A colour means one objective in all panels.
+    A folder whose likelihood is not that of the first has no curves here: they would be far off. A
+    colour means one objective in all panels.
     """
+    with_curves = [runs for runs in rows if runs[0].ar_order == rows[0][0].ar_order]
     everything = list(itertools.chain.from_iterable(rows))
     objectives = [run.objective for run in everything]
     colours = dict(zip(dict.fromkeys(objectives), itertools.cycle(COLOURS)))
@@ -509,13 +511,13 @@ def draw(rows, out):
     with plt.rc_context(LOOK):
         figure, axes = plt.subplots(
             1,
-            len(rows) + 1,
-            figsize=(4.3 * (len(rows) + 1), height),
+            len(with_curves) + 1,
+            figsize=(4.3 * (len(with_curves) + 1), height),
             squeeze=False,
             layout="constrained",
         )
         *left, right = axes[0]
-        for runs, axis in zip(rows, left):
+        for runs, axis in zip(with_curves, left):
             draw_curves(axis, runs, styles_of(runs, colours))
         if tested:
             draw_bits(right, tested, colours)

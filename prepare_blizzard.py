@@ -520,7 +520,7 @@ def new_process():
 
 
 def open_standard_streams():
-    """Let decoders inherit descriptors 0 to 2: where one is closed, another file gets its number."""
+    """Let decoders inherit descriptors 0 to 2: where one is closed, another file gets its name."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(null)
