@@ -128,8 +128,8 @@ class Run:
 
     @property
     def objective(self):
-        """Its name without the likelihood: what has a colour."""
-        return self.name.partition(" AR-")[0]
+        """Its name without the likelihood and the year: what has a colour."""
+        return re.split(" AR-| of 2016", self.name)[0]
 
 
 def train_demo_runs(folder):
@@ -286,12 +286,13 @@ def checked_config(config):
 
 def checked_data(data):
     """The data of a run, with what is drawn of them."""
-    for name, kind in {"file": str, "created_by": str, "std": NUMBER}.items():
+    for name, kind in {"file": str, "created_by": str, "mean": NUMBER, "std": NUMBER}.items():
         part(data, name, kind=kind)
     part(data, "samples", "train", kind=NUMBER)
     if not data["std"] > 0:
         raise Damaged("its std is not positive")
-    return data
+    # Two conversions of the same recordings may add up in another order.
+    return data | {name: float(f"{data[name]:.12g}") for name in ("mean", "std")}
 
 
 def read_run(folder):

@@ -315,6 +315,12 @@ def test_runs_without_a_finite_bound_are_named(tmp_path, plot):
         plot("runs", "unfinished")
 
 
+def test_data_that_differ_in_the_last_digit_of_a_sum_are_the_same(tmp_path, plot):
+    write_run(tmp_path / "runs/a", data=DATA | dict(std=2148.5122937382107))
+    write_run(tmp_path / "runs/b", shift=2, data=DATA | dict(std=2148.5122937382102), rnn_dim=64)
+    assert [row[-1] for row in plot()] == ["", "-2.00"]
+
+
 def test_runs_on_other_data_are_not_drawn_on_one_axis(tmp_path, plot):
     write_run(tmp_path / "runs/a")
     write_run(tmp_path / "runs/b", data=DATA | dict(std=1000.0))

@@ -333,6 +333,7 @@ GROUPS = (
     "size",
     "likelihood",
     "default_limit",
+    "without_z",
     "latent_variables",
 )
 
@@ -358,7 +359,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 111
+    assert len(names) == 109
     assert len(set(names)) == 104
 
 

@@ -40,12 +40,22 @@ import vrnn_gauss  # noqa: E402
 TIME_LIMIT = 60  # seconds for one input
 SOUND = ("wav", "flac", "mp3", "ogg")
 CHECKPOINTS = dict(last_pt="last.pt", init_pt="best.pt", evaluate_pt="best.pt")
+# What is odd before it is damaged; half of it stays as it is.
+ODD_FILES = (
+    "pickle_npy",
+    "features_npy",
+    "equal_npy",
+    "several_npy",
+    "other_npy",
+    "other_npz",
+    *(f"twice_{suffix}" for suffix in SOUND),
+)
 KINDS = (
     "npz",
     "npz_members",
     "npy",
     "ragged_npy",
-    "pickle_npy",
+    *ODD_FILES,
     *SOUND,
     "h5",
     *CHECKPOINTS,
@@ -92,6 +102,20 @@ def whole_input(kind, random, run):
     if kind == "pickle_npy":
         header = npy(ragged(arrays))[:128]
         return header + pickle.dumps(Payload(), protocol=int(random.integers(6)))
+    if kind == "features_npy":
+        shape = (int(random.integers(1, 300)), int(random.integers(2, 200)))
+        return npy([random.random(shape), random.normal(size=shape)][random.integers(2)])
+    if kind == "equal_npy":
+        return npy(np.array(arrays[: random.integers(1, 4)], dtype=object))
+    if kind == "several_npy":
+        return b"".join(map(npy, arrays[: random.integers(2, 4)]))
+    if kind in ("other_npy", "other_npz"):
+        wav = whole_input("wav", random, run)
+        others = (b"version https://git-lfs.github.com/spec/v1\noid", b"<html>404", b"", wav)
+        return [*others, npy(arrays[0])[:-9], b"\x1f\x8b\x08\x00"][random.integers(6)]
+    if kind.startswith("twice_"):
+        once = kind.removeprefix("twice_")
+        return whole_input(once, random, run) + whole_input(once, random, run)
     if kind in SOUND:
         file = io.BytesIO()
         soundfile.write(file, arrays[0], int(random.choice([16_000, 44_100])), format=kind.upper())
@@ -305,7 +329,7 @@ def damaged_input(kind, random, run):
         return damaged_members(data, random)
     if kind in CHECKPOINTS and random.random() < 0.5:
         return damaged_leaf(data, random)
-    if kind != "pickle_npy" or random.random() < 0.5:
+    if kind not in ODD_FILES or random.random() < 0.5:
         return damaged(data, random)
     return data
 
