@@ -1053,6 +1053,11 @@ class Training:
         self.particles = particles
         self.monitor_smc = monitor_smc
         self.processes = start_processes()
+        if h.evaluate:
+            raise UserError(
+                "--evaluate trains nothing, but this script does; let it begin with 'if "
+                "h.evaluate: return common.evaluate_checkpoint(h)'"
+            )
         if h.batch_size % self.processes:
             raise UserError(
                 f"--batch_size={h.batch_size} does not divide among {self.processes} processes; "

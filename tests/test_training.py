@@ -472,3 +472,8 @@ def test_a_filter_whose_states_are_carried_on_resamples_at_its_last_frame_and_at
     # 0.5, 0.8 and 1 have passed 0.03, 0.37 and 0.70
     assert resampled.state[0].flatten().tolist() == [0, 0, 1]
     assert torch.equal(kept.log_likelihood_TB, resampled.log_likelihood_TB)
+
+
+def test_a_script_that_does_not_know_evaluate_trains_nothing_by_it():
+    with pytest.raises(common.UserError, match="--evaluate trains nothing.*evaluate_checkpoint"):
+        common.Training(SimpleNamespace(evaluate="best.pt"), particles=1)
