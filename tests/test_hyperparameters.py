@@ -170,7 +170,7 @@ def test_a_dataclass_with_slots_has_its_flags_and_its_help(capsys):
 
 def test_the_demo_is_small_and_leaves_what_is_given_as_it_is():
     h = parsed("--demo", "--temperature=0.7", "--lr=0.5", "--k=2")
-    assert (h.rnn_dim, h.data, h.max_updates, h.weight_norm) == (128, "data/demo.h5", 1000, 1.9365)
+    assert (h.rnn_dim, h.data, h.max_updates, h.weight_norm) == (128, "data/demo.h5", 400, 1.9365)
     assert (h.temperature, h.lr, h.k, h.ar_order) == (0.7, 0.5, 2, 0)
 
 
