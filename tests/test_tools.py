@@ -360,7 +360,6 @@ def test_every_run_of_the_experiment_has_valid_flags():
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
     assert len(names) == 109
-    assert len(set(names)) == 104
 
 
 def first_update_of_clipping(data, out, *flags):

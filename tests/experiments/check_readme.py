@@ -130,7 +130,7 @@ def front_table():
     )
     rows = []
     for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
-        rows.append(front_row(name, published[name], adaptive[name]))
+        rows.append(front_row(name, published[name], adaptive.get(name, [])))
     rows.append(front_row("LSTM, trained longer", [], runs_of("likelihood")))
     yardsticks = plot_recon.yardstick_rows(runs_of("likelihood"), NATS, BITS)
     return markdown(rows + [row for row in yardsticks if row["objective"] != "histogram"])
