@@ -11,6 +11,7 @@ sys.path[:0] = map(str, (TESTS.parent, TESTS / "tools", TESTS / "experiments"))
 import tiny  # noqa: E402 (sets the number of threads, before torch is imported)
 
 import common  # noqa: E402
+import prepare_blizzard  # noqa: E402
 
 # A job in the background, or below nohup, ignores these, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,3 +37,9 @@ def short_samples():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "write_samples", write_short_samples)
         yield
+
+
+@pytest.fixture
+def without_filter(monkeypatch):
+    """No adaptive filter among the yardsticks: it takes a step for every sample of a recording."""
+    monkeypatch.setattr(prepare_blizzard, "fitted_filter", lambda corpus: None)

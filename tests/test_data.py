@@ -26,6 +26,8 @@ from tiny import command
 import common
 import prepare_blizzard
 
+pytestmark = pytest.mark.usefixtures("without_filter")
+
 RATE = common.SAMPLE_RATE
 
 

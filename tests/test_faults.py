@@ -19,6 +19,8 @@ from tiny import run as run_script
 import common
 import prepare_blizzard
 
+pytestmark = pytest.mark.usefixtures("without_filter")
+
 RATE = common.SAMPLE_RATE
 
 

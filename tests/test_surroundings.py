@@ -16,6 +16,8 @@ from tiny import SIZES, command, make_updates, run, tiny_training, update_with
 import common
 import vrnn_gauss
 
+pytestmark = pytest.mark.usefixtures("without_filter")
+
 RUN = [*SIZES, "--max_updates=4", "--monitor_every=2"]
 
 
