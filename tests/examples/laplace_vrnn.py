@@ -42,8 +42,8 @@ def main():
 
     @training.captured
     def update():
-        noise = training.noise(h.k, h.z_dim)
-        rollout = training.model(training.window(), training.state, noise, h.k)
+        x_TBX, noise = training.window(), training.noise(h.k, h.z_dim)
+        rollout = training.model(x_TBX, training.state, noise, h.k)
         loss = vrnn_gauss.objective(rollout)
         loss.backward()
         training.step(loss, rollout.state)
