@@ -166,10 +166,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak_memory(data, folder):
-    """KiB, of 15 updates with excerpts of the published size: the lower of two, as threads may meet."""
+    """KiB, of 40 updates with excerpts of the published size: the lower of two, as threads may meet."""
     published_excerpts = ["--x_dim=200", "--seq_frames=40", "--reset_freq=4", "--batch_size=32"]
     # The adaptive likelihood takes minutes to speak, and its peaks vary by more than the test allows.
-    lengths = ["--max_updates=15", "--monitor_every=15", "--ar_order=0"]
+    lengths = ["--max_updates=40", "--monitor_every=20", "--ar_order=0"]
     peaks = []
     for out in (folder / f"{data.stem}-0", folder / f"{data.stem}-1"):
         job = command(*flags(data, out, *published_excerpts, *lengths))
