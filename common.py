@@ -212,7 +212,7 @@ class AdaptiveLikelihood:
 
     def log_levels(self, samples, base):
         """log r_n, (., block, 3), of the sample after the last one and of those before that."""
-        order = base.shape[-1]
+        order = self.ar_order
         longest = max(self.spans)
         heard = samples[..., 1 - order - longest - self.block :]
         errors = heard[..., order:]
@@ -760,7 +760,10 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
 
 
 def systematic(log_w_BK, uniform_B):
-    """Systematic resampling: k of k particles, (B, k); j comes floor or ceil(k w_j / sum w) x"""
+    """Systematic resampling: k of k particles, (B, k).
+
+    Particle j is drawn floor or ceil(k w_j / sum w) times.
+    """
     k = log_w_BK.shape[1]
     points_BK = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
     passed_BK = log_w_BK.softmax(dim=1).cumsum(dim=1)
@@ -1846,10 +1849,11 @@ def read_yardsticks(file):
     for name, bits in windows.items():
         if name != "starts" and len(bits):
             yardsticks[name] = float(bits[:].mean()) / samples
+    index = recordings["index"][:].tolist()
     by_recording = {}
     for name, values in recordings.items():
-        by_recording[name] = dict(zip(recordings["index"][:].tolist(), values[:].tolist()))
-    del by_recording["index"]
+        if name != "index":
+            by_recording[name] = dict(zip(index, values[:].tolist()))
     return dict(
         yardsticks={samples: yardsticks},
         recording_samples=by_recording.pop("samples"),

@@ -520,7 +520,10 @@ def new_process():
 
 
 def open_standard_streams():
-    """Let decoders inherit descriptors 0 to 2: where one is closed, another file gets its name."""
+    """Let decoders inherit descriptors 0 to 2, all of them open.
+
+    Where one is closed, another file gets its number.
+    """
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(null)
@@ -611,19 +614,19 @@ def recording_yardsticks(corpus, fitted):
     split = corpus.test
     lengths = np.diff(split.offsets) // FRAME * FRAME
     index = common.evenly_spread(np.flatnonzero(lengths), MOST_RECORDINGS)
-    flac, short = [], {}
-    for n, i in enumerate(index):
+    flac = []
+    short = []
+    for i in index:
         (recording,) = split.read(split.offsets[[i]], lengths[i])
         flac.append(flac_bits(recording))
         if len(recording) <= MOST_FILTERED:
-            short[n] = recording
+            short.append(recording)
     found = {"index": index, "samples": lengths[index], "flac": np.array(flac)}
     if fitted:
-        found["adaptive_filter"] = np.full(len(index), np.nan)
+        bits = np.full(len(index), np.nan)
         if short:
-            found["adaptive_filter"][list(short)] = filter_bits(
-                list(short.values()), corpus, fitted
-            )
+            bits[lengths[index] <= MOST_FILTERED] = filter_bits(short, corpus, fitted)
+        found["adaptive_filter"] = bits
     return found
 
 

@@ -1,13 +1,12 @@
 """What a CUDA graph asks of an update, without a GPU: by tensors without data, and by a stand-in."""
 
 import contextlib
-import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ROOT, SIZES, assert_same_run, main_of
+from tiny import ROOT, SIZES, assert_same_run, main_of, unlocked
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -142,8 +141,7 @@ def pretended_gpu(monkeypatch, short_samples):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(common, "choose_device", lambda name: Device("cpu"))
     monkeypatch.setattr(common, "describe", lambda device: "cuda")
-    # a run goes on in this process
-    monkeypatch.setattr(common, "lock", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(common, "lock", unlocked)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)

@@ -105,6 +105,11 @@ def become(given, cwd, outputs, environment):
     runpy.run_path(given[0], run_name="__main__")
 
 
+def unlocked(path):
+    """In place of common.lock, where a run goes on in the process that holds its folder."""
+    return os.open(path, os.O_RDONLY)
+
+
 def main_of(script, *arguments):
     """Call the main of a script in this process."""
     module = importlib.import_module(script)

@@ -130,7 +130,7 @@ def front_table():
     )
     rows = []
     for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
-        rows.append(front_row(name, published[name], adaptive.get(name, [])))
+        rows.append(front_row(name, published[name], adaptive[name]))
     rows.append(front_row("LSTM, trained longer", [], runs_of("likelihood")))
     yardsticks = plot_recon.yardstick_rows(runs_of("likelihood"), NATS, BITS)
     return markdown(rows + [row for row in yardsticks if row["objective"] != "histogram"])
@@ -310,8 +310,8 @@ def at_update(run, update):
 def pipeline():
     """2016 as it was, and with one ingredient exchanged: held-out data at the same updates."""
     rows = []
-    for runs in read("published_2016", "published_2016_exchanged"):
-        for label, group in by_label(runs[0]).items():
+    for runs, _ in read("published_2016", "published_2016_exchanged"):
+        for label, group in by_label(runs).items():
             config = group[0].config
             row = {
                 "objective": label,
@@ -328,6 +328,15 @@ def pipeline():
 def pace_of(run):
     last = log_of(run)[-1]
     return f"{last['distinct_windows'] / last['update']:g}"
+
+
+PIPELINE_WORDS = {
+    "vrnn": "VRNN",
+    "vae": "VAE_5",
+    "iwae": "IWAE_5",
+    "iwae_limit_640": "IWAE_5 limited to 640",
+    "vrnn_rows_25": "VRNN with 25 rows",
+}
 
 
 def pipeline_contrasts():
@@ -362,15 +371,6 @@ def pipeline_contrasts():
     return markdown(rows)
 
 
-PIPELINE_WORDS = {
-    "vrnn": "VRNN",
-    "vae": "VAE_5",
-    "iwae": "IWAE_5",
-    "iwae_limit_640": "IWAE_5 limited to 640",
-    "vrnn_rows_25": "VRNN with 25 rows",
-}
-
-
 def latent_variables():
     """The adaptive likelihood with and without latent variables."""
     rows = []
@@ -379,17 +379,13 @@ def latent_variables():
             {
                 "objective": label,
                 "seeds": str(len(group)),
-                "`elbo`": mean_of(run.bounds["elbo"] for run in group),
-                "particle filter": mean_of(filtered(group)),
-                "`kl`": mean_of(run.kl for run in group),
-                "bits per sample": mean_of(bits_by_filter(group), 3),
+                "`elbo`": mean_and_interval([run.bounds["elbo"] for run in group]),
+                "particle filter": mean_and_interval(filtered(group)),
+                "`kl`": mean_and_interval([run.kl for run in group]),
+                "bits per sample": mean_and_interval(bits_by_filter(group), 3),
             }
         )
     return markdown(rows)
-
-
-def mean_of(values, digits=2):
-    return f"{statistics.mean(values):.{digits}f}"
 
 
 # ---- particles and sizes -------------------------------------------------------------------------

@@ -11,14 +11,15 @@ import argparse
 import contextlib
 import gc
 import io
-import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -98,7 +99,7 @@ def run_main(script, data, out, device, flags, singly=False):
         return kept["update"]
 
     instead = dict(captured=captured_and_kept, finish=lambda training: None)
-    with patched(common.Training, **instead), patched(common, lock=unlocked):
+    with patch.multiple(common.Training, **instead), patch.object(common, "lock", tiny.unlocked):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             where = (f"--data={data}", f"--out_dir={out}", f"--device={device}")
             tiny.main_of(script, *where, *flags)
@@ -106,23 +107,6 @@ def run_main(script, data, out, device, flags, singly=False):
         if "no CUDA graph" in line:
             print("   ", line)
     return kept["training"], kept["update"].__name__ == "replay"
-
-
-@contextlib.contextmanager
-def patched(owner, **instead):
-    before = {name: getattr(owner, name) for name in instead}
-    for name, value in instead.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-def unlocked(path):
-    """In place of common.lock: a run goes on in this process."""
-    return os.open(path, os.O_RDONLY)
 
 
 def leaves(checkpoint):
@@ -187,9 +171,8 @@ def is_equal(data, device, sizes, script, *flags):
 
 
 def milliseconds(function, device, repeats):
-    function()
-    start = benchmark.seconds(torch.device(device), lambda: [function() for _ in range(repeats)])
-    return 1e3 * start / repeats
+    times = benchmark.alternate(torch.device(device), {"it": function}, repeats, warm_up=1)
+    return 1e3 * statistics.median(times["it"])
 
 
 def kernels_of(update, repeats=2):
