@@ -138,21 +138,25 @@ POWER_FLOOR = 1e-7  # of normalised samples: about that of their rounding to 16 
 LOG_SCALE = (math.log(SIGMA_FLOOR), 3.0)  # its least and its largest value, of normalised samples
 
 
+SUM_OF_EXPONENTS = 0.9  # of levels; below 1, or what a model draws grows louder and louder
+
+
 class AdaptiveLikelihood:
     """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
 
     Before every block of samples, Levinson's recursion finds the linear filter that suits those
     just heard: reflection coefficients k0 (P) and level v0. Before every sample n, the errors of
     that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer gives
-    m, s (X each), and for each of J components a weight pi, b, g, c, e (3) and d (P):
+    m, s (X each), and for each of J components a weight pi, b, g, nu, c, e (3) and d (P):
 
         a_j = step_up(tanh(b_j atanh(k0) + d_j)),    u_jn = x_n + sum_i a_ji x_{n-i}
         log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n
-        p(block | .) = sum_j pi_j prod_n t_4(u_jn / scale_jn - m_n) / scale_jn
+        p(block | .) = sum_j pi_j prod_n t_j(u_jn / scale_jn - m_n) / scale_jn
 
-    with Student's density of 4 degrees of freedom, t_4(z) = 12 / (4 + z^2)^(5/2). The memory is
-    the last samples, (rows, .), the same for all particles of a sequence. A Rollout reports m and
-    s as x_mean and x_sigma. The methods are those of FrameLikelihood.
+    where t_j is Student's density of nu_j > 2 degrees of freedom, and c_j and e_j are positive and
+    add up to SUM_OF_EXPONENTS. The memory is the last samples, (rows, .), the same for all
+    particles of a sequence. A Rollout reports m and s as x_mean and x_sigma. The methods are those
+    of FrameLikelihood.
     """
 
     heard = 320  # samples that a base filter suits
@@ -164,15 +168,16 @@ class AdaptiveLikelihood:
         self.ar_order = ar_order
         self.components = components
         self.block = x_dim if x_dim % self.block_size else self.block_size
-        self.units = 2 * x_dim + components * (7 + ar_order)
+        self.units = 2 * x_dim + components * (8 + ar_order)
 
     def initialise(self, head, sigma_gain=1.0):
         """Start near the base filter, with components from soft to loud."""
         head.weight[self.x_dim :].mul_(0.1)
         head.bias.zero_()
-        of_components = head.bias[2 * self.x_dim :].view(self.components, -1)
-        of_components[:, :7] = torch.tensor([0.0, 0.9, 0.0, 0.3, 0.2, 0.25, 0.2])
-        of_components[:, 2] = torch.linspace(-2, 2, self.components + 2)[1:-1]
+        _, b, g, nu, *_ = head.bias[2 * self.x_dim :].view(self.components, -1).unbind(1)
+        b.fill_(0.9)
+        g.copy_(torch.linspace(-2, 2, self.components + 2)[1:-1])
+        nu.fill_(2.0)
 
     def zero_memory(self, like, rows):
         return (like.new_zeros(rows, self.heard + self.ar_order),)
@@ -182,9 +187,11 @@ class AdaptiveLikelihood:
         return m, s, of_components.unflatten(-1, (self.components, -1))
 
     def corrected(self, of_components, atanh_k0, log_v0):
-        """a, g + c log v0 and e of components (., 7 + P)."""
-        _, b, g, c, e, d = of_components.split((1, 1, 1, 1, 3, self.ar_order), dim=-1)
-        return step_up(torch.tanh(b * atanh_k0 + d)), g + c * log_v0, e
+        """a, g + c log v0, e and nu of components (., 8 + P)."""
+        _, b, g, nu, levels, d = of_components.split((1, 1, 1, 1, 4, self.ar_order), dim=-1)
+        a = step_up(torch.tanh(b * atanh_k0 + d))
+        c, e = (SUM_OF_EXPONENTS * levels.softmax(-1)).split((1, 3), dim=-1)
+        return a, g + c * log_v0, e, 2 + F.softplus(nu)
 
     def base_filter(self, samples):
         """The filter that suits the last samples, as of step_up; atanh k0 (., P); log v0 (., 1)."""
@@ -240,34 +247,31 @@ class AdaptiveLikelihood:
         # Of the decoder: what each component makes of it.
         m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
         m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
-        a, gain, e = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
+        a, gain, e, nu = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
 
         # Innovations, their scales, and the mixture of the components over each block.
         u = blocks[..., remembered:] + of_past(a, past)
         log_scale = (of_past(e, levels) + gain + s).clamp(*LOG_SCALE)
         z = u * (-log_scale).exp() - m
-        log_t = self.block * math.log(12) - 2.5 * (4 + z**2).log().sum(-1)
         log_pi = of_components[..., :1].log_softmax(3)
-        log_density = (log_pi + log_t - log_scale.sum(-1)).logsumexp(3).sum(-1)
+        log_p = log_pi + student_log_density(z, nu) - log_scale.sum(-1)
+        log_density = log_p.logsumexp(3).sum(-1)
         return log_density, (samples[:, -remembered:].repeat_interleave(k, dim=0),)
 
     def sample(self, parameters, memory, generator=None):
         m, s, of_components = parameters
         (samples,) = memory
-        # Student's t of 4 degrees of freedom: a normal over the root of a mean of 4 squares.
-        normal, *others = drawn_like(m, torch.randn, generator, 5, *m.shape)
-        drawn = m + normal / torch.stack(others).square().mean(0).sqrt()
+        uniform = drawn_like(m, torch.rand, generator, 2, *m.shape)
         rows = torch.arange(len(m), device=m.device)
         for first in range(0, self.x_dim, self.block):
             # One component has the whole block.
             base, atanh_k0, log_v0 = self.base_filter(samples)
             j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
             chosen = of_components[rows, j.squeeze(1)]
-            a, gain, e = self.corrected(chosen, atanh_k0, log_v0)
+            a, gain, e, nu = self.corrected(chosen, atanh_k0, log_v0)
             block = slice(first, first + self.block)
-            drawn_block = self.sample_block(
-                samples, base, a, gain + s[:, block], e, drawn[:, block]
-            )
+            drawn = m[:, block] + student(*uniform[:, :, block], nu)
+            drawn_block = self.sample_block(samples, base, a, gain + s[:, block], e, drawn)
             samples = torch.cat((samples, drawn_block), dim=1)
         return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
 
@@ -297,6 +301,20 @@ class AdaptiveLikelihood:
             x[:, longest + self.ar_order + n] = x_n
             squares[:, longest + n] = (x_n + (base * past).sum(1)) ** 2
         return torch.from_numpy(x[:, -self.block :]).to(tensors[0])
+
+
+def student_log_density(z, nu):
+    """log of Student's density of z (., n), summed over n, for nu (., 1) degrees of freedom."""
+    constant = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) + nu / 2 * nu.log()
+    constant = z.shape[-1] * (constant - 0.5 * math.log(math.pi))
+    tails = torch.addcmul(nu, z, z).log().sum(-1, keepdim=True)
+    return (constant - (nu + 1) / 2 * tails).squeeze(-1)
+
+
+def student(uniform, other, nu):
+    """Student's t of two uniform numbers, as Box and Muller's of nu degrees (Bailey 1994)."""
+    radius_squared = nu * torch.expm1(-2 / nu * torch.log1p(-uniform))
+    return radius_squared.sqrt() * torch.cos(2 * math.pi * other)
 
 
 def one_longer(a, k):

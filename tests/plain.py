@@ -46,10 +46,12 @@ def log_rms(errors):
 
 def innovations(x, recent, m, s, of_components):
     """z and log scale of each component at each sample of one frame, (X, J) each; x, m, s (X), recent (.)."""
-    order = of_components.shape[1] - 7
+    order = of_components.shape[1] - 8
     samples = [*recent.tolist(), *x.tolist()]
-    b, g, c = of_components[:, 1], of_components[:, 2], of_components[:, 3]
-    e, d = of_components[:, 4:7], of_components[:, 7:]
+    b, g, d = of_components[:, 1], of_components[:, 2], of_components[:, 8:]
+    levels = of_components[:, 4:8].exp()
+    levels = 0.9 * levels / levels.sum(1, keepdim=True)
+    c, e = levels[:, 0], levels[:, 1:]
     z, log_scales = [], []
     for n in range(len(x)):
         now = len(recent) + n
@@ -81,7 +83,7 @@ def block_of(x):
 def adaptive_log_density(x, recent, m, s, of_components):
     """log p of one frame of one particle."""
     z, log_scale = innovations(x, recent, m, s, of_components)
-    log_t = StudentT(torch.tensor(4.0, dtype=z.dtype)).log_prob(z) - log_scale
+    log_t = StudentT(2 + softplus(of_components[:, 3])).log_prob(z) - log_scale
     total = 0
     for block in log_t.split(block_of(x)):
         total = total + (of_components[:, 0].log_softmax(0) + block.sum(0)).logsumexp(0)

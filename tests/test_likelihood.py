@@ -9,6 +9,8 @@ import pytest
 import torch
 from plain import innovations, plain_rollout
 from tiny import SIZES, main_of, write_tiny_data
+from torch.distributions import StudentT
+from torch.nn import functional as F
 
 import common
 import vrnn_gauss
@@ -171,8 +173,8 @@ def plane():
 def test_the_density_of_two_samples_integrates_to_one_though_the_first_scales_the_second(plane):
     (likelihood, parameters, _), _, mass = plane
     assert mass.sum() == pytest.approx(1, abs=1e-5)
-    exponents = parameters[2][0, :, 4:7]
-    assert exponents.abs().min() > 0.01
+    *_, exponents, _ = likelihood.corrected(parameters[2], 0, 0)
+    assert exponents.min() > 0.01
 
 
 def test_samples_fall_where_the_density_says(plane):
@@ -207,8 +209,7 @@ def test_a_frame_is_drawn_sample_by_sample_from_the_density_that_scores_it(x_dim
     assert after.equal(torch.cat((recent, x), dim=1)[:, x_dim:])
 
     generator = torch.Generator().manual_seed(1)
-    normal, *others = torch.randn(5, rows, x_dim, generator=generator, dtype=torch.float64)
-    noise = normal / torch.stack(others).square().mean(0).sqrt()
+    uniform = torch.rand(2, rows, x_dim, generator=generator, dtype=torch.float64)
     probabilities = parameters[2][..., 0].softmax(1)
     blocks = range(0, x_dim, likelihood.block)
     chosen = [probabilities.multinomial(1, generator=generator) for _ in blocks]
@@ -217,17 +218,34 @@ def test_a_frame_is_drawn_sample_by_sample_from_the_density_that_scores_it(x_dim
         z, _ = innovations(x[row], recent[row], *(part[row] for part in parameters))
         for first, j in zip(blocks, chosen):
             part = slice(first, first + likelihood.block)
-            torch.testing.assert_close(z[part, j[row, 0]], noise[row, part])
+            nu = 2 + F.softplus(parameters[2][row, j[row, 0], 3])
+            noise = common.student(*uniform[:, row, part], nu)
+            torch.testing.assert_close(z[part, j[row, 0]], noise)
 
 
-def test_student_innovations_have_four_degrees_of_freedom():
-    """E |t| = 1 and E log(1 + t^2 / 4) = psi(5/2) - psi(2) = 0.2804; of a Gaussian 0.80 and 0.19."""
+@pytest.mark.parametrize("nu", (2.5, 4.0, 30.0))
+def test_innovations_are_distributed_as_students(nu):
+    """Mean modulus and mean log density of what is drawn, against integrals of the density."""
     torch.manual_seed(0)
-    likelihood = common.AdaptiveLikelihood(10, 1, 1)
-    units = torch.zeros(10_000, likelihood.units, dtype=torch.float64)
-    x, _ = likelihood.sample(likelihood.parameters(units), likelihood.zero_memory(units, 10_000))
-    assert x.abs().mean() == pytest.approx(1, abs=0.015)
-    assert (x**2 / 4).log1p().mean() == pytest.approx(0.28037, abs=0.006)
+    drawn = common.student(*torch.rand(2, 400_000, dtype=torch.float64), torch.tensor(nu))
+    density = StudentT(torch.tensor(nu, dtype=torch.float64))
+    t, weight = grid(4000, 1e-3)
+    probability = weight * density.log_prob(t).exp()
+    assert drawn.abs().mean() == pytest.approx((probability * t.abs()).sum().item(), rel=0.01)
+    entropy = (probability * density.log_prob(t)).sum().item()
+    assert density.log_prob(drawn).mean() == pytest.approx(entropy, abs=0.01)
+    assert (drawn > 0).double().mean() == pytest.approx(0.5, abs=0.005)
+
+
+def test_levels_weigh_less_than_one_together_whatever_the_decoder_says():
+    """Else what is drawn would grow louder and louder: a level would feed itself."""
+    torch.manual_seed(0)
+    likelihood = common.AdaptiveLikelihood(10, 4, 3)
+    of_components = 20 * torch.randn(100, 3, 8 + 4)
+    _, without, e, _ = likelihood.corrected(of_components, 0, 0)
+    _, gain, _, _ = likelihood.corrected(of_components, 0, 1)
+    torch.testing.assert_close((gain - without).squeeze(-1) + e.sum(-1), torch.full((100, 3), 0.9))
+    assert (gain >= without).all() and (e >= 0).all()
 
 
 @pytest.mark.parametrize("n", (0, 1, 40, 49, 50, 77))
@@ -363,8 +381,8 @@ def test_it_starts_at_the_base_filter_and_learns_every_part():
     for start in (model.initialise, model.mirror):
         start()
         head = model.decoder[-1]
-        of_components = head.bias[2 * X :].view(3, 11)
-        assert not of_components[:, [0, *range(7, 11)]].any()
+        of_components = head.bias[2 * X :].view(3, 12)
+        assert not of_components[:, [0, *range(4, 12)]].any()
         assert (of_components[:, 1] > 0.5).all()
         assert of_components[:, 2].diff().min() > 0.5
         x_TBX = torch.randn(FRAMES, 2, X).double().cumsum(2)
@@ -491,7 +509,7 @@ def test_scripts_learn_a_filter_evaluate_and_generate_with_it(runs):
         assert bounds[0]["nats_per_frame"] < bounds[1]["nats_per_frame"]
         model = torch.load(run / "best.pt", weights_only=True)["model"]
         assert (
-            model["decoder.7.weight"].shape == (2 * 20 + 8 * (7 + 3), 8)
+            model["decoder.7.weight"].shape == (2 * 20 + 8 * (8 + 3), 8)
             and model["decoder.7.bias"][40:].all()
         )
         assert (run / "samples/resynthesised_1.wav").exists()

@@ -84,6 +84,7 @@ def table(runs, updates):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
     yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
+    yield "likelihood", "vrnn_ar_32-0", *VRNN, *ADAPTIVE, "--eval_k=5"
     yield from latent_variables()
     yield from pipeline_of_2016()
 
@@ -149,13 +150,13 @@ def regime(updates):
 def latent_variables():
     """The adaptive likelihood with and without latent variables: short runs, many components or one."""
     short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
-    briefly = ["--eval_k=5", "--eval_recordings=0"]
-    yield "latent_variables", "lstm-0", *VRNN, *short, "--z_dim=0"
-    yield "latent_variables", "vrnn-0", *VRNN, *short, *briefly
-    yield "latent_variables", "iwae_5-0", *IWAE, *short, *briefly
-    yield "latent_variables", "vae_5-0", *VAE, *short, *briefly
-    yield "latent_variables", "lstm_one-0", *VRNN, *short, *briefly, "--z_dim=0", "--components=1"
-    yield "latent_variables", "vrnn_one-0", *VRNN, *short, *briefly, "--components=1"
+    short += ["--eval_k=5", "--eval_recordings=0"]
+    for seed in range(3):
+        for name, script in OBJECTIVES.items():
+            yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
+        yield "latent_variables", f"lstm-{seed}", *VRNN, *short, "--z_dim=0", f"--seed={seed}"
+    yield "latent_variables", "lstm_one-0", *VRNN, *short, "--z_dim=0", "--components=1"
+    yield "latent_variables", "vrnn_one-0", *VRNN, *short, "--components=1"
 
 
 def pipeline_of_2016():
@@ -166,6 +167,8 @@ def pipeline_of_2016():
             yield "published_2016", f"{objective}-{seed}", *PIPELINE, *flags
         flags = ["--objective=iwae", "--grad_clip=640", f"--seed={seed}"]
         yield "published_2016_exchanged", f"iwae_limit_640-{seed}", *PIPELINE, *flags
+        flags = ["--objective=vrnn", "--rows=25", "--grad_clip=640", f"--seed={seed}"]
+        yield "published_2016_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
     flags = ["--objective=vrnn", "--rows=25"]
     yield "published_2016_exchanged", "vrnn_rows_25-0", *PIPELINE, *flags
 
