@@ -648,12 +648,15 @@ class VRNN(nn.Module):
 
         As published, of W (not U, not b).
         """
-        for name, layer in self.named_modules():
-            if isinstance(layer, Linear) and name != "lstm_h":
-                norm = layer.weight.norm(dim=1, keepdim=True)
-                # But for rounding: to constrain twice is to constrain once.
-                is_longer = norm > max_norm * (1 + 1e-6)
-                layer.weight.mul_(torch.where(is_longer, max_norm / norm, 1.0))
+        layers = [layer for name, layer in self.named_modules() if name != "lstm_h"]
+        weights = [layer.weight for layer in layers if isinstance(layer, Linear)]
+        # Of all units at once: a GPU takes as long for those of one layer.
+        norms = torch.cat([torch.linalg.vector_norm(weight, dim=1) for weight in weights])
+        # But for rounding: to constrain twice is to constrain once.
+        is_longer = norms > max_norm * (1 + 1e-6)
+        shares = torch.where(is_longer, max_norm / norms, 1.0)
+        for weight, share in zip(weights, shares.split([len(weight) for weight in weights])):
+            weight.mul_(share.unsqueeze(1))
 
 
 def for_particles(from_x, h):
@@ -1258,8 +1261,10 @@ class Training:
         """Move the averaged weights on, faster at first. Those of single updates jump by nats."""
         made = self.counts["made"]
         share = 1 - ((1 + made) / (10 + made)).clamp(max=self.h.ema)
-        for averaged, p in zip(self.averaged.parameters(), self.model.parameters()):
-            averaged.lerp_(p, share)
+        averaged = list(self.averaged.parameters())
+        moves = torch._foreach_sub(list(self.model.parameters()), averaged)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(averaged, moves)
 
     def count(self, loss, norm, is_finite):
         """What the log says of the updates since its last line."""
@@ -2669,12 +2674,21 @@ def repeated_product(weight, rows):
     return lambda x: torch.mm(x, transposed)
 
 
-def repeated_relu_layer(weight, bias, rows):
-    """The function that writes relu(x weight^T + bias) to its second argument, for many frames."""
+def repeated_addition(weight, rows):
+    """The function that adds x weight^T to its second argument, for many frames."""
     if by_onednn(rows, weight):
-        return lambda x, out: out.copy_(onednn(weight, bias, "relu", x))
+        return lambda x, out: out.add_(onednn(weight, None, "none", x))
     transposed = weight.t().contiguous()
-    return lambda x, out: torch._addmm_activation(bias, x, transposed, out=out)
+    return lambda x, out: out.addmm_(x, transposed)
+
+
+def repeated_layer(weight, bias, rows, then="none"):
+    """The function that writes then(x weight^T + bias) to its second argument, for many frames."""
+    if by_onednn(rows, weight):
+        return lambda x, out: out.copy_(onednn(weight, bias, then, x))
+    transposed = weight.t().contiguous()
+    layer = torch._addmm_activation if then == "relu" else torch.addmm
+    return lambda x, out: layer(bias, x, transposed, out=out)
 
 
 class Product(torch.autograd.Function):
@@ -2749,8 +2763,6 @@ def fast_recurrence(model, phi_x, noise, h, c, k, ancestors):
     return h_before, phi_z, (q_mean, q_sigma), h, c
 
 
-sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-tanh_backward = torch.ops.aten.tanh_backward.grad_input
 relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -2803,7 +2815,8 @@ class Recurrence(torch.autograd.Function):
         c_all = c.new_empty(frames + 1, rows, rnn_dim)
         h_all[0] = h
         c_all[0] = c
-        mean = room(z_dim, c, keep=True)
+        units = room(2 * z_dim, head_weight, keep=True)
+        mean, units_of_sigma = units.chunk(2, dim=2)
         sigma = room(z_dim, c, keep=True)
         # acts holds a_t at first, then activations: relu(a_t^q) and the four gates.
         acts = room(len(h_weight))
@@ -2815,10 +2828,10 @@ class Recurrence(torch.autograd.Function):
         outputs.append(room(len(weights[-1]), keep=True))
 
         from_h = repeated_product(h_weight, rows)
-        from_q = repeated_product(head_weight, rows)
-        from_phi_z = repeated_product(z_weight, rows)
+        head = repeated_layer(head_weight, head_bias, rows)
+        add_from_phi_z = repeated_addition(z_weight, rows)
         relu_layer = [
-            repeated_relu_layer(weight, bias, rows) for weight, bias in zip(weights, biases)
+            repeated_layer(weight, bias, rows, "relu") for weight, bias in zip(weights, biases)
         ]
 
         x_at, noise_at = views(from_x.unsqueeze(2), noise)
@@ -2827,7 +2840,8 @@ class Recurrence(torch.autograd.Function):
         acts_by_particle_at = acts.unflatten(1, (-1, k)).unbind()
         sigmoids_at = gates[:, :, rnn_dim:].unbind()
         each_gate_at = frame_by_frame(gates.chunk(4, dim=2))
-        mean_at, sigma_at, z_at = views(mean, sigma, z)
+        units_at, mean_at, units_of_sigma_at = views(units, mean, units_of_sigma)
+        sigma_at, z_at = views(sigma, z)
         output_at = views(*outputs)
 
         for t in range(frames):
@@ -2839,10 +2853,8 @@ class Recurrence(torch.autograd.Function):
             below = acts_q_at[t].relu_()
             for i in POSTERIOR:
                 below = relu_layer[i](below, output_at[i][t])
-            units = from_q(below.to(head_weight.dtype)).add_(head_bias)
-            of_mean, of_sigma = units.chunk(2, dim=1)
-            mean_at[t].copy_(of_mean)
-            torch.add(F.softplus(of_sigma), SIGMA_FLOOR, out=sigma_at[t])
+            head(below.to(head_weight.dtype), units_at[t])
+            torch.add(F.softplus(units_of_sigma_at[t]), SIGMA_FLOOR, out=sigma_at[t])
 
             # z_t and phi_z(z_t)
             torch.addcmul(mean_at[t], sigma_at[t], noise_at[t], out=z_at[t])
@@ -2851,7 +2863,7 @@ class Recurrence(torch.autograd.Function):
                 below = relu_layer[i](below, output_at[i][t])
 
             # the LSTM: c_t and h_t
-            gates_at[t].add_(from_phi_z(below))
+            add_from_phi_z(below, gates_at[t])
             candidate, input_, forget, o = each_gate_at[t]
             candidate.tanh_()
             sigmoids_at[t].sigmoid_()
@@ -2878,73 +2890,74 @@ class Recurrence(torch.autograd.Function):
         outputs, weights = ctx.saved_tensors[10:17], ctx.saved_tensors[17:]
         frames, rows, rnn_dim = tanh_c.shape
         acts_q, gates = acts.tensor_split([-4 * rnn_dim], dim=2)
-        softplus_slope = -torch.expm1(SIGMA_FLOOR - sigma)  # from its value
+        candidate, input_, forget, o = gates.chunk(4, dim=2)
 
-        # of pre-activations, in the layout of the forward sweep
+        # Of pre-activations, in the layout of the forward sweep. d_gates begins as the slopes of
+        # c_t, or for the last gate of h_t; the sweep multiplies them by the gradients of those.
         d_acts = torch.empty_like(acts)
         d_acts_q, d_gates = d_acts.tensor_split([-4 * rnn_dim], dim=2)
-        d_units = head_weight.new_empty(frames, rows, len(head_weight))
-        d_outputs = [torch.empty_like(output) for output in outputs]
-        # of h_t and c_t, carried from frame to frame
-        d_h = d_h.clone()
-        d_c = d_c.clone()
-        scratch = torch.empty_like(d_c)
+        d_candidate, d_input, d_forget, d_o = d_gates.chunk(4, dim=2)
+        torch.mul(input_, 1 - candidate**2, out=d_candidate)
+        torch.mul(candidate, input_ * (1 - input_), out=d_input)
+        torch.mul(c_all[:-1], forget * (1 - forget), out=d_forget)
+        torch.mul(tanh_c, o * (1 - o), out=d_o)
+        h_by_c = o * (1 - tanh_c**2)
 
-        to_h = repeated_product(h_weight.t(), rows)
-        to_phi_z = repeated_product(z_weight.t(), rows)
+        # Of the head's units for mean and sigma. d_units begins without what comes through z_t.
+        sigma_by_units = -torch.expm1(SIGMA_FLOOR - sigma)  # softplus' from its value
+        d_units = torch.stack((d_mean, d_sigma * sigma_by_units), dim=2)
+        z_by_units = torch.stack((torch.ones_like(noise), noise * sigma_by_units), dim=2)
+
+        # Of h before and after each frame, and of phi_z(z_t): the sweep adds what lies behind.
+        d_h_all = torch.cat((d_h_before, d_h.unsqueeze(0).to(d_h_before.dtype)))
+        d_phi_z = d_phi_z.clone()
+        d_c = d_c.clone()
+        d_outputs = [torch.empty_like(output) for output in outputs]
+
+        add_to_h = repeated_addition(h_weight.t(), rows)
+        add_to_phi_z = repeated_addition(z_weight.t(), rows)
         to_q = repeated_product(head_weight.t(), rows)
         to_input = [repeated_product(weight.t(), rows) for weight in weights]
 
-        noise_at, slope_at = views(noise, softplus_slope)
-        c_at, tanh_c_at = views(c_all, tanh_c)
-        acts_q_at = acts_q.unbind()
-        d_acts_at, d_acts_q_at, d_gates_at = views(d_acts, d_acts_q, d_gates)
-        each_gate_at = frame_by_frame(gates.chunk(4, dim=2))
-        d_each_gate_at = frame_by_frame(d_gates.chunk(4, dim=2))
-        d_units_at = d_units.unbind()
-        d_halves_at = frame_by_frame(d_units.chunk(2, dim=2))
+        forget_at, h_by_c_at, z_by_units_at = views(forget, h_by_c, z_by_units)
+        d_acts_at, d_acts_q_at, d_gates_at, d_o_at = views(d_acts, d_acts_q, d_gates, d_o)
+        d_gates_of_c_at = d_gates[:, :, : 3 * rnn_dim].unflatten(2, (3, -1)).unbind()
+        acts_q_at, d_h_at, d_phi_z_at, d_units_at = views(acts_q, d_h_all, d_phi_z, d_units)
         output_at = views(*outputs)
         d_output_at = views(*d_outputs)
-        d_h_before_at, d_phi_z_at = views(d_h_before, d_phi_z)
-        d_mean_at, d_sigma_at = views(d_mean, d_sigma)
 
         for t in reversed(range(frames)):
+            d_h = d_h_at[t + 1]
             if ctx.ancestors is not None:
                 d_h = torch.zeros_like(d_h).index_add_(0, ctx.ancestors[t], d_h)
                 d_c = torch.zeros_like(d_c).index_add_(0, ctx.ancestors[t], d_c)
 
             # the LSTM: from h_t and c_t to its gates and c_{t-1}
-            candidate, input_, forget, o = each_gate_at[t]
-            d_candidate, d_input, d_forget, d_o = d_each_gate_at[t]
-            torch.mul(d_h, o, out=scratch)
-            d_c.add_(torch.ops.aten.tanh_backward(scratch, tanh_c_at[t]))
-            sigmoid_backward(torch.mul(d_h, tanh_c_at[t], out=scratch), o, grad_input=d_o)
-            sigmoid_backward(torch.mul(d_c, candidate, out=scratch), input_, grad_input=d_input)
-            sigmoid_backward(torch.mul(d_c, c_at[t], out=scratch), forget, grad_input=d_forget)
-            tanh_backward(torch.mul(d_c, input_, out=scratch), candidate, grad_input=d_candidate)
-            d_c.mul_(forget)
+            d_c.addcmul_(d_h, h_by_c_at[t])
+            d_gates_of_c_at[t].mul_(d_c.unsqueeze(1))
+            d_o_at[t].mul_(d_h)
+            d_c.mul_(forget_at[t])
 
             # phi_z, to z_t
-            d = to_phi_z(d_gates_at[t]).add_(d_phi_z_at[t])
+            d = d_phi_z_at[t]
+            add_to_phi_z(d_gates_at[t], d)
             for i in reversed(PHI_Z):
                 relu_backward(d, output_at[i][t], 0, grad_input=d_output_at[i][t])
                 d = to_input[i](d_output_at[i][t])
-            d_z = d.to(d_mean.dtype)
+            d_z = d.to(d_units.dtype)
 
             # the posterior: mean and sigma, to a_t^q
-            d_of_mean, d_of_sigma = d_halves_at[t]
-            torch.add(d_z, d_mean_at[t], out=d_of_mean)
-            d_z.mul_(noise_at[t]).add_(d_sigma_at[t])
-            torch.mul(d_z, slope_at[t], out=d_of_sigma)
-            d = to_q(d_units_at[t]).to(acts.dtype)
+            d_units_at[t].addcmul_(d_z.unsqueeze(1), z_by_units_at[t])
+            d = to_q(d_units_at[t].flatten(1)).to(acts.dtype)
             for i in reversed(POSTERIOR):
                 relu_backward(d, output_at[i][t], 0, grad_input=d_output_at[i][t])
                 d = to_input[i](d_output_at[i][t])
             relu_backward(d, acts_q_at[t], 0, grad_input=d_acts_q_at[t])
 
             # to h_{t-1}
-            torch.add(to_h(d_acts_at[t]), d_h_before_at[t], out=d_h)
+            add_to_h(d_acts_at[t], d_h_at[t])
 
+        d_units = d_units.flatten(2)
         d_from_x = d_acts
         if ctx.k > 1:
             d_from_x = d_acts.view(frames, -1, ctx.k, acts.shape[2]).sum(2)
@@ -2954,7 +2967,7 @@ class Recurrence(torch.autograd.Function):
         for d, below in zip(d_outputs, inputs):
             d_layers += [over_all_rows(d, below), d.sum((0, 1))]
         return (
-            *(None, None, None, d_from_x, None, d_h, d_c),
+            *(None, None, None, d_from_x, None, d_h_all[0].to(d_c.dtype), d_c),
             over_all_rows(d_units, outputs[2].to(d_units.dtype)),
             d_units.sum((0, 1)),
             over_all_rows(d_acts, h_all[:-1]),
