@@ -63,10 +63,9 @@ def optimiser_without_step(parameters, lr, **_):
     return made
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-def test_an_update_neither_reads_from_the_device_nor_brings_anything_there(
-    data, tmp_path, monkeypatch, variant
-):
+@pytest.fixture
+def update_of(data, tmp_path, monkeypatch):
+    """The function that gives a script's update, of tensors without data."""
     updates = []
     monkeypatch.setattr(common, "choose_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(torch.optim, "Adam", optimiser_without_step)
@@ -76,11 +75,56 @@ def test_an_update_neither_reads_from_the_device_nor_brings_anything_there(
     )
     monkeypatch.setattr(common.Training, "updates", lambda training: ())
     monkeypatch.setattr(common.Training, "finish", lambda training: None)
-    script, *flags = variant
-    main_of(script, *SIZES, f"--data={data}", f"--out_dir={tmp_path}/run", *flags)
-    (update,) = updates
+
+    def made(script, *flags):
+        main_of(script, *SIZES, f"--data={data}", f"--out_dir={tmp_path}/run", *flags)
+        return updates.pop()
+
+    return made
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_an_update_neither_reads_from_the_device_nor_brings_anything_there(update_of, variant):
+    update = update_of(*variant)
     with DeviceOnly():
         update()
+
+
+# ---- how many kernels ----------------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute: on a GPU each is a kernel, but for those over lists."""
+
+    WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name.removeprefix("aten::")
+        self.count += not (op.is_view or name in self.WITHOUT_KERNEL)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "variant, most",
+    (
+        (["vrnn_gauss"], 2180),
+        (["vrnn_gauss", "--bf16"], 2440),
+        (["vrnn_gauss", "--ar_order=32"], 2780),
+        (["vrnn_gauss_iwae"], 2190),
+    ),
+    ids=str,
+)
+def test_an_update_has_no_more_kernels_than_it_needs(update_of, variant, most):
+    """At 40 frames, without Adam's. One more in a frame is 40 more."""
+    update = update_of(*variant, "--seq_frames=40")
+    with Launches() as launches:
+        update()
+    print(*variant, launches.count, "operations")
+    assert most - 30 < launches.count <= most
 
 
 # ---- a run of replays ----------------------------------------------------------------------------
