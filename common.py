@@ -144,8 +144,8 @@ SUM_OF_EXPONENTS = 0.9  # of levels; below 1, or what a model draws grows louder
 class AdaptiveLikelihood:
     """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
 
-    Before every block of samples, Levinson's recursion finds the linear filter that suits those
-    just heard: reflection coefficients k0 (P) and level v0. Before every sample n, the errors of
+    Before every block of samples, a linear filter is found that suits those just heard: its
+    reflection coefficients k0 (P) and the level v0 of its errors. Before every sample n, the errors of
     that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer gives
     m, s (X each), and for each of J components a weight pi, b, g, nu, c, e (3) and d (P):
 
@@ -205,17 +205,19 @@ class AdaptiveLikelihood:
         r = r[..., : order + 1].movedim(-1, 0).contiguous()
         r[0] = (1 + 1e-6) * r[0] + POWER_FLOOR  # white noise 60 dB down: no filter rings on
 
-        a = r[:0]
-        variance = r[:1]
+        # Schur's recursion on r at lags from 0 and from 1 on; each order leaves one lag less.
+        forward, backward = r[:-1], r[1:]
         reflections = []
-        for i in range(1, order + 1):
-            k = -(r[i] + (a * r[1:i]).sum(0)) / variance
-            a = one_longer(a, k)
+        for _ in range(order):
+            k = -backward[:1] / forward[:1]
             reflections.append(k)
-            variance = variance * (1 - k * k)
-        parts = (a, torch.cat(reflections).atanh(), 0.5 * variance.log())
-        found = torch.cat(parts).movedim(0, -1)
-        return found.to(samples.dtype).split((order, order, 1), dim=-1)
+            of_order = torch.addcmul(forward, k, backward)
+            backward = torch.addcmul(backward, k, forward)[1:]
+            forward = of_order[:-1]
+        variance = of_order[:1]
+        k0 = torch.cat(reflections).movedim(0, -1)
+        log_v0 = 0.5 * variance.log().movedim(0, -1)
+        return [part.to(samples.dtype) for part in (step_up(k0), k0.atanh(), log_v0)]
 
     def log_levels(self, samples, base):
         """log r_n, (., block, 3), of the sample after the last one and of those before that."""
@@ -292,14 +294,16 @@ class AdaptiveLikelihood:
         averages = np.zeros((longest, len(self.spans)))  # a product with it has the mean of each
         for i, span in enumerate(self.spans):
             averages[-span:, i] = 1 / span
+        filters = np.stack((a, base), axis=1)
         for n in range(self.block):
             past = x[:, longest + n : longest + n + self.ar_order]
+            by_a, by_base = (filters @ past[:, :, None])[:, :, 0].T
             levels = 0.5 * np.log(squares[:, n : n + longest] @ averages + POWER_FLOOR)
             log_scale = (e * levels).sum(1) + gain[:, n]
             scale = np.exp(np.minimum(np.maximum(log_scale, LOG_SCALE[0]), LOG_SCALE[1]))
-            x_n = scale * drawn[:, n] - (a * past).sum(1)
+            x_n = scale * drawn[:, n] - by_a
             x[:, longest + self.ar_order + n] = x_n
-            squares[:, longest + n] = (x_n + (base * past).sum(1)) ** 2
+            squares[:, longest + n] = (x_n + by_base) ** 2
         return torch.from_numpy(x[:, -self.block :]).to(tensors[0])
 
 
