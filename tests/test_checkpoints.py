@@ -22,7 +22,7 @@ def data(tmp_path_factory):
     "run, update, expected",
     (
         ("objectives/vrnn_long-0", 12_500, dict(elbo=52.973, iwae_5=53.870, smc_5=56.702)),
-        ("likelihood/lstm_ar_32-0", 5_000, dict(elbo=349.901, iwae_5=349.901, smc_5=349.901)),
+        ("likelihood/lstm_ar_32-0", 5_000, dict(elbo=350.800, iwae_5=350.800, smc_5=350.800)),
     ),
 )
 def test_a_checkpoint_has_the_bounds_that_it_had_when_it_was_committed(

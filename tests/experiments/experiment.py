@@ -84,8 +84,7 @@ def table(runs, updates):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
     yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
-    yield "likelihood", "vrnn_ar_32-0", *VRNN, *ADAPTIVE, "--eval_k=5"
-    yield from latent_variables()
+    yield from latent_variables(runs)
     yield from pipeline_of_2016()
 
 
@@ -147,7 +146,7 @@ def regime(updates):
     yield "regime", "2016_iwae_5_clip_640-0", *IWAE, *REGIME, quarter, "--grad_clip=640"
 
 
-def latent_variables():
+def latent_variables(runs):
     """The adaptive likelihood with and without latent variables: short runs, many components or one."""
     short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
     short += ["--eval_k=5", "--eval_recordings=0"]
@@ -155,6 +154,11 @@ def latent_variables():
         for name, script in OBJECTIVES.items():
             yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
         yield "latent_variables", f"lstm-{seed}", *VRNN, *short, "--z_dim=0", f"--seed={seed}"
+    for seed in range(3):
+        for name in OBJECTIVES:
+            trained = runs / "latent_variables" / f"{name}-{seed}" / "best.pt"
+            flags = [f"--evaluate={trained}", "--eval_k=5", "--eval_recordings=0"]
+            yield "from_prior", f"{name}-{seed}", "tests/experiments/from_prior", *flags
     yield "latent_variables", "lstm_one-0", *VRNN, *short, "--z_dim=0", "--components=1"
     yield "latent_variables", "vrnn_one-0", *VRNN, *short, "--components=1"
 
