@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 # Tiny products gain nothing from threads, and lose much where cores are shared.
@@ -85,14 +86,15 @@ def fork_on_request():
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            become(*json.loads(line))
-            return
+            status = become(*json.loads(line))
+            # Python's own end takes seconds: it visits every object that the fork shares.
+            os._exit(status)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def become(given, cwd, outputs, environment):
-    """Be the process of a script to its end."""
+    """Be the process of a script to its end; its exit status."""
     signal.alarm(TIME_LIMIT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(outputs, start=1):
@@ -102,7 +104,17 @@ def become(given, cwd, outputs, environment):
     os.chdir(cwd)
     sys.argv = given
     sys.path[0] = str(Path(given[0]).parent)
-    runpy.run_path(given[0], run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(given[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 def unlocked(path):
