@@ -17,7 +17,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -368,8 +367,7 @@ def outcomes(cases, seed, run):
     found = []
     while len(found) < cases:
         which = (f"--first={len(found)}", f"--cases={cases}", f"--seed={seed}")
-        reader = [sys.executable, __file__, f"--run={run}", *which]
-        result = subprocess.run(reader, capture_output=True, text=True)
+        result = tiny.run("tests/tools/fuzz", f"--run={run}", *which, cwd=run, brief=True)
         for line in result.stdout.splitlines():
             _, outcome = line.split(" ", 1)
             if outcome:
@@ -416,8 +414,8 @@ def main():
         tiny.write_tiny_data(Path(folder) / "tiny.h5")
         where = (f"--data={folder}/tiny.h5", f"--out_dir={run}")
         lengths = ("--max_updates=4", "--monitor_every=2")
-        training = tiny.command("vrnn_gauss", *SIZES, *where, *lengths)
-        subprocess.run(training, check=True, stdout=subprocess.DEVNULL)
+        result = tiny.run("vrnn_gauss", *SIZES, *where, *lengths, cwd=folder, brief=True)
+        assert result.returncode == 0, result.stderr
         found = outcomes(options.cases, options.seed, run)
     sys.exit(bool(report(found)))
 
