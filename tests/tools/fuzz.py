@@ -32,7 +32,6 @@ import tiny  # noqa: E402
 from tiny import SIZES, smooth_noise  # noqa: E402
 
 import common  # noqa: E402
-import plot_recon  # noqa: E402
 import prepare_blizzard  # noqa: E402
 import vrnn_gauss  # noqa: E402
 
@@ -286,6 +285,8 @@ def locks_that_end():
 
 
 def draw_run(name, data, folder, run):
+    import plot_recon  # only here: every decoder imports what this file does
+
     copy = folder / "runs/one"
     shutil.copytree(run, copy)
     (copy / name).write_bytes(data)
