@@ -368,7 +368,10 @@ def outcomes(cases, seed, run):
     found = []
     while len(found) < cases:
         which = (f"--first={len(found)}", f"--cases={cases}", f"--seed={seed}")
-        result = tiny.run("tests/tools/fuzz", f"--run={run}", *which, cwd=run, brief=True)
+        # The process that forks decoders loads what they need only if its path has it from the start.
+        path = dict(PYTHONPATH=str(tiny.ROOT))
+        reader = ("tests/tools/fuzz", f"--run={run}", *which)
+        result = tiny.run(*reader, cwd=run, brief=True, environment=path)
         for line in result.stdout.splitlines():
             _, outcome = line.split(" ", 1)
             if outcome:
