@@ -21,7 +21,7 @@ import soxr
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import command
+from tiny import ROOT, Fork, command
 
 import common
 import prepare_blizzard
@@ -566,42 +566,34 @@ def runs(pid):
     return after_its_name.split()[0] != "Z"
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL))
 def test_decoders_end_with_a_conversion_that_is_stopped_and_it_can_be_started_again(
     tmp_path, number
 ):
+    """Stopped alone; test_faults.py stops it with its decoders, as Ctrl-C does."""
     folder = tmp_path / "in"
     folder.mkdir()
     soundfile.write(folder / "0.wav", np.tile(noise(44_100), 30), 44_100)
     for i in range(1, 400):
         os.link(folder / "0.wav", folder / f"{i}.wav")
-    with open(folder / "errors.txt", "w") as errors:
-        conversion = subprocess.Popen(
-            command("prepare_blizzard", folder, f"--out={tmp_path}/out.h5"),
-            stderr=errors,
-            start_new_session=True,
-        )
+    conversion = Fork("prepare_blizzard", folder, f"--out={tmp_path}/out.h5", cwd=ROOT)
     while not list(tmp_path.glob("out.h5.decoded/1*")):
-        assert conversion.poll() is None, (folder / "errors.txt").read_text()
+        assert conversion.poll() is None, conversion.ended().stderr
         time.sleep(0.05)
     decoders = processes_below(conversion.pid)
     assert len(decoders) >= min(2, os.cpu_count())
-    if number == signal.SIGINT:
-        os.killpg(conversion.pid, number)  # Ctrl-C reaches every process
-    else:
-        os.kill(conversion.pid, number)
-    conversion.wait(60)
+    conversion.send_signal(number)
+    result = conversion.ended()
     deadline = time.monotonic() + 20
     while any(map(runs, decoders)) and time.monotonic() < deadline:
         time.sleep(0.05)
     left = [pid for pid in decoders if runs(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    said = (folder / "errors.txt").read_text()
-    assert not left, said
-    assert "Traceback" not in said
+    assert not left, result.stderr
+    assert "Traceback" not in result.stderr
     if number != signal.SIGKILL:
-        assert conversion.returncode == 128 + number
+        assert result.returncode == 128 + number
         assert list(tmp_path.iterdir()) == [folder]
     for i in range(12, 400):
         (folder / f"{i}.wav").unlink()

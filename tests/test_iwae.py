@@ -16,6 +16,7 @@ def test_a_resampled_run_also_logs_the_bound_that_it_trains(data, tmp_path):
         "--monitor_every=2",
         *("--eval_k", 4, 8),
         cwd=tmp_path,
+        brief=True,
     )
     assert result.returncode == 0, result.stderr
     _, *lines = lines_of(tmp_path / "run/log.jsonl")

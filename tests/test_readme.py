@@ -1,17 +1,15 @@
 """The README: its numbers, its length, and its scripts of one's own, as printed."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import check_readme
 import pytest
-from tiny import ROOT, SIZES, assert_same_run, command, log_of, main_of, run, write_tiny_data
+from tiny import ROOT, SIZES, Fork, assert_same_run, log_of, main_of, run, write_tiny_data
 
 import common
 
@@ -20,7 +18,7 @@ FLAGS = (*SIZES, "--data=tiny.h5", "--max_updates=60", "--monitor_every=20", "--
 
 
 def finished(folder, script, *flags):
-    result = run(folder / script, *flags, cwd=folder)
+    result = run(folder / script, *flags, cwd=folder, brief=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -45,19 +43,12 @@ def folder(tmp_path_factory):
 
 def kill_and_resume(folder, out):
     flags = ("stochastic_gru", *FLAGS, f"--out_dir={out}")
-    process = subprocess.Popen(
-        command(folder / flags[0], *flags[1:]),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = Fork(folder / flags[0], *flags[1:], cwd=folder)
     while not (out / "last.pt").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.ended().stderr
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    assert process.ended().returncode == -signal.SIGKILL
     assert not (out / "eval.json").exists()
     finished(folder, *flags, "--resume")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, SIZES, TIME_LIMIT, command, log_of
+from tiny import ROOT, SIZES, TIME_LIMIT, Fork, command, log_of
 
 import common
 
@@ -26,6 +27,20 @@ def torchrun(processes, *arguments):
         f"--nproc_per_node={processes}",
         *command(*arguments)[1:],
     ]
+
+
+def finished_job(processes, *arguments):
+    """What torchrun does for processes that start and end together, by forks."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    job = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port)
+    forks = []
+    for rank in range(processes):
+        environment = {name: str(value) for name, value in dict(job, RANK=rank).items()}
+        forks.append(Fork(*arguments, cwd=ROOT, brief=True, environment=environment))
+    for fork in forks:
+        result = fork.ended()
+        assert result.returncode == 0, result.stderr
 
 
 def finished(arguments):
@@ -64,12 +79,9 @@ def test_two_processes_compute_the_gradient_of_one(data, tmp_path, ar_order):
     first_update = ["--max_updates=1", "--grad_clip=0", f"--ar_order={ar_order}"]
     one = tmp_path / "one"
     two = tmp_path / "two"
-    of_one_process = command(*flags(data, one, *first_update))
-    of_two_processes = torchrun(2, *flags(data, two, *first_update))
-    for job in (of_one_process, of_two_processes):
-        (ours,) = (i for i, argument in enumerate(job) if argument.endswith("vrnn_gauss_iwae.py"))
-        job[ours] = str(script)
-        finished(job)
+    for processes, out in ((1, one), (2, two)):
+        _, *given = flags(data, out, *first_update)
+        finished_job(processes, script.with_suffix(""), *given)
     gradient = gradient_of_the_first_update(one)
     gradient_of_two = gradient_of_the_first_update(two)
     assert gradient.norm() > 1
@@ -83,9 +95,9 @@ def test_a_job_goes_on_with_another_number_of_processes(data, tmp_path):
     """From two processes to one, in the middle of an excerpt, against one process throughout."""
     whole = tmp_path / "whole"
     mixed = tmp_path / "mixed"
-    finished(command(*flags(data, whole, "--max_updates=6", "--monitor_every=3")))
-    finished(torchrun(2, *flags(data, mixed, "--max_updates=3", "--monitor_every=3")))
-    finished(command(*flags(data, mixed, "--max_updates=6", "--monitor_every=3", "--resume")))
+    finished_job(1, *flags(data, whole, "--max_updates=6", "--monitor_every=3"))
+    finished_job(2, *flags(data, mixed, "--max_updates=3", "--monitor_every=3"))
+    finished_job(1, *flags(data, mixed, "--max_updates=6", "--monitor_every=3", "--resume"))
     expected = state(whole)
     found = state(mixed)
     for part in ("model", "averaged", "counts", "states"):
@@ -123,7 +135,7 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_job_can_be_res
     assert lost[0].startswith("error: process 0 of 2 lost the others")
     last = state(out)["update"]
     more = (f"--max_updates={last + 20}", "--monitor_every=20", "--resume")
-    finished(command(*flags(data, out, *more)))
+    finished_job(1, *flags(data, out, *more))
     assert [line["update"] for line in log_of(out)[1:]] == list(range(20, last + 21, 20))
 
 

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
+import fuzz
 import h5py
 import numpy as np
 import pytest
@@ -21,9 +21,8 @@ from kill import kill_and_compare
 from tiny import (
     ROOT,
     SIZES,
-    TIME_LIMIT,
+    Fork,
     assert_same_run,
-    command,
     lines_of,
     log_of,
     make_updates,
@@ -66,8 +65,8 @@ SPEECH = ("real", "sample", "continued", "resynthesised")
 THIRTY_UPDATES = ("--data=data/tiny.h5", "--max_updates=30", "--monitor_every", "10")
 
 
-def trained(script, *arguments, cwd):
-    result = run(script, *SIZES, *arguments, cwd=cwd)
+def trained(script, *arguments, cwd, brief=True):
+    result = run(script, *SIZES, *arguments, cwd=cwd, brief=brief)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -105,7 +104,8 @@ def folder(tmp_path_factory):
 def runs(folder):
     """A folder with a run of each script."""
     for script in SCRIPTS:
-        trained(script, *THIRTY_UPDATES, f"--out_dir=runs/{script}", cwd=folder)
+        flags = (*THIRTY_UPDATES, f"--out_dir=runs/{script}")
+        trained(script, *flags, cwd=folder, brief=False)
     return folder / "runs"
 
 
@@ -170,7 +170,8 @@ def test_a_script_trains_evaluates_and_generates(runs, script):
 @pytest.mark.parametrize("flag", ("--dreg", "--resample"))
 def test_variants_of_iwae_train_and_evaluate(folder, flag):
     out = folder / f"variant{flag}"
-    trained("vrnn_gauss_iwae", *THIRTY_UPDATES, f"--out_dir={out}", flag, cwd=folder)
+    flags = (*THIRTY_UPDATES, f"--out_dir={out}", flag)
+    trained("vrnn_gauss_iwae", *flags, cwd=folder, brief=False)
     check_run(out)
 
 
@@ -414,10 +415,11 @@ def test_runs_that_are_killed_and_resumed_equal_one_that_was_not(tmp_path):
     assert kill_and_compare(tmp_path, kills=2, updates=100) == [True] * 2
 
 
-def test_damaged_inputs_are_accepted_or_refused_and_nothing_else():
-    fuzz = [sys.executable, ROOT / "tests/tools/fuzz.py", "--cases=60", "--seed=1"]
-    result = subprocess.run(fuzz, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_damaged_inputs_are_accepted_or_refused_and_nothing_else(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", f"--cases={len(fuzz.KINDS)}", "--seed=1"])
+    with pytest.raises(SystemExit) as end:
+        fuzz.main()
+    assert end.value.code == 0, capsys.readouterr().out
 
 
 def test_other_data_under_the_same_name_is_refused_on_resume(folder, runs, tmp_path):
@@ -444,20 +446,19 @@ def test_a_signal_saves_and_the_same_command_resumes(folder, number, status):
     whole = folder / "unstopped"
     stopped = folder / f"stopped-{status}"
     if not whole.exists():
-        assert run("vrnn_gauss", *flags, f"--out_dir={whole}", cwd=folder).returncode == 0
+        unstopped = (*flags, f"--out_dir={whole}")
+        assert run("vrnn_gauss", *unstopped, cwd=folder, brief=True).returncode == 0
     flags.append(f"--out_dir={stopped}")
-    arguments = command("vrnn_gauss", *flags)
-    process = subprocess.Popen(
-        arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Fork("vrnn_gauss", *flags, cwd=folder)
     while not (stopped / "last.pt").exists():
+        assert process.poll() is None, process.ended().stderr
         time.sleep(0.01)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    assert output.splitlines()[-1].endswith("; go on with the same command and --resume")
-    assert run("vrnn_gauss", *flags, "--resume", cwd=folder).returncode == 0
+    result = process.ended()
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.splitlines()[-1].endswith("; go on with the same command and --resume")
+    assert run("vrnn_gauss", *flags, "--resume", cwd=folder, brief=True).returncode == 0
     assert_same_run(whole, stopped)
 
 

@@ -154,7 +154,8 @@ def test_a_plain_run_does_not_wait_for_others_that_the_environment_names(
     data, tmp_path, monkeypatch, size
 ):
     monkeypatch.setenv("WORLD_SIZE", size)
-    result = run("vrnn_gauss", *RUN, f"--data={data}", "--out_dir=run", cwd=tmp_path)
+    flags = (*RUN, f"--data={data}", "--out_dir=run")
+    result = run("vrnn_gauss", *flags, cwd=tmp_path, brief=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert finished(tmp_path / "run")
 
@@ -164,7 +165,7 @@ def test_run_folders_and_data_files_may_have_names_that_are_no_text(data, tmp_pa
     odd_run = os.fsdecode(b"run\xff")
     (tmp_path / odd_data).write_bytes(data.read_bytes())
     flags = [f"--data={odd_data}", f"--out_dir=runs/{odd_run}"]
-    result = run("vrnn_gauss", *RUN, *flags, cwd=tmp_path)
+    result = run("vrnn_gauss", *RUN, *flags, cwd=tmp_path, brief=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert finished(tmp_path / "runs" / odd_run)
     drawn = run("plot_recon", "runs", cwd=tmp_path)
@@ -336,6 +337,7 @@ def test_arrays_after_the_first_in_one_file_are_not_lost_in_silence(tmp_path, ar
 
 
 def test_evaluations_say_where_the_yardsticks_are(data, tmp_path):
-    result = run("vrnn_gauss", *RUN, f"--data={data}", "--out_dir=run", cwd=tmp_path)
+    flags = (*RUN, f"--data={data}", "--out_dir=run")
+    result = run("vrnn_gauss", *flags, cwd=tmp_path, brief=True)
     assert "no yardsticks" in result.stdout
     assert json.loads((tmp_path / "run/eval.json").read_text())["yardsticks"] == {}

@@ -260,6 +260,7 @@ def cells_in(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
+@pytest.mark.usefixtures("without_filter")
 def test_the_benchmark_keeps_the_tables_that_it_prints(tmp_path, capsys, monkeypatch):
     timed = [part for part in benchmark.PARTS if part not in BY_WORK]
     assert timed == ["evaluation", "evaluation_small", "loader", "conversion"]
@@ -365,7 +366,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
 def first_update_of_clipping(data, out, *flags):
     """The norm in the log after one update, and the two moments of Adam in one piece each."""
     flags = [*SIZES, f"--data={data}", f"--out_dir={out}", "--max_updates=1", *flags]
-    result = run("tests/experiments/clipping", *flags, cwd=out.parent)
+    result = run("tests/experiments/clipping", *flags, cwd=out.parent, brief=True)
     assert result.returncode == 0, result.stderr
     state = torch.load(out / "last.pt", weights_only=True)["optimiser"]["state"]
     first = torch.cat([moments["exp_avg"].flatten() for moments in state.values()])

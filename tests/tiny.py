@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from pathlib import Path
 
 # Tiny products gain nothing from threads, and lose much where cores are shared.
@@ -52,24 +54,53 @@ def command(script, *arguments):
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
 
 
-def run(script, *arguments, cwd):
-    """Run a script as a process, a fork of one that has imported what takes it seconds to import.
+def run(script, *arguments, cwd, **options):
+    """Run a script as a process, a Fork. Tests of how processes start and end use command()."""
+    return Fork(script, *arguments, cwd=cwd, **options).ended()
 
-    Tests of how processes start and end start their own, by command().
+
+class Fork:
+    """A script as a process, a fork of one that has imported what takes it seconds to import.
+
+    brief: its evaluations write a tenth of a second of speech in place of ten. group: it has a
+    group of processes of its own. environment: what is changed in that of this process.
     """
-    given = command(script, *arguments)[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        request = (given, str(cwd), outputs, dict(os.environ))
-        print(json.dumps(request), file=forker().stdin, flush=True)
-        status = int(forker().stdout.readline())
-        texts = [Path(path).read_text(errors="surrogateescape") for path in outputs]
-    return subprocess.CompletedProcess(given, status, *texts)
+
+    def __init__(self, script, *arguments, cwd, brief=False, group=False, environment=()):
+        self.given = command(script, *arguments)[1:]
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [os.path.join(self.folder.name, name) for name in ("stdout", "stderr")]
+        surroundings = os.environ | dict(environment)
+        self.pid = ask("start", self.given, str(cwd), self.outputs, surroundings, brief, group)
+        self.returncode = None
+
+    def poll(self):
+        """As of subprocess.Popen."""
+        if self.returncode is None:
+            self.returncode = ask("poll", self.pid)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def ended(self):
+        """Wait for it: what subprocess.run returns."""
+        if self.returncode is None:
+            self.returncode = ask("wait", self.pid)
+        texts = [Path(path).read_text(errors="surrogateescape") for path in self.outputs]
+        self.folder.cleanup()
+        return subprocess.CompletedProcess(self.given, self.returncode, *texts)
+
+
+def ask(*request):
+    """The answer of the process that forks."""
+    print(json.dumps(request), file=forker().stdin, flush=True)
+    return json.loads(forker().stdout.readline())
 
 
 @functools.cache
 def forker():
-    """The process that run() asks for forks. It ends with this one."""
+    """The process that makes the forks. It ends with this one."""
     program = "import sys; sys.path[:0] = sys.argv[1:]; import tiny; tiny.fork_on_request()"
     path = ["", str(Path(__file__).parent), str(ROOT)]  # the first is that of the script
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -77,32 +108,62 @@ def forker():
 
 
 def fork_on_request():
-    """In that process: run the script of each request in a fork, and print its exit status."""
+    """In that process: start a fork and print its id, or print the exit status of one."""
     import torch._dynamo  # noqa: F401 (by Adam)
 
     import plot_recon  # noqa: F401
 
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            become(*json.loads(line))
-            return
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        what, *given = json.loads(line)
+        if what == "start":
+            answer = fork(*given)
+        else:
+            answer = exit_status(*given, 0 if what == "wait" else os.WNOHANG)
+        print(json.dumps(answer), flush=True)
 
 
-def become(given, cwd, outputs, environment):
-    """Be the process of a script to its end."""
+def fork(*given):
+    child = os.fork()
+    if child == 0:
+        status = become(*given)
+        # Python's own end takes seconds: it visits every object that the fork shares.
+        os._exit(status)
+    return child
+
+
+def exit_status(pid, options):
+    """None while it runs."""
+    found, status = os.waitpid(pid, options)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def become(given, cwd, outputs, environment, brief, group):
+    """Be the process of a script to its end; its exit status."""
     signal.alarm(TIME_LIMIT)
+    if group:
+        os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if brief:
+        common.write_samples = functools.partial(common.write_samples, frames=8, given=2)
     sys.argv = given
     sys.path[0] = str(Path(given[0]).parent)
-    runpy.run_path(given[0], run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(given[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # as multiprocessing has it: a thread that does not end is no end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 def unlocked(path):

@@ -8,7 +8,7 @@ Every second kill waits for a checkpoint that is being written. Prints a line pe
 
 import argparse
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
-from tiny import SIZES, assert_same_run, command, write_tiny_data  # noqa: E402
+from tiny import SIZES, Fork, assert_same_run, run, write_tiny_data  # noqa: E402
 
 
 def training(out, data, updates, *more):
-    return command(
+    return (
         "vrnn_gauss_iwae",
         *SIZES,
         f"--data={data}",
@@ -33,7 +33,8 @@ def training(out, data, updates, *more):
 
 
 def train(out, data, updates, *more):
-    subprocess.run(training(out, data, updates, *more), check=True, stdout=subprocess.DEVNULL)
+    result = run(*training(out, data, updates, *more), cwd=out.parent, brief=True)
+    assert result.returncode == 0, result.stderr
 
 
 def lines_in(log):
@@ -46,7 +47,7 @@ def kill_once(out, data, updates, in_checkpoint, fraction):
     Returns how many lines its log has, and the files left half-written.
     """
     resume = ["--resume"] if (out / "last.pt").exists() else []
-    process = subprocess.Popen(training(out, data, updates, *resume), stdout=subprocess.DEVNULL)
+    process = Fork(*training(out, data, updates, *resume), cwd=out.parent, brief=True)
     lines = 0
     while process.poll() is None and lines < fraction * updates / 5:
         lines = lines_in(out / "log.jsonl")
@@ -54,8 +55,9 @@ def kill_once(out, data, updates, in_checkpoint, fraction):
         pass
     if not in_checkpoint:
         time.sleep(random.random() * 0.02)
-    process.kill()
-    process.wait()
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.ended()
     return lines, [path.name for path in out.glob("*.partial")]
 
 
