@@ -336,16 +336,14 @@ PIPELINE_WORDS = {
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
     "vrnn_rows_25": "VRNN with 25 rows",
+    "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
 }
 
 
 def pipeline_contrasts():
-    """The five contrasts, seed by seed."""
-    runs = {}
-    for run in runs_of("published_2016", "published_2016_exchanged"):
-        runs.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
-    rows = []
-    for number, one, at_one, other, at_other in (
+    """Contrasts 1 to 7, seed by seed."""
+    return contrasts(
+        runs_of("published_2016", "published_2016_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
         ("1", "iwae", 600, "vrnn", 600),
         ("2", "iwae_limit_640", 600, "iwae", 600),
@@ -353,7 +351,29 @@ def pipeline_contrasts():
         ("4", "iwae_limit_640", 600, "vrnn_rows_25", 600),
         ("5", "vae", 500, "vrnn", 100),
         ("5", "iwae", 500, "vrnn", 100),
-    ):
+        ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
+        ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
+    )
+
+
+def fresh_contrasts():
+    """Contrast 8, seed by seed: at equal updates, and at about equal distinct windows."""
+    return contrasts(
+        runs_of("published_2016_fresh"),
+        ("8", "vae", 900, "vrnn", 900),
+        ("8", "iwae", 900, "vrnn", 900),
+        ("8", "vae", 900, "vrnn", 200),
+        ("8", "iwae", 900, "vrnn", 200),
+    )
+
+
+def contrasts(all_runs, *pairs):
+    """pairs: (number, one, at its update, above the other, at its update)."""
+    runs = {}
+    for run in all_runs:
+        runs.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
+    rows = []
+    for number, one, at_one, other, at_other in pairs:
         seeds = sorted(runs[one].keys() & runs[other].keys())
         found = []
         for seed in seeds:
@@ -372,7 +392,11 @@ def pipeline_contrasts():
 
 
 def latent_variables():
-    """The adaptive likelihood with and without latent variables."""
+    """The adaptive likelihood with and without latent variables.
+
+    The last column is of evaluations whose z comes from the prior.
+    """
+    from_prior = {run.folder.name: run.bounds["elbo"] for run in runs_of("from_prior")}
     rows = []
     for label, group in by_label(runs_of("latent_variables")).items():
         rows.append(
@@ -383,6 +407,9 @@ def latent_variables():
                 "particle filter": mean_and_interval(filtered(group)),
                 "`kl`": mean_and_interval([run.kl for run in group]),
                 "bits per sample": mean_and_interval(bits_by_filter(group), 3),
+                "`elbo`, z of the prior": mean_and_interval(
+                    [from_prior[run.folder.name] for run in group if run.folder.name in from_prior]
+                ),
             }
         )
     return markdown(rows)
@@ -586,6 +613,7 @@ TABLES = {
     "whole_recordings": whole_recordings,
     "pipeline": pipeline,
     "pipeline_contrasts": pipeline_contrasts,
+    "fresh_contrasts": fresh_contrasts,
     "latent_variables": latent_variables,
     "default_limit": partial(full_table, "default_limit"),
     "without_z": partial(full_table, "without_z"),
