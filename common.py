@@ -136,8 +136,6 @@ class FrameLikelihood:
 
 POWER_FLOOR = 1e-7  # of normalised samples: about that of their rounding to 16 bits
 LOG_SCALE = (math.log(SIGMA_FLOOR), 3.0)  # its least and its largest value, of normalised samples
-
-
 SUM_OF_EXPONENTS = 0.9  # of levels; below 1, or what a model draws grows louder and louder
 
 
@@ -145,9 +143,9 @@ class AdaptiveLikelihood:
     """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
 
     Before every block of samples, a linear filter is found that suits those just heard: its
-    reflection coefficients k0 (P) and the level v0 of its errors. Before every sample n, the errors of
-    that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer gives
-    m, s (X each), and for each of J components a weight pi, b, g, nu, c, e (3) and d (P):
+    reflection coefficients k0 (P) and the level v0 of its errors. Before every sample n, the errors
+    of that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer
+    gives m, s (X each), and for each of J components a weight pi, b, g, nu, c, e (3) and d (P):
 
         a_j = step_up(tanh(b_j atanh(k0) + d_j)),    u_jn = x_n + sum_i a_ji x_{n-i}
         log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n
@@ -174,10 +172,10 @@ class AdaptiveLikelihood:
         """Start near the base filter, with components from soft to loud."""
         head.weight[self.x_dim :].mul_(0.1)
         head.bias.zero_()
-        _, b, g, nu, *_ = head.bias[2 * self.x_dim :].view(self.components, -1).unbind(1)
-        b.fill_(0.9)
-        g.copy_(torch.linspace(-2, 2, self.components + 2)[1:-1])
-        nu.fill_(2.0)
+        of_components = head.bias[2 * self.x_dim :].view(self.components, -1)
+        of_components[:, 1] = 0.9  # b
+        of_components[:, 2] = torch.linspace(-2, 2, self.components + 2)[1:-1]  # g
+        of_components[:, 3] = 2.0  # nu
 
     def zero_memory(self, like, rows):
         return (like.new_zeros(rows, self.heard + self.ar_order),)
@@ -2844,8 +2842,9 @@ class Recurrence(torch.autograd.Function):
         acts_by_particle_at = acts.unflatten(1, (-1, k)).unbind()
         sigmoids_at = gates[:, :, rnn_dim:].unbind()
         each_gate_at = frame_by_frame(gates.chunk(4, dim=2))
-        units_at, mean_at, units_of_sigma_at = views(units, mean, units_of_sigma)
-        sigma_at, z_at = views(sigma, z)
+        units_at, z_at = views(units, z)
+        mean_at, sigma_at = views(mean, sigma)
+        units_of_sigma_at = units_of_sigma.unbind()
         output_at = views(*outputs)
 
         for t in range(frames):
@@ -2923,7 +2922,8 @@ class Recurrence(torch.autograd.Function):
         to_q = repeated_product(head_weight.t(), rows)
         to_input = [repeated_product(weight.t(), rows) for weight in weights]
 
-        forget_at, h_by_c_at, z_by_units_at = views(forget, h_by_c, z_by_units)
+        forget_at, h_by_c_at = views(forget, h_by_c)
+        z_by_units_at = z_by_units.unbind()
         d_acts_at, d_acts_q_at, d_gates_at, d_o_at = views(d_acts, d_acts_q, d_gates, d_o)
         d_gates_of_c_at = d_gates[:, :, : 3 * rnn_dim].unflatten(2, (3, -1)).unbind()
         acts_q_at, d_h_at, d_phi_z_at, d_units_at = views(acts_q, d_h_all, d_phi_z, d_units)
