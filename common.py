@@ -106,7 +106,7 @@ class FrameLikelihood:
         self.units = 2 * x_dim  # of the decoder's last layer
 
     def initialise(self, head, sigma_gain=1.0):
-        """Start with the published sigma."""
+        """Start with the published sigma; with a small gain it is nearly constant at first."""
         head.weight[self.x_dim :].mul_(sigma_gain)
         head.bias[self.x_dim :].fill_(0.6)
 
@@ -142,24 +142,27 @@ SUM_OF_EXPONENTS = 0.9  # of levels; below 1, or what a model draws grows louder
 class AdaptiveLikelihood:
     """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
 
-    Before every block of samples, a linear filter is found that suits those just heard: its
-    reflection coefficients k0 (P) and the level v0 of its errors. Before every sample n, the errors
-    of that filter have rms r_n (3) over the last 4, 16 and 64 samples. The decoder's last layer
-    gives m, s (X each), and for each of J components a weight pi, b, g, nu, c, e (3) and d (P):
+    A frame is made of blocks of 50 samples, or of one. Before every block a base filter is found
+    that suits the last 320 samples: its reflection coefficients k0 (P), and the rms v0 of its
+    errors. Before every sample n, its errors at the last 4, 16 and 64 samples have rms r_n (3). The
+    decoder's last layer gives m, s (X each), and for each of J components a weight pi, b, g, nu, c,
+    e (3) and d (P):
 
         a_j = step_up(tanh(b_j atanh(k0) + d_j)),    u_jn = x_n + sum_i a_ji x_{n-i}
-        log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n
+        log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n,    clamped to LOG_SCALE
         p(block | .) = sum_j pi_j prod_n t_j(u_jn / scale_jn - m_n) / scale_jn
 
-    where t_j is Student's density of nu_j > 2 degrees of freedom, and c_j and e_j are positive and
-    add up to SUM_OF_EXPONENTS. The memory is the last samples, (rows, .), the same for all
-    particles of a sequence. A Rollout reports m and s as x_mean and x_sigma. The methods are those
-    of FrameLikelihood.
+    where pi is the softmax of its units, t_j is Student's density of nu_j > 2 degrees of freedom,
+    and c_j and e_j are positive and add up to SUM_OF_EXPONENTS. POWER_FLOOR is added to every
+    power. p(frame | .) is the product over its blocks.
+
+    The memory is the last samples, (rows, .), the same for all particles of a sequence. A Rollout
+    reports m and s as x_mean and x_sigma. What a VRNN calls is as in FrameLikelihood.
     """
 
     heard = 320  # samples that a base filter suits
     spans = (4, 16, 64)  # samples whose errors tell how loud the next one is
-    block_size = 50  # samples between two base filters
+    block_size = 50  # samples between two base filters, where a frame is made of such
 
     def __init__(self, x_dim, ar_order, components):
         self.x_dim = x_dim
@@ -185,23 +188,24 @@ class AdaptiveLikelihood:
         return m, s, of_components.unflatten(-1, (self.components, -1))
 
     def corrected(self, of_components, atanh_k0, log_v0):
-        """a, g + c log v0, e and nu of components (., 8 + P)."""
-        _, b, g, nu, levels, d = of_components.split((1, 1, 1, 1, 4, self.ar_order), dim=-1)
+        """What components (., 8 + P) make of a base filter: a, g + c log v0, e and nu of each."""
+        _, b, g, nu, exponents, d = of_components.split((1, 1, 1, 1, 4, self.ar_order), dim=-1)
         a = step_up(torch.tanh(b * atanh_k0 + d))
-        c, e = (SUM_OF_EXPONENTS * levels.softmax(-1)).split((1, 3), dim=-1)
+        c, e = (SUM_OF_EXPONENTS * exponents.softmax(-1)).split((1, 3), dim=-1)
         return a, g + c * log_v0, e, 2 + F.softplus(nu)
 
     def base_filter(self, samples):
         """The filter that suits the last samples, as of step_up; atanh k0 (., P); log v0 (., 1)."""
         order, heard = self.ar_order, self.heard
         n = torch.arange(heard, device=samples.device, dtype=torch.float64)
-        # A window that rises to the present, and ends there without an edge.
+        # A window that rises over nine tenths, and falls to the present in the last one.
         window = torch.sin(math.pi / 2 / heard * torch.minimum(n / 0.9, (heard - n) / 0.1))
         spectrum = torch.fft.rfft(samples[..., -heard:] * window, heard + order)
         power = spectrum.real**2 + spectrum.imag**2
         r = torch.fft.irfft(power, heard + order) / window.square().sum()
         r = r[..., : order + 1].movedim(-1, 0).contiguous()
-        r[0] = (1 + 1e-6) * r[0] + POWER_FLOOR  # white noise 60 dB down: no filter rings on
+        # White noise 60 dB down lets no filter ring on; the floor is for silence.
+        r[0] = (1 + 1e-6) * r[0] + POWER_FLOOR
 
         # Schur's recursion on r at lags from 0 and from 1 on; each order leaves one lag less.
         forward, backward = r[:-1], r[1:]
@@ -235,7 +239,8 @@ class AdaptiveLikelihood:
         (recent,) = memory
         remembered = recent.shape[1]
         samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
-        # Axes from here on: T, B, K, components, blocks of a frame, samples of a block.
+        # Axes from here on: T, B, K, components, blocks of a frame, samples: of blocks with what is
+        # remembered before them.
         blocks = samples.unfold(1, remembered + self.block, self.block)
         blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
 
@@ -247,11 +252,11 @@ class AdaptiveLikelihood:
         # Of the decoder: what each component makes of it.
         m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
         m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
-        a, gain, e, nu = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
+        a, log_gain, e, nu = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
 
         # Innovations, their scales, and the mixture of the components over each block.
-        u = blocks[..., remembered:] + of_past(a, past)
-        log_scale = (of_past(e, levels) + gain + s).clamp(*LOG_SCALE)
+        u = blocks[..., remembered:] + weighted_sum(a, past)
+        log_scale = (weighted_sum(e, levels) + log_gain + s).clamp(*LOG_SCALE)
         z = u * (-log_scale).exp() - m
         log_pi = of_components[..., :1].log_softmax(3)
         log_p = log_pi + student_log_density(z, nu) - log_scale.sum(-1)
@@ -268,10 +273,10 @@ class AdaptiveLikelihood:
             base, atanh_k0, log_v0 = self.base_filter(samples)
             j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
             chosen = of_components[rows, j.squeeze(1)]
-            a, gain, e, nu = self.corrected(chosen, atanh_k0, log_v0)
+            a, log_gain, e, nu = self.corrected(chosen, atanh_k0, log_v0)
             block = slice(first, first + self.block)
             drawn = m[:, block] + student(*uniform[:, :, block], nu)
-            drawn_block = self.sample_block(samples, base, a, gain + s[:, block], e, drawn)
+            drawn_block = self.sample_block(samples, base, a, log_gain + s[:, block], e, drawn)
             samples = torch.cat((samples, drawn_block), dim=1)
         return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
 
@@ -280,7 +285,7 @@ class AdaptiveLikelihood:
 
         Sample by sample, in NumPy, whose calls take a tenth of the time of PyTorch's.
         """
-        samples, base, a, gain, e, drawn = (
+        samples, base, a, log_gain, e, drawn = (
             part.detach().double().cpu().numpy() for part in tensors
         )
         longest = max(self.spans)
@@ -297,7 +302,7 @@ class AdaptiveLikelihood:
             past = x[:, longest + n : longest + n + self.ar_order]
             by_a, by_base = (filters @ past[:, :, None])[:, :, 0].T
             levels = 0.5 * np.log(squares[:, n : n + longest] @ averages + POWER_FLOOR)
-            log_scale = (e * levels).sum(1) + gain[:, n]
+            log_scale = (e * levels).sum(1) + log_gain[:, n]
             scale = np.exp(np.minimum(np.maximum(log_scale, LOG_SCALE[0]), LOG_SCALE[1]))
             x_n = scale * drawn[:, n] - by_a
             x[:, longest + self.ar_order + n] = x_n
@@ -336,14 +341,15 @@ def step_up(reflections):
     return a.movedim(0, -1)
 
 
-def of_past(weights, past):
-    """Weighted sums over past (T, B, 1, 1, blocks, n, P), by weights (T, B, K, J, blocks, P)."""
+def weighted_sum(weights, past):
+    """Sums over the last axis of past (T, B, 1, 1, blocks, n, P), by (T, B, K, J, blocks, P)."""
     return torch.einsum("tbkjip, tbxyinp -> tbkjin", weights, past)
 
 
 # ---- VRNN ----------------------------------------------------------------------------------------
 
-# Hyperparameters that are arguments of a VRNN.
+# Hyperparameters that are arguments of a VRNN, in their order. A new one is a field of the three
+# scripts, an argument of VRNN.__init__, and a name here; where 0 makes sense, also in LEAST.
 SIZES = (
     "x_dim",
     "z_dim",
@@ -415,8 +421,9 @@ class VRNN(nn.Module):
     z_dim = 0 what is left is an LSTM, whose log p(x) is exact. With ar_order = 0 p_x is of the
     class Likelihood; with more it is an AdaptiveLikelihood of that many components.
 
-    A subclass may replace any network, and q_z, p_z, p_x, into_lstm or lstm: whatever is not as
-    here runs frame by frame as it is called, and autograd finds its gradient.
+    A subclass may replace any network, and q_z, p_z, p_x, into_lstm or lstm. p_z and p_x are given
+    all frames at once, (T, B*K, .), or one, (B*K, .). Where q_z, into_lstm, lstm or a network in
+    them is not as here, they are called frame by frame, and autograd finds the gradient.
     tests/plain.py is the same model in 50 lines, slowly.
     """
 
@@ -646,9 +653,9 @@ class VRNN(nn.Module):
 
     @torch.no_grad()
     def constrain_weights(self, max_norm):
-        """Rescale the incoming weights of each unit to norm at most max_norm.
+        """Rescale each row of each weight matrix, but for lstm_h's, to norm at most max_norm.
 
-        As published, of W (not U, not b).
+        As published, where they are columns of W.
         """
         layers = [layer for name, layer in self.named_modules() if name != "lstm_h"]
         weights = [layer.weight for layer in layers if isinstance(layer, Linear)]
@@ -2715,8 +2722,8 @@ def over_all_rows(d, below):
     return d.flatten(0, -2).t() @ below.flatten(0, -2)
 
 
-# The ReLU layers of the two networks inside the recurrence, in one list.
-POSTERIOR = range(3)  # its second to fourth
+# The ReLU layers of the two networks inside the recurrence, as they lie in one list.
+POSTERIOR = range(3)  # layers two to four of the posterior
 PHI_Z = range(3, 7)
 
 
@@ -2778,7 +2785,7 @@ class Recurrence(torch.autograd.Function):
     The backward sweep carries gradients of h and c from frame to frame, and leaves those of
     pre-activations in `d_*` for all frames, so that the gradient of each weight is one product over
     all T*B*K rows. Products are in the precision of from_x, but for the head; noise, z, c, mean and
-    sigma keep their own. Ancestors get no gradient.
+    sigma keep their own. Ancestors and noise get no gradient.
 
     Below, name_at[t] is the view of frame t of the tensor `name` (a tuple of views, where it is a
     list of tensors), made once: to make them in the loop takes longer than small products.
@@ -2800,10 +2807,12 @@ class Recurrence(torch.autograd.Function):
         z_weight,
         *layers,
     ):
-        """from_x: (T, B, Q + 4R); noise: (T, B*k, Z); h, c: (B*k, R). keep: whether a backward
-        sweep will follow. layers: weight and bias of those of POSTERIOR and of PHI_Z. Returns
-        h_before (T, B*k, R), phi_z (T, B*k, .), q_mean, q_sigma (T, B*k, Z), and h, c after the
-        last frame.
+        """All frames of a rollout.
+
+        from_x: (T, B, Q + 4R), Q the width of the posterior; noise: (T, B*k, Z); h, c: (B*k, R).
+        keep: every frame for a backward sweep. layers: weight and bias of those of POSTERIOR and of
+        PHI_Z. Returns h_before (T, B*k, R), phi_z (T, B*k, .), q_mean, q_sigma (T, B*k, Z), and h,
+        c after the last frame.
         """
         frames, rows, z_dim = noise.shape
         rnn_dim = h.shape[1]
@@ -2904,10 +2913,12 @@ class Recurrence(torch.autograd.Function):
         torch.mul(candidate, input_ * (1 - input_), out=d_input)
         torch.mul(c_all[:-1], forget * (1 - forget), out=d_forget)
         torch.mul(tanh_c, o * (1 - o), out=d_o)
-        h_by_c = o * (1 - tanh_c**2)
+        h_by_c = o * (1 - tanh_c**2)  # dh / dc
 
         # Of the head's units for mean and sigma. d_units begins without what comes through z_t.
-        sigma_by_units = -torch.expm1(SIGMA_FLOOR - sigma)  # softplus' from its value
+        sigma_by_units = -torch.expm1(
+            SIGMA_FLOOR - sigma
+        )  # d softplus(a) / da = 1 - exp(-softplus(a))
         d_units = torch.stack((d_mean, d_sigma * sigma_by_units), dim=2)
         z_by_units = torch.stack((torch.ones_like(noise), noise * sigma_by_units), dim=2)
 
@@ -2931,15 +2942,15 @@ class Recurrence(torch.autograd.Function):
         d_output_at = views(*d_outputs)
 
         for t in reversed(range(frames)):
-            d_h = d_h_at[t + 1]
+            d_h_t = d_h_at[t + 1]
             if ctx.ancestors is not None:
-                d_h = torch.zeros_like(d_h).index_add_(0, ctx.ancestors[t], d_h)
+                d_h_t = torch.zeros_like(d_h_t).index_add_(0, ctx.ancestors[t], d_h_t)
                 d_c = torch.zeros_like(d_c).index_add_(0, ctx.ancestors[t], d_c)
 
             # the LSTM: from h_t and c_t to its gates and c_{t-1}
-            d_c.addcmul_(d_h, h_by_c_at[t])
+            d_c.addcmul_(d_h_t, h_by_c_at[t])
             d_gates_of_c_at[t].mul_(d_c.unsqueeze(1))
-            d_o_at[t].mul_(d_h)
+            d_o_at[t].mul_(d_h_t)
             d_c.mul_(forget_at[t])
 
             # phi_z, to z_t
