@@ -335,6 +335,7 @@ PIPELINE_WORDS = {
     "vae": "VAE_5",
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
+    "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
     "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
 }
@@ -357,13 +358,15 @@ def pipeline_contrasts():
 
 
 def fresh_contrasts():
-    """Contrast 8, seed by seed: at equal updates, and at about equal distinct windows."""
+    """Contrasts 8, at equal updates and at about equal distinct windows, and 9, seed by seed."""
     return contrasts(
         runs_of("published_2016_fresh"),
         ("8", "vae", 900, "vrnn", 900),
         ("8", "iwae", 900, "vrnn", 900),
         ("8", "vae", 900, "vrnn", 200),
         ("8", "iwae", 900, "vrnn", 200),
+        ("9", "vrnn_rows_2", 900, "vrnn", 900),
+        ("9", "iwae", 900, "vrnn_rows_2", 900),
     )
 
 
