@@ -7,11 +7,17 @@ lies below the bound with the posterior is what z has to say of x.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import vrnn_gauss  # noqa: E402
+
+
+@dataclass
+class Hyperparameters(vrnn_gauss.Hyperparameters):
+    out_dir: str = "runs/from_prior"  # where the evaluation goes
 
 
 class VRNN(common.VRNN):
@@ -22,7 +28,7 @@ class VRNN(common.VRNN):
 
 
 def main():
-    h = common.parse(vrnn_gauss.Hyperparameters)
+    h = common.parse(Hyperparameters)
     sizes = {size: getattr(h, size) for size in common.SIZES}
     common.evaluate_checkpoint(h, VRNN(**sizes))
 
