@@ -175,7 +175,7 @@ def pipeline_of_2016():
         yield "published_2016_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
     # Fresh data: 900 updates of VRNN are one epoch.
     epoch = ["--grad_clip=640", "--max_updates=900", "--monitor_every=100"]
-    for seed in range(2):
+    for seed in range(3):
         for objective in ("vrnn", "vae", "iwae"):
             flags = [f"--objective={objective}", "--rows=10", *epoch, f"--seed={seed}"]
             yield "published_2016_fresh", f"{objective}-{seed}", *PIPELINE, *flags
