@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import statistics
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -383,16 +384,21 @@ def contrasts(all_runs, *pairs):
     for number, one, at_one, other, at_other in pairs:
         seeds = sorted(runs[one].keys() & runs[other].keys())
         found = []
+        means = []
         for seed in seeds:
-            difference = at_update(runs[one][seed], at_one)
-            difference -= at_update(runs[other][seed], at_other)
-            found.append(f"{difference:.1f}")
+            run, beside = runs[one][seed], runs[other][seed]
+            found.append(at_update(run, at_one) - at_update(beside, at_other))
+            if at_one == at_other:
+                later = [update for update in run.curve[:, 0] if at_one / 2 <= update <= at_one]
+                differences = [at_update(run, u) - at_update(beside, u) for u in later]
+                means.append(statistics.mean(differences))
         rows.append(
             {
                 "contrast": number,
                 "of": f"{PIPELINE_WORDS[one]}, update {at_one}",
                 "above": f"{PIPELINE_WORDS[other]}, update {at_other}",
-                "nats/frame, seed by seed": ", ".join(found),
+                "nats/frame, seed by seed": seed_by_seed(found, 1),
+                "mean from half-way on": seed_by_seed(means, 1),
             }
         )
     return markdown(rows)

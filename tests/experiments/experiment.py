@@ -171,6 +171,8 @@ def pipeline_of_2016():
             yield "published_2016", f"{objective}-{seed}", *PIPELINE, *flags
         flags = ["--objective=iwae", "--grad_clip=640", f"--seed={seed}"]
         yield "published_2016_exchanged", f"iwae_limit_640-{seed}", *PIPELINE, *flags
+        flags += ["--favoured=best", "--over_time=sum", "--no-through_weights", "--over_batch=mean"]
+        yield "published_2016_exchanged", f"iwae_correct_weights-{seed}", *PIPELINE, *flags
         flags = ["--objective=vrnn", "--rows=25", "--grad_clip=640", f"--seed={seed}"]
         yield "published_2016_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
     # Fresh data: 900 updates of VRNN are one epoch.
