@@ -340,6 +340,7 @@ PIPELINE_WORDS = {
     "vae": "VAE_5",
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
+    "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
     "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
     "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
@@ -347,7 +348,7 @@ PIPELINE_WORDS = {
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7, seed by seed."""
+    """Contrasts 1 to 7 and 10, seed by seed."""
     return contrasts(
         runs_of("published_2016", "published_2016_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -359,6 +360,7 @@ def pipeline_contrasts():
         ("5", "iwae", 500, "vrnn", 100),
         ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
         ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
+        ("10", "iwae_correct_weights", 600, "iwae_limit_640", 600),
     )
 
 
