@@ -149,6 +149,9 @@ class Recorder(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         out = op(*args, **kwargs)
+        assert op.overloadpacket is not torch.ops.aten.set_, (
+            "no kernel: a graph would not repeat it"
+        )
         if "rand" in str(op):
             assert kwargs.get("generator") is not None and self.generators, f"{op} would repeat"
         self.calls.append((op, args, kwargs, out))
