@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import statistics
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
