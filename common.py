@@ -2417,7 +2417,8 @@ def check_values(h):
     """UserError where a hyperparameter is out of its range."""
     for name, least in LEAST.items():
         value = getattr(h, name, least)
-        for number in value if isinstance(value, tuple) else (value,):
+        # A damaged checkpoint may hold several where one belongs.
+        for number in value if name == "eval_k" and isinstance(value, tuple) else (value,):
             if not (isinstance(number, (int, float)) and least <= number <= MOST):
                 raise UserError(
                     f"--{name}={value} is out of range; give at least {least}, at most {MOST}"

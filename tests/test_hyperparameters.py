@@ -293,6 +293,7 @@ def test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file(nam
         ("batch_size", 0, "--batch_size=0 is out of range"),
         ("lr", float("nan"), "--lr=nan is out of range"),
         ("eval_k", (0, 5), "is out of range"),
+        ("rnn_dim", (12,), "--rnn_dim=(12,) is out of range"),
         ("eval_k", (), "--eval_k is empty"),
         ("seed", None, "--seed=None is out of range"),
     ),
