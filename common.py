@@ -239,8 +239,8 @@ class AdaptiveLikelihood:
         (recent,) = memory
         remembered = recent.shape[1]
         samples = torch.cat((recent[::k], x_TBX.transpose(0, 1).flatten(1)), dim=1)
-        # Axes from here on: T, B, K, components, blocks of a frame, samples: of blocks with what is
-        # remembered before them.
+        # Axes from here on: T, B, K, components, blocks of a frame, samples. Those of `blocks` begin
+        # with what is remembered before each block.
         blocks = samples.unfold(1, remembered + self.block, self.block)
         blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
 
@@ -2917,9 +2917,8 @@ class Recurrence(torch.autograd.Function):
         h_by_c = o * (1 - tanh_c**2)  # dh / dc
 
         # Of the head's units for mean and sigma. d_units begins without what comes through z_t.
-        sigma_by_units = -torch.expm1(
-            SIGMA_FLOOR - sigma
-        )  # d softplus(a) / da = 1 - exp(-softplus(a))
+        # The slope of softplus from its value: d softplus(a) / da = 1 - exp(-softplus(a)).
+        sigma_by_units = -torch.expm1(SIGMA_FLOOR - sigma)
         d_units = torch.stack((d_mean, d_sigma * sigma_by_units), dim=2)
         z_by_units = torch.stack((torch.ones_like(noise), noise * sigma_by_units), dim=2)
 

@@ -41,7 +41,8 @@ SCRIPTS = ("vrnn_gauss", "vrnn_gauss_alt_nll", "vrnn_gauss_iwae")
 VARIANTS = {"dreg": "DReG", "resample": "resampled", "init_from": "warm"}
 
 # The bounds on log p(x), loosest first: their name in the logs, where {} is the number of
-# particles, and words that no reader takes for an objective. Where one is added, common.BOUNDS needs it as well.
+# particles, and words that no reader takes for an objective. A new one is added here and to
+# common.BOUNDS.
 BOUNDS = {
     "elbo": "variational bound",
     "iwae_{}": "importance-weighted bound, {} particles",

@@ -1,4 +1,3 @@
-import functools
 import signal
 import sys
 from pathlib import Path
@@ -33,9 +32,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def short_samples():
     """A tenth of a second of speech in place of ten."""
-    write_short_samples = functools.partial(common.write_samples, frames=8, given=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_samples", write_short_samples)
+        patch.setattr(common, "write_samples", tiny.write_short_samples)
         yield
 
 

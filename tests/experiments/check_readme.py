@@ -306,9 +306,9 @@ def regime():
     return markdown(rows)
 
 
-def at_update(run, update):
-    """iwae_5 on valid after so many updates."""
-    return dict(run.curve.tolist())[update]
+def curve_of(run):
+    """{update: iwae_5 on valid after so many}."""
+    return dict(run.curve.tolist())
 
 
 def pipeline():
@@ -324,7 +324,7 @@ def pipeline():
                 "seeds": str(len(group)),
             }
             for update in (100, 200, 400, 500, 600):
-                row[f"at {update}"] = ", ".join(f"{at_update(run, update):.1f}" for run in group)
+                row[f"at {update}"] = seed_by_seed([curve_of(run)[update] for run in group], 1)
             rows.append(row)
     return markdown(rows)
 
@@ -387,12 +387,12 @@ def contrasts(all_runs, *pairs):
         found = []
         means = []
         for seed in seeds:
-            run, beside = runs[one][seed], runs[other][seed]
-            found.append(at_update(run, at_one) - at_update(beside, at_other))
+            curve = curve_of(runs[one][seed])
+            beside = curve_of(runs[other][seed])
+            found.append(curve[at_one] - beside[at_other])
             if at_one == at_other:
-                later = [update for update in run.curve[:, 0] if at_one / 2 <= update <= at_one]
-                differences = [at_update(run, u) - at_update(beside, u) for u in later]
-                means.append(statistics.mean(differences))
+                later = [update for update in curve if at_one / 2 <= update <= at_one]
+                means.append(statistics.mean(curve[update] - beside[update] for update in later))
         rows.append(
             {
                 "contrast": number,

@@ -1,9 +1,9 @@
-"""What z carries: the bounds of a trained VRNN whose z comes from the prior, not the posterior.
+"""The bounds of a trained VRNN whose z comes from the prior, not the posterior.
 
     python tests/experiments/from_prior.py --evaluate RUN/best.pt --out_dir FOLDER
 
 log p(x | z) in the mean over z of the prior is a lower bound on log p(x), without a KL. How far it
-lies below the bound with the posterior is what z has to say of x.
+lies below the bound with the posterior is what the posterior earns beyond its KL.
 """
 
 import sys
