@@ -38,12 +38,13 @@ PIPELINE_SETTINGS = (
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
 # Objective, limits on the gradient, and number of seeds.
 CLIPS = (
-    ("vrnn", (0, 5, 2560), 5),
+    ("vrnn", (0, 5), 5),
     ("iwae_5", (5,), 5),
     ("vrnn", (40, 160), 1),
-    ("iwae_5", (0, 2560), 3),
-    ("vae_5", (0, 5, 2560), 3),
+    ("iwae_5", (0,), 3),
+    ("vae_5", (0, 5), 3),
 )
+DEFAULT_LIMIT = "--grad_clip=2560"
 REGIME = "--no-mirrored_init --x_noise=0 --batch_size=128 --lr=3e-4 --lr_updates=0".split()
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
 # 15.89 M parameters.
@@ -78,12 +79,15 @@ def table(runs, updates):
     yield from objectives((3, 4))
     yield from resampled((3, 4))
     yield from clips()
-    yield "without_z", "lstm-0", *VRNN, "--z_dim=0", "--grad_clip=2560"
+    yield from default_limit(updates)
+    yield "without_z", "lstm-0", *VRNN, "--z_dim=0", DEFAULT_LIMIT
     yield from regime(updates)
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
     yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
+    yield "likelihood", "vrnn_ar_32-0", *VRNN, *ADAPTIVE
+    yield from published_size()
     yield from latent_variables(runs)
     yield from pipeline_of_2016()
 
@@ -127,12 +131,35 @@ def clips():
         for seed in range(seeds):
             for limit in limits:
                 flags = [*OBJECTIVES[name], f"--grad_clip={limit}", f"--seed={seed}"]
-                if limit == 2560:
-                    yield "default_limit", f"{name}-{seed}", *flags
-                else:
-                    yield "clip", f"{name}_clip_{limit}-{seed}", *flags
+                yield "clip", f"{name}_clip_{limit}-{seed}", *flags
     for seed in range(3):
         yield "clip", f"vae_1-{seed}", *VAE, "--k=1", f"--seed={seed}"
+
+
+def default_limit(updates):
+    longer = lengths(SAME_COMPUTE * updates)
+    for seed in range(5):
+        for name, script in {**OBJECTIVES, "iwae_5_resample": RESAMPLED}.items():
+            yield "default_limit", f"{name}-{seed}", *script, DEFAULT_LIMIT, f"--seed={seed}"
+    for seed in range(3):
+        for name, script in OBJECTIVES.items():
+            flags = [*script, DEFAULT_LIMIT, *longer, f"--seed={seed}"]
+            yield "default_limit_long", f"{name}_long-{seed}", *flags
+
+
+def published_size():
+    """Why the published size is behind a small one: one thing at a time, 1,000 updates each."""
+    short = [*lengths(1000), "--monitor_every=250", "--eval_k=5", "--eval_recordings=0"]
+    small = [*VRNN, "--batch_size=16", *short]
+    large = [*VRNN, *PUBLISHED_SIZE, *short]
+    yield "published_size", "small-0", *small
+    yield "published_size", "small_lr_3e-4-0", *small, "--lr=3e-4"
+    yield "published_size", "small_z_200-0", *small, "--z_dim=200"
+    yield "published_size", "large-0", *large
+    yield "published_size", "large_lr_3e-4-0", *large, "--lr=3e-4"
+    yield "published_size", "large_z_32-0", *large, "--z_dim=32"
+    yield "published_size", "large_limit-0", *large, DEFAULT_LIMIT
+    yield "published_size", "large_float32-0", *large, "--no-bf16"
 
 
 def regime(updates):
@@ -151,7 +178,7 @@ def latent_variables(runs):
     short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
     short += ["--eval_k=5", "--eval_recordings=0"]
     for seed in range(3):
-        for name, script in OBJECTIVES.items():
+        for name, script in {**OBJECTIVES, "iwae_5_resample": RESAMPLED}.items():
             yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
         yield "latent_variables", f"lstm-{seed}", *VRNN, *short, "--z_dim=0", f"--seed={seed}"
     for seed in range(3):
@@ -165,7 +192,7 @@ def latent_variables(runs):
 
 def pipeline_of_2016():
     """2016 as it was, and with one of its ingredients exchanged."""
-    for seed in range(2):
+    for seed in range(3):
         for objective in ("iwae", "vae", "vrnn"):
             flags = [f"--objective={objective}", f"--seed={seed}"]
             yield "published_2016", f"{objective}-{seed}", *PIPELINE, *flags
@@ -173,7 +200,9 @@ def pipeline_of_2016():
         yield "published_2016_exchanged", f"iwae_limit_640-{seed}", *PIPELINE, *flags
         flags += ["--favoured=best", "--over_time=sum", "--no-through_weights", "--over_batch=mean"]
         yield "published_2016_exchanged", f"iwae_correct_weights-{seed}", *PIPELINE, *flags
-        flags = ["--objective=vrnn", "--rows=25", "--grad_clip=640", f"--seed={seed}"]
+        flags = ["--objective=vrnn", "--rows=25", f"--seed={seed}"]
+        yield "published_2016_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
+        flags += ["--grad_clip=640"]
         yield "published_2016_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
     # Fresh data: 900 updates of VRNN are one epoch.
     epoch = ["--grad_clip=640", "--max_updates=900", "--monitor_every=100"]
@@ -183,8 +212,12 @@ def pipeline_of_2016():
             yield "published_2016_fresh", f"{objective}-{seed}", *PIPELINE, *flags
         flags = ["--objective=vrnn", "--rows=2", *epoch, f"--seed={seed}"]
         yield "published_2016_fresh", f"vrnn_rows_2-{seed}", *PIPELINE, *flags
-    flags = ["--objective=vrnn", "--rows=25"]
-    yield "published_2016_exchanged", "vrnn_rows_25-0", *PIPELINE, *flags
+    # As many streams as rows, as in 2016; VAE_5 and IWAE_5 stay for 900 updates in each file.
+    chapters = ["--rows=10", "--streams=10", "--grad_clip=640", "--max_updates=4500"]
+    for seed in range(3):
+        for objective in ("vrnn", "vae", "iwae"):
+            flags = [f"--objective={objective}", *chapters, "--monitor_every=150", f"--seed={seed}"]
+            yield "published_2016_chapters", f"{objective}-{seed}", *PIPELINE, *flags
 
 
 def judges(runs):
