@@ -23,6 +23,7 @@ import inspect
 import io
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -187,15 +188,18 @@ class AdaptiveLikelihood:
         m, s, of_components = units.tensor_split((self.x_dim, 2 * self.x_dim), dim=-1)
         return m, s, of_components.unflatten(-1, (self.components, -1))
 
-    def corrected(self, of_components, atanh_k0, log_v0):
-        """What components (., 8 + P) make of a base filter: a, g + c log v0, e and nu of each."""
+    def corrected(self, of_components, k0, log_v0):
+        """What components (., 8 + P) make of a base filter.
+
+        Their reflection coefficients (., P), g + c log v0 (., 1), e (., 3) and nu (., 1).
+        """
         _, b, g, nu, exponents, d = of_components.split((1, 1, 1, 1, 4, self.ar_order), dim=-1)
-        a = step_up(torch.tanh(b * atanh_k0 + d))
+        reflections = torch.tanh(b * k0.atanh() + d)
         c, e = (SUM_OF_EXPONENTS * exponents.softmax(-1)).split((1, 3), dim=-1)
-        return a, g + c * log_v0, e, 2 + F.softplus(nu)
+        return reflections, g + c * log_v0, e, 2 + F.softplus(nu)
 
     def base_filter(self, samples):
-        """The filter that suits the last samples, as of step_up; atanh k0 (., P); log v0 (., 1)."""
+        """k0 (., P) and log v0 (., 1) of the filter that suits the last samples."""
         order, heard = self.ar_order, self.heard
         n = torch.arange(heard, device=samples.device, dtype=torch.float64)
         # A window that rises over nine tenths, and falls to the present in the last one.
@@ -219,7 +223,7 @@ class AdaptiveLikelihood:
         variance = of_order[:1]
         k0 = torch.cat(reflections).movedim(0, -1)
         log_v0 = 0.5 * variance.log().movedim(0, -1)
-        return [part.to(samples.dtype) for part in (step_up(k0), k0.atanh(), log_v0)]
+        return k0.to(samples.dtype), log_v0.to(samples.dtype)
 
     def log_levels(self, samples, base):
         """log r_n, (., block, 3), of the sample after the last one and of those before that."""
@@ -245,17 +249,17 @@ class AdaptiveLikelihood:
         blocks = blocks.unflatten(1, (len(x_TBX), 1, 1, -1)).transpose(0, 1)
 
         # Of x alone: once for all particles and components.
-        base, atanh_k0, log_v0 = self.base_filter(blocks[..., :remembered])
+        k0, log_v0 = self.base_filter(blocks[..., :remembered])
         past = blocks[..., remembered - self.ar_order : -1].unfold(-1, self.ar_order, 1)
-        levels = self.log_levels(blocks[..., :-1], base)
+        levels = self.log_levels(blocks[..., :-1], step_up(k0))
 
         # Of the decoder: what each component makes of it.
         m, s, of_components = (part.unflatten(1, (-1, k)) for part in parameters)
         m, s = (part.unflatten(-1, (1, -1, self.block)) for part in (m, s))
-        a, log_gain, e, nu = self.corrected(of_components.unsqueeze(4), atanh_k0, log_v0)
+        reflections, log_gain, e, nu = self.corrected(of_components.unsqueeze(4), k0, log_v0)
 
         # Innovations, their scales, and the mixture of the components over each block.
-        u = blocks[..., remembered:] + weighted_sum(a, past)
+        u = blocks[..., remembered:] + weighted_sum(step_up(reflections), past)
         log_scale = (weighted_sum(e, levels) + log_gain + s).clamp(*LOG_SCALE)
         z = u * (-log_scale).exp() - m
         log_pi = of_components[..., :1].log_softmax(3)
@@ -270,44 +274,40 @@ class AdaptiveLikelihood:
         rows = torch.arange(len(m), device=m.device)
         for first in range(0, self.x_dim, self.block):
             # One component has the whole block.
-            base, atanh_k0, log_v0 = self.base_filter(samples)
+            k0, log_v0 = self.base_filter(samples)
             j = torch.multinomial(of_components[..., 0].softmax(1), 1, generator=generator)
             chosen = of_components[rows, j.squeeze(1)]
-            a, log_gain, e, nu = self.corrected(chosen, atanh_k0, log_v0)
+            reflections, log_gain, e, nu = self.corrected(chosen, k0, log_v0)
+            base, a = step_up(torch.stack((k0, reflections)))
             block = slice(first, first + self.block)
             drawn = m[:, block] + student(*uniform[:, :, block], nu)
-            drawn_block = self.sample_block(samples, base, a, log_gain + s[:, block], e, drawn)
-            samples = torch.cat((samples, drawn_block), dim=1)
+            of_rows = (samples, base, a, log_gain + s[:, block], e, drawn)
+            x = [self.sample_block(*row) for row in zip(*(part.tolist() for part in of_rows))]
+            samples = torch.cat((samples, samples.new_tensor(x)), dim=1)
         return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
 
-    def sample_block(self, *tensors):
-        """A block after samples, by its filters, log gains (rows, block), e and Student's noise.
+    def sample_block(self, samples, base, a, log_gain, e, drawn):
+        """A block of one sequence after samples, by its filters, log gains, e and Student's noise.
 
-        Sample by sample, in NumPy, whose calls take a tenth of the time of PyTorch's.
+        Of Python's own numbers: a call of PyTorch for each would take ten times as long.
         """
-        samples, base, a, log_gain, e, drawn = (
-            part.detach().double().cpu().numpy() for part in tensors
-        )
-        longest = max(self.spans)
-        heard = samples[:, -longest - self.ar_order :]
-        past = np.lib.stride_tricks.sliding_window_view(heard[:, :-1], self.ar_order, axis=1)
-        squares = (heard[:, self.ar_order :] + (past * base[:, None]).sum(2)) ** 2
-        x = np.pad(heard, ((0, 0), (0, self.block)))
-        squares = np.pad(squares, ((0, 0), (0, self.block)))
-        averages = np.zeros((longest, len(self.spans)))  # a product with it has the mean of each
-        for i, span in enumerate(self.spans):
-            averages[-span:, i] = 1 / span
-        filters = np.stack((a, base), axis=1)
-        for n in range(self.block):
-            past = x[:, longest + n : longest + n + self.ar_order]
-            by_a, by_base = (filters @ past[:, :, None])[:, :, 0].T
-            levels = 0.5 * np.log(squares[:, n : n + longest] @ averages + POWER_FLOOR)
-            log_scale = (e * levels).sum(1) + log_gain[:, n]
-            scale = np.exp(np.minimum(np.maximum(log_scale, LOG_SCALE[0]), LOG_SCALE[1]))
-            x_n = scale * drawn[:, n] - by_a
-            x[:, longest + self.ar_order + n] = x_n
-            squares[:, longest + n] = (x_n + by_base) ** 2
-        return torch.from_numpy(x[:, -self.block :]).to(tensors[0])
+        x = samples[-self.ar_order - max(self.spans) :]
+        powers = []  # of errors of the base filter
+        for n in range(self.ar_order, len(x)):
+            error = x[n] + dot(base, x[n - self.ar_order : n])
+            powers.append(error * error + POWER_FLOOR)
+        for log_gain_n, drawn_n in zip(log_gain, drawn):
+            past = x[-self.ar_order :]
+            log_r = [math.log(sum(powers[-span:]) / span) / 2 for span in self.spans]
+            log_scale = min(max(log_gain_n + dot(e, log_r), LOG_SCALE[0]), LOG_SCALE[1])
+            x.append(math.exp(log_scale) * drawn_n - dot(a, past))
+            error = x[-1] + dot(base, past)
+            powers.append(error * error + POWER_FLOOR)
+        return x[-self.block :]
+
+
+def dot(one, other):
+    return sum(map(operator.mul, one, other))
 
 
 def student_log_density(z, nu):
@@ -324,21 +324,44 @@ def student(uniform, other, nu):
     return radius_squared.sqrt() * torch.cos(2 * math.pi * other)
 
 
-def one_longer(a, k):
-    """Levinson's step: (a_i, ..., a_1), (i, .), from those of order i - 1 and k_i, (1, .)."""
-    return torch.cat((k, torch.addcmul(a, k, a.flip(0))))
-
-
 def step_up(reflections):
     """The filter (a_P, ..., a_1), as samples lie, of reflection coefficients (., P).
 
     With all of them within 1 the poles of 1 / (1 + sum_i a_i z^-i) lie inside the unit circle.
     """
     # The axis that grows goes first: its parts are then contiguous.
-    a, *others = reflections.movedim(-1, 0).unsqueeze(1).contiguous()
-    for k in others:
-        a = one_longer(a, k)
-    return a.movedim(0, -1)
+    return StepUp.apply(reflections.movedim(-1, 0).contiguous()).movedim(0, -1)
+
+
+class StepUp(torch.autograd.Function):
+    """Levinson's recursion over the first axis, with its gradient.
+
+    Autograd, which does not keep the axis first, takes more than twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, reflections):
+        a = reflections[:0]
+        shorter = []
+        for k in reflections.unsqueeze(1):
+            if ctx.needs_input_grad[0]:
+                shorter.append(a)
+            a = torch.cat((k, torch.addcmul(a, k, a.flip(0))))
+        ctx.save_for_backward(reflections, *shorter)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        reflections, *shorter = ctx.saved_tensors
+        d = d.contiguous()
+        d_reflections = torch.empty_like(reflections)
+        for i in reversed(range(len(reflections))):
+            d_k, d_others = d[0], d[1:]
+            mirrored = d_others.flip(0)
+            d_reflections[i] = d_k + (mirrored * shorter[i]).sum(0)
+            d = torch.addcmul(d_others, reflections[i], mirrored)
+        return d_reflections
 
 
 def weighted_sum(weights, past):

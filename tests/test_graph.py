@@ -113,7 +113,7 @@ class Launches(TorchDispatchMode):
     (
         (["vrnn_gauss"], 2180),
         (["vrnn_gauss", "--bf16"], 2440),
-        (["vrnn_gauss", "--ar_order=32"], 2910),
+        (["vrnn_gauss", "--ar_order=32"], 2860),
         (["vrnn_gauss_iwae"], 2190),
     ),
     ids=str,

@@ -173,7 +173,7 @@ def plane():
 def test_the_density_of_two_samples_integrates_to_one_though_the_first_scales_the_second(plane):
     (likelihood, parameters, _), _, mass = plane
     assert mass.sum() == pytest.approx(1, abs=1e-5)
-    *_, exponents, _ = likelihood.corrected(parameters[2], 0, 0)
+    *_, exponents, _ = likelihood.corrected(parameters[2], torch.zeros(1), 0)
     assert exponents.min() > 0.01
 
 
@@ -242,8 +242,8 @@ def test_levels_weigh_less_than_one_together_whatever_the_decoder_says():
     torch.manual_seed(0)
     likelihood = common.AdaptiveLikelihood(10, 4, 3)
     of_components = 20 * torch.randn(100, 3, 8 + 4)
-    _, without, e, _ = likelihood.corrected(of_components, 0, 0)
-    _, gain, _, _ = likelihood.corrected(of_components, 0, 1)
+    _, without, e, _ = likelihood.corrected(of_components, torch.zeros(4), 0)
+    _, gain, _, _ = likelihood.corrected(of_components, torch.zeros(4), 1)
     torch.testing.assert_close((gain - without).squeeze(-1) + e.sum(-1), torch.full((100, 3), 0.9))
     assert (gain >= without).all() and (e >= 0).all()
 
@@ -261,7 +261,8 @@ def test_no_scale_and_no_filter_hears_its_own_sample_or_a_later_one(n):
     )
     assert all(one.equal(other) for one, other in zip(before, after))
     likelihood.block = count
-    levels = [likelihood.log_levels(part[:, :-1], before[0]) for part in (samples, changed)]
+    base = common.step_up(before[0])
+    levels = [likelihood.log_levels(part[:, :-1], base) for part in (samples, changed)]
     moved = (levels[0] != levels[1]).squeeze(0)
     assert not moved[: n + 1].any()
     for w, its in zip((4, 16, 64), moved.unbind(1)):
@@ -306,16 +307,24 @@ def test_a_base_filter_predicts_what_a_stable_filter_made(order):
     """Poles inside the unit circle; on a resonance the error is the noise that drove it."""
     torch.manual_seed(0)
     samples = past_speech(20, order)
-    a, atanh_k0, log_v0 = common.AdaptiveLikelihood(50, order, 1).base_filter(samples)
+    k0, log_v0 = common.AdaptiveLikelihood(50, order, 1).base_filter(samples)
+    a = common.step_up(k0)
     companion = torch.diag(torch.ones(order - 1).double(), -1).repeat(len(a), 1, 1)
     companion[:, 0] = -a.flip(1)
     assert torch.linalg.eigvals(companion).abs().max() < 1
-    torch.testing.assert_close(common.step_up(atanh_k0.tanh()), a)
     if order > 1:
         assert log_v0.exp().mean() == pytest.approx(0.15, rel=0.15)
         torch.testing.assert_close(
             a[:, -2:].mean(0), torch.tensor([0.8, -1.6]).double(), atol=0.15, rtol=0
         )
+
+
+@pytest.mark.parametrize("order", (1, 2, 7))
+def test_the_gradient_of_a_filter_is_that_of_levinsons_recursion(order):
+    torch.manual_seed(0)
+    reflections = torch.randn(2, 3, order).double().tanh().requires_grad_()
+    assert torch.autograd.gradcheck(common.step_up, reflections)
+    assert common.step_up(reflections)[..., 0].equal(reflections[..., -1])
 
 
 def test_silence_and_the_loudest_signal_have_finite_densities_and_gradients():

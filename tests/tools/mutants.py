@@ -179,8 +179,8 @@ MUTANTS = (
         "a scale that hears its own sample",
         tests=PLAIN_LIKELIHOOD,
         function="AdaptiveLikelihood.log_density",
-        old="log_levels(blocks[..., :-1], base)",
-        new="log_levels(blocks[..., 1:], base)",
+        old="log_levels(blocks[..., :-1], step_up(k0))",
+        new="log_levels(blocks[..., 1:], step_up(k0))",
     ),
     Mutant(
         "memories in another order than the particles",
@@ -221,15 +221,22 @@ MUTANTS = (
         "a frame drawn with the base filter of its beginning",
         tests=DRAWN,
         function="AdaptiveLikelihood.sample",
-        old="samples = torch.cat((samples, drawn_block), dim=1)",
-        new="samples = torch.cat((drawn_block, samples), dim=1)",
+        old="torch.cat((samples, samples.new_tensor(x)), dim=1)",
+        new="torch.cat((samples.new_tensor(x), samples), dim=1)",
     ),
     Mutant(
         "levels of a drawn block that follow nothing",
         tests=DRAWN,
         function="AdaptiveLikelihood.sample_block",
-        old="squares[:, longest + n] = (x_n + by_base) ** 2",
-        new="squares[:, longest + n] = squares[:, longest + n - 1]",
+        old="error = x[-1] + dot(base, past)",
+        new="pass",
+    ),
+    Mutant(
+        "a filter's gradient without what its mirror image adds",
+        tests=LIKELIHOOD + "the_gradient_of_a_filter_is_that_of_levinsons_recursion",
+        function="StepUp.backward",
+        old="torch.addcmul(d_others, reflections[i], mirrored)",
+        new="d_others",
     ),
     # model
     Mutant(
