@@ -87,6 +87,8 @@ def table(runs, updates):
     yield from judges(runs)
     yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
     yield "likelihood", "vrnn_ar_32-0", *VRNN, *ADAPTIVE
+    wide = [f"--{size}=256" for size in ("x2s_dim", "p_x_dim", "rnn_dim")]
+    yield "likelihood", "lstm_ar_32_wide-0", *VRNN, *ADAPTIVE, "--z_dim=0", *wide, "--batch_size=16"
     yield from published_size()
     yield from latent_variables(runs)
     yield from pipeline_of_2016()
