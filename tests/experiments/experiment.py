@@ -153,15 +153,13 @@ def published_size():
     """Why the published size is behind a small one: one thing at a time, 1,000 updates each."""
     short = [*lengths(1000), "--monitor_every=250", "--eval_k=5", "--eval_recordings=0"]
     small = [*VRNN, "--batch_size=16", *short]
-    large = [*VRNN, *PUBLISHED_SIZE, *short]
-    yield "published_size", "small-0", *small
-    yield "published_size", "small_lr_3e-4-0", *small, "--lr=3e-4"
-    yield "published_size", "small_z_200-0", *small, "--z_dim=200"
-    yield "published_size", "large-0", *large
-    yield "published_size", "large_lr_3e-4-0", *large, "--lr=3e-4"
-    yield "published_size", "large_z_32-0", *large, "--z_dim=32"
-    yield "published_size", "large_limit-0", *large, DEFAULT_LIMIT
-    yield "published_size", "large_float32-0", *large, "--no-bf16"
+    large = [*VRNN, *PUBLISHED_SIZE, *short, "--no-bf16"]
+    for name, flags in (("small", small), ("large", large)):
+        yield "published_size", f"{name}-0", *flags
+        yield "published_size", f"{name}_lr_3e-4-0", *flags, "--lr=3e-4"
+    for rate in ("3e-4", "1e-3", "2e-3"):
+        yield "published_size", f"small_z_200_lr_{rate}-0", *small, "--z_dim=200", f"--lr={rate}"
+    yield "published_size", "large_z_32_lr_3e-4-0", *large, "--z_dim=32", "--lr=3e-4"
 
 
 def regime(updates):
