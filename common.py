@@ -143,11 +143,11 @@ SUM_OF_EXPONENTS = 0.9  # of levels; below 1, or what a model draws grows louder
 class AdaptiveLikelihood:
     """p(x_t | z_t, h_{t-1}, earlier samples), backward-adaptive as in speech coding (ITU-T G.728).
 
-    A frame is made of blocks of 50 samples, or of one. Before every block a base filter is found
-    that suits the last 320 samples: its reflection coefficients k0 (P), and the rms v0 of its
-    errors. Before every sample n, its errors at the last 4, 16 and 64 samples have rms r_n (3). The
-    decoder's last layer gives m, s (X each), and for each of J components a weight pi, b, g, nu, c,
-    e (3) and d (P):
+    A frame is cut into blocks of 50 samples; if that leaves a rest, it is one block. Before every
+    block a base filter is found that suits the last 320 samples: its reflection coefficients k0
+    (P), and the rms v0 of its errors. Before every sample n, its errors at the last 4, 16 and 64
+    samples have rms r_n (3). The decoder's last layer gives m, s (X each), and for each of J
+    components a weight pi, b, g, nu, c, e (3) and d (P):
 
         a_j = step_up(tanh(b_j atanh(k0) + d_j)),    u_jn = x_n + sum_i a_ji x_{n-i}
         log scale_jn = s_n + g_j + c_j log v0 + e_j . log r_n,    clamped to LOG_SCALE
@@ -229,10 +229,10 @@ class AdaptiveLikelihood:
         """log r_n, (., block, 3), of the sample after the last one and of those before that."""
         order = self.ar_order
         longest = max(self.spans)
-        heard = samples[..., 1 - order - longest - self.block :]
-        errors = heard[..., order:]
+        last = samples[..., 1 - order - longest - self.block :]
+        errors = last[..., order:]
         for i in range(order):
-            shifted = heard[..., i : i + errors.shape[-1]]
+            shifted = last[..., i : i + errors.shape[-1]]
             errors = torch.addcmul(errors, base[..., i : i + 1], shifted)
         squares = errors.square()
         powers = [squares[..., longest - n :].unfold(-1, n, 1).mean(-1) for n in self.spans]
@@ -281,8 +281,9 @@ class AdaptiveLikelihood:
             base, a = step_up(torch.stack((k0, reflections)))
             block = slice(first, first + self.block)
             drawn = m[:, block] + student(*uniform[:, :, block], nu)
-            of_rows = (samples, base, a, log_gain + s[:, block], e, drawn)
-            x = [self.sample_block(*row) for row in zip(*(part.tolist() for part in of_rows))]
+            parts = (samples, base, a, log_gain + s[:, block], e, drawn)
+            of_rows = zip(*[part.tolist() for part in parts])
+            x = [self.sample_block(*of_row) for of_row in of_rows]
             samples = torch.cat((samples, samples.new_tensor(x)), dim=1)
         return samples[:, -self.x_dim :], (samples[:, self.x_dim :],)
 
@@ -590,24 +591,24 @@ class VRNN(nn.Module):
         return torch.stack(h_before).to(from_input.dtype), h, c
 
     @torch.no_grad()
-    def generate(self, frames, batch, generator=None, state=None, heard=None):
+    def generate(self, frames, batch, generator=None, state=None, resynthesised=None):
         """Sample x (frames, batch, X) from the model itself: z_t from the prior, x_t from p_x.
 
         state: that after what is to be continued, of `batch` rows; zero_state(batch) if None.
-        heard: speech of that shape to be resynthesised: z_t comes from its posterior, h runs along
-        it, and the filter along what is drawn.
+        resynthesised: speech of that shape: z_t comes from its posterior, h runs along it, and the
+        filter along what is drawn.
         """
         h, c, *memory = self.zero_state(batch) if state is None else state
         phi_z = None
         x = []
         for t in range(frames):
-            if heard is not None:
-                phi_x = self.phi_x(heard[t])
+            if resynthesised is not None:
+                phi_x = self.phi_x(resynthesised[t])
             if self.z_dim:
-                of_z = self.p_z(h) if heard is None else self.q_z(phi_x, h)
+                of_z = self.p_z(h) if resynthesised is None else self.q_z(phi_x, h)
                 phi_z = self.phi_z(sample_gaussian(*of_z, generator))
             x_t, memory = self.likelihood.sample(self.p_x(phi_z, h), memory, generator)
-            if heard is None:
+            if resynthesised is None:
                 phi_x = self.phi_x(x_t)
             h, c = self.lstm(self.into_lstm(phi_x, phi_z, h), h, c)
             x.append(x_t)
@@ -626,9 +627,9 @@ class VRNN(nn.Module):
     def initialise(self):
         """Uniform weights, zero biases, sigma biases 0.6, orthogonal recurrence.
 
-        As published, but for one thing: published weights lie within 0.08, here only those of 600
-        inputs, and those of fewer within more. At 0.08 narrow four-layer stacks pass no signal and
-        z stays unused.
+        As published, but for one thing: published weights all lie within 0.08, which suits 600
+        inputs. At 0.08 narrow stacks of four layers pass no signal and z stays unused, so that here
+        the fewer the inputs, the wider the weights.
         """
         for p in self.parameters():
             if p.dim() == 2:
@@ -800,7 +801,7 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
         # Who goes on from whom: from itself, or from whom resampling has drawn.
         ess_B = effective_sample_size(log_w_BK.detach())
         must_resample = resample_last and t == len(x_TBX) - 1
-        resampled_B = ess_B < (math.inf if must_resample else k / 2)
+        resampled_B = (ess_B < k / 2) | must_resample
         drawn_BK = own_BK[:, :1] + systematic(log_w_BK.detach(), uniform_TB[t])
         ancestors = torch.where(resampled_B.unsqueeze(1), drawn_BK, own_BK).flatten()
 
@@ -813,9 +814,10 @@ def particle_filter(model, x_TBX, state, noise, uniform_TB, k, resample_last=Fal
 
 
 def systematic(log_w_BK, uniform_B):
-    """Systematic resampling: k of k particles, (B, k).
+    """k numbers of particles for each sequence, (B, k), drawn by their weights.
 
-    Particle j is drawn floor or ceil(k w_j / sum w) times.
+    Systematic resampling, from one uniform number a sequence: particle j is drawn k w_j / sum w
+    times, rounded down or up.
     """
     k = log_w_BK.shape[1]
     points_BK = (torch.arange(k, device=log_w_BK.device) + uniform_B.unsqueeze(1)) / k
@@ -830,8 +832,8 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
     The mean of the former is a bound. model: as in estimate_bounds; no more than max_rows of its
     particles are there at once, or k.
     """
-    # Without z all particles are the same: one is run.
-    same = 1 if model.z_dim else k
+    # Without z all particles are copies of one, which is run.
+    copies = 1 if model.z_dim else k
     k = k if model.z_dim else 1
     filterings = []
     for x in x_TBX.split(max(1, max_rows // k), dim=1):
@@ -843,14 +845,14 @@ def estimate_smc(model, x_TBX, k, generator, max_rows=EVAL_ROWS):
         filterings.append(particle_filter(model, x, None, noise, uniform_TB, k))
     estimate_TB = torch.cat([found.log_likelihood_TB for found in filterings], dim=1)
     ess_TB = torch.cat([found.ess_TB for found in filterings], dim=1)
-    return estimate_TB.double(), same * ess_TB.double()
+    return estimate_TB.double(), copies * ess_TB.double()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 EVAL_BATCH = 128  # windows; fixed, because the evaluation noise is drawn batch by batch
 EVAL_SEED = 2015  # not the training seed: every run is evaluated with the same noise
-BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds on log p(x)
+BOUNDS = ("elbo", "iwae", "smc")  # so begin the names of bounds; plot_recon.BOUNDS has their words
 
 # What a user may choose anew beside --evaluate; all else is the checkpoint's.
 OF_EVALUATION = ("data", "out_dir", "device", "seq_frames", "eval_k", "eval_recordings")
@@ -1083,7 +1085,8 @@ def write_samples(model, corpus, split, folder, frames=400, given=80, count=2):
         after = model(heard, noise=noise).state
         goes_on = model.generate(frames - len(heard), len(longest), generator, after)
         speech["continued"] = torch.cat((heard, goes_on))
-        speech["resynthesised"] = model.generate(len(real), len(longest), generator, heard=real)
+        resynthesised = model.generate(len(real), len(longest), generator, resynthesised=real)
+        speech["resynthesised"] = resynthesised
     for kind, x_TBX in speech.items():
         for i, x_TX in enumerate(x_TBX.unbind(1)):
             samples = x_TX.double().flatten() * corpus.std + corpus.mean
@@ -1130,7 +1133,7 @@ class Training:
         self.open_excerpts()
         if h.resume:
             self.restore(read_checkpoint(self.folder / LAST, "--resume", STATE))
-            gather("restored")
+            gather("restored")  # before any of them writes
         claim_folder(self.folder, self.config, self.log)
         if is_first():
             parameters = sum(p.numel() for p in self.model.parameters())
@@ -1261,8 +1264,8 @@ class Training:
     def step(self, loss, state):
         """After loss.backward(): clip the gradient, step Adam, constrain and average the weights.
 
-        loss: nats per frame. state: after the window, to be carried on. A loss or gradient that is
-        not finite changes no parameter and is counted.
+        loss: nats per frame. state: after the window, to be carried on. Where loss or gradient is
+        not finite, Adam does nothing, the next state is zero, and the update is counted as skipped.
         """
         loss = loss.detach().clone()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -1290,7 +1293,10 @@ class Training:
         self.optimiser.zero_grad()
 
     def average_weights(self):
-        """Move the averaged weights on, faster at first. Those of single updates jump by nats."""
+        """Move the averaged weights on, faster at first.
+
+        The bound by the weights of single updates jumps by several nats.
+        """
         made = self.counts["made"]
         share = 1 - ((1 + made) / (10 + made)).clamp(max=self.h.ema)
         averaged = list(self.averaged.parameters())
@@ -1386,10 +1392,12 @@ class Training:
                     self.stop_if_nothing_is_learnt()
                     if is_due:
                         self.monitor()
-                    if signal_number := max(gather(max(received, default=0))):
+                    signal_number = max(received, default=0)
+                    if signal_number := max(gather(signal_number)):  # of any process
                         self.save_and_exit(signal_number)
             except UserError:
-                # Data that cannot be read, for one: keep what is learnt.
+                # Data that cannot be read, for one: keep what is learnt. A checkpoint needs all
+                # processes, and the others may not have come here.
                 if self.processes == 1:
                     save_checkpoint(self.checkpoint(), self.folder / LAST)
                 raise
@@ -1559,7 +1567,7 @@ def ensure_demo_data(path):
         making = subprocess.run([sys.executable, script, "--demo"], stdout=subprocess.DEVNULL)
         if making.returncode:
             sys.exit(making.returncode)
-    gather("the data is there")
+    gather("the data is there")  # before any of them opens it
 
 
 def monitored_bound(h):
@@ -2303,8 +2311,8 @@ DEMO = dict(
     eval_recordings=2,
 )
 
-# The least that makes sense of each, where it is not any number, and the most: it is far more than
-# anyone needs, and less than what overflows.
+# The smallest value of each that makes sense; what is not here may be any. MOST is the largest of
+# all: more than anyone needs, and less than what overflows.
 LEAST = dict.fromkeys(SIZES, 1)
 LEAST |= dict.fromkeys(("k", "seq_frames", "reset_freq", "batch_size", "max_updates"), 1)
 LEAST |= dict.fromkeys(("monitor_every", "monitor_windows", "eval_k", "x_noise_updates"), 1)
@@ -2317,22 +2325,23 @@ RESUME = "go on from last.pt in out_dir"
 SMALL = "small sizes and synthetic data, for about three minutes on two CPU cores"
 
 
-def parse(script, argv=None):
-    """The hyperparameters of a script: an instance of its dataclass, with `resume` and `demo`.
+def parse(cls, argv=None):
+    """The hyperparameters of a script: an instance of its dataclass cls, with `resume`, `demo`.
 
     Every field is a flag, whose help is the comment behind it; beside them are --resume and
     --demo. With --evaluate CHECKPOINT, what is not given is the checkpoint's. Raises UserError.
     """
-    refuse_untyped(script)
+    refuse_untyped(cls)
     bare = [("resume", bare_flag(RESUME), False), ("demo", bare_flag(SMALL), False)]
-    is_frozen = script.__dataclass_params__.frozen
-    flags = dataclasses.make_dataclass(script.__name__, bare, bases=(script,), frozen=is_frozen)
-    flags.__module__ = script.__module__
+    is_frozen = cls.__dataclass_params__.frozen
+    flags = dataclasses.make_dataclass(cls.__name__, bare, bases=(cls,), frozen=is_frozen)
+    flags.__module__ = cls.__module__
 
+    # Twice: --demo and --evaluate change the values of the flags that are not given.
     h = parse_flags(flags(), argv)
     defaults = {}
     if h.demo:
-        defaults = dict(DEMO, out_dir=f"runs/demo/{script_of(script)}")
+        defaults = dict(DEMO, out_dir=f"runs/demo/{script_of(cls)}")
     if h.evaluate:
         if h.resume:
             raise UserError(
@@ -2340,7 +2349,7 @@ def parse(script, argv=None):
                 "leave it out"
             )
         defaults = configuration_in(h.evaluate)
-    fields = {field.name for field in dataclasses.fields(script)}
+    fields = {field.name for field in dataclasses.fields(cls)}
     defaults = {name: value for name, value in defaults.items() if name in fields}
     if defaults:
         with warnings.catch_warnings():
@@ -2359,7 +2368,7 @@ def bare_flag(text):
 def configuration_in(path):
     """The hyperparameters of a checkpoint that --evaluate takes over."""
     config = read_checkpoint(path, "--evaluate")["config"]
-    config = {"ar_order": 0, **config}  # older ones have none
+    config = {"ar_order": 0, **config}  # older ones have none, whatever the script's is now
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config.items()

@@ -205,16 +205,18 @@ def test_continued_speech_begins_as_real_speech_and_goes_on_from_the_state_after
     starts = []
     generate = model.generate
 
-    def remember(frames, batch, generator=None, state=None, heard=None):
-        x_TBX = generate(frames, batch, generator, state, heard)
-        starts.append((state, heard, x_TBX))
+    def remember(frames, batch, generator=None, state=None, resynthesised=None):
+        x_TBX = generate(frames, batch, generator, state, resynthesised)
+        starts.append((state, resynthesised, x_TBX))
         return x_TBX
 
     monkeypatch.setattr(model, "generate", remember)
     monkeypatch.setattr(model, "forward", without_posterior_noise(model.forward))
     common.write_samples(model, corpus, corpus.test, tmp_path, frames=60, given=7)
 
-    continuing = [state for state, heard, _ in starts if state is not None and heard is None]
+    continuing = [
+        state for state, resynthesised, _ in starts if state is not None and resynthesised is None
+    ]
     (state,) = continuing
     (goes_on,) = [x_TBX for before, _, x_TBX in starts if before is state]
     for i, recording in enumerate((2, 4)):

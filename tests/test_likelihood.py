@@ -467,7 +467,7 @@ def test_what_is_generated_goes_on_from_a_state(case):
 
 def test_resynthesis_follows_x_in_h_and_z_and_what_was_drawn_in_the_filter(case):
     model, x_TBX, *_ = case
-    found = model.generate(FRAMES, BATCH, torch.Generator().manual_seed(0), heard=x_TBX)
+    found = model.generate(FRAMES, BATCH, torch.Generator().manual_seed(0), resynthesised=x_TBX)
     generator, state, memory, x = torch.Generator().manual_seed(0), model.zero_state(BATCH), (), []
     if model.likelihood.ar_order:
         memory = (state[2],)

@@ -335,6 +335,8 @@ GROUPS = (
     "size",
     "likelihood",
     "default_limit",
+    "default_limit_long",
+    "published_size",
     "without_z",
     "latent_variables",
 )
@@ -361,7 +363,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 142
+    assert len(names) == 190
 
 
 def first_update_of_clipping(data, out, *flags):

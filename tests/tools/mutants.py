@@ -428,7 +428,7 @@ MUTANTS = (
         "one of many equal particles counted alone",
         tests=EXACT,
         function="estimate_smc",
-        old="same * ess_TB",
+        old="copies * ess_TB",
         new="ess_TB",
     ),
     Mutant(
@@ -865,14 +865,14 @@ MUTANTS = (
         "a resynthesis whose h does not hear x",
         tests=RESYNTHESIS,
         function="VRNN.generate",
-        old="if heard is None:",
+        old="if resynthesised is None:",
         new="if True:",
     ),
     Mutant(
         "a resynthesis by the prior",
         tests=RESYNTHESIS,
         function="VRNN.generate",
-        old="if heard is None else",
+        old="if resynthesised is None else",
         new="if True else",
     ),
     Mutant(
