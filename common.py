@@ -1465,7 +1465,7 @@ class Training:
         if is_first():
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
-        chosen_by = line["valid"][monitored_bound(h)]["nats_per_frame"]
+        chosen_by = line["valid"][monitored_bound(h.eval_k)]["nats_per_frame"]
         is_best = chosen_by > self.best
         self.best = max(self.best, chosen_by)
         checkpoint = self.checkpoint()
@@ -1570,14 +1570,14 @@ def ensure_demo_data(path):
     gather("the data is there")  # before any of them opens it
 
 
-def monitored_bound(h):
+def monitored_bound(eval_k):
     """The name of the bound on valid by which best.pt is chosen, for every objective."""
-    return f"iwae_{h.eval_k[0]}"
+    return f"iwae_{eval_k[0]}"
 
 
 def progress_line(h, line):
     """What is printed of a line of the log."""
-    valid, tracked = line["valid"], monitored_bound(h)
+    valid, tracked = line["valid"], monitored_bound(h.eval_k)
     nats = [f"{name} {valid[name]['nats_per_frame']:.2f}" for name in (tracked, "elbo", "kl")]
     text = (
         f"update {line['update']:,} | {line['sequences']:,} sequences | "

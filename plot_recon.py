@@ -125,7 +125,7 @@ class Run:
     @property
     def monitored(self):
         """The bound on valid by which its checkpoint was chosen."""
-        return f"iwae_{self.config['eval_k'][0]}"
+        return common.monitored_bound(self.config["eval_k"])
 
     @property
     def objective(self):

@@ -737,7 +737,7 @@ MUTANTS = (
         "best.pt chosen by the elbo",
         tests=BEST,
         function="monitored_bound",
-        old="f'iwae_{h.eval_k[0]}'",
+        old="f'iwae_{eval_k[0]}'",
         new="'elbo'",
     ),
     Mutant(
