@@ -2317,8 +2317,8 @@ LEAST = dict.fromkeys(SIZES, 1)
 LEAST |= dict.fromkeys(("k", "seq_frames", "reset_freq", "batch_size", "max_updates"), 1)
 LEAST |= dict.fromkeys(("monitor_every", "monitor_windows", "eval_k", "x_noise_updates"), 1)
 LEAST |= dict.fromkeys(("z_dim", "ar_order", "seed", "lr_updates", "eval_recordings"), 0)
-LEAST |= dict.fromkeys(("grad_clip", "weight_norm", "x_noise", "ema"), 0)
-LEAST |= dict(lr=1e-30)
+FRACTIONS = ("lr", "grad_clip", "weight_norm", "x_noise", "ema")  # all others are whole numbers
+LEAST |= dict.fromkeys(FRACTIONS, 0) | dict(lr=1e-30)
 MOST = 10**9
 
 RESUME = "go on from last.pt in out_dir"
@@ -2448,13 +2448,8 @@ def refuse_untyped(script):
 def check_values(h):
     """UserError where a hyperparameter is out of its range."""
     for name, least in LEAST.items():
-        value = getattr(h, name, least)
-        # A damaged checkpoint may hold several where one belongs.
-        for number in value if name == "eval_k" and isinstance(value, tuple) else (value,):
-            if not (isinstance(number, (int, float)) and least <= number <= MOST):
-                raise UserError(
-                    f"--{name}={value} is out of range; give at least {least}, at most {MOST}"
-                )
+        if hasattr(h, name):
+            refuse_out_of_range(name, getattr(h, name), least)
     if not (h.out_dir and h.eval_k):
         raise UserError("--out_dir or --eval_k is empty; give the folder of the run, or a number")
     if h.z_dim == 0 and h.k > 1:
@@ -2462,6 +2457,17 @@ def check_values(h):
             f"--k={h.k}: without latent variables (--z_dim=0) all particles are the same; "
             "give --k=1"
         )
+
+
+def refuse_out_of_range(name, value, least):
+    """UserError where a value is no number of its kind, as one of a damaged checkpoint may be."""
+    has_several = isinstance(value, tuple)
+    numbers = value if has_several else (value,)
+    kind = (int, float) if name in FRACTIONS else int
+    are_in_range = all(isinstance(n, kind) and least <= n <= MOST for n in numbers)
+    if has_several != (name == "eval_k") or not are_in_range:
+        what = "a number" if name in FRACTIONS else "a whole number"
+        raise UserError(f"--{name}={value} is out of range; give {what} from {least} to {MOST}")
 
 
 # ---- processes and errors ------------------------------------------------------------------------

@@ -217,20 +217,23 @@ def test_the_comment_behind_a_field_is_its_help_with_the_default(capsys):
         ("--no-resume", "unknown argument '--no-resume', did you mean --resume?"),
         ("--qqq", "unknown argument '--qqq'; test_hyperparameters.py --help lists"),
         ("--k=1e10", "parsing --k: invalid literal"),
-        ("--k=10000000000", "--k=10000000000 is out of range; give at least 1, at most 1000000000"),
-        ("--seed=1000000000000000000000", "at most 1000000000"),
+        (
+            "--k=10000000000",
+            "--k=10000000000 is out of range; give a whole number from 1 to 1000000000",
+        ),
+        ("--seed=1000000000000000000000", "from 0 to 1000000000"),
         ("--lr=nan", "--lr=nan is out of range"),
         ("--grad_clip=inf", "--grad_clip=inf is out of range"),
         ("--ema=nan", "--ema=nan is out of range"),
-        ("--lr=0", "at least 1e-30"),
-        ("--eval_k 5 0", "--eval_k=(5, 0) is out of range; give at least 1"),
+        ("--lr=0", "a number from 1e-30"),
+        ("--eval_k 5 0", "--eval_k=(5, 0) is out of range; give a whole number from 1"),
         ("--eval_k", "--eval_k is empty"),
         ("word", "unknown argument 'word'"),
         ("--layers", "Missing value for argument '--layers'"),
         ("--out_dir=", "--out_dir or --eval_k is empty"),
-        ("--z_dim=-1", "at least 0"),
-        ("--ar_order=-1", "at least 0"),
-        ("--rnn_dim=0", "at least 1"),
+        ("--z_dim=-1", "a whole number from 0"),
+        ("--ar_order=-1", "a whole number from 0"),
+        ("--rnn_dim=0", "a whole number from 1"),
         ("--z_dim=0 --k=2", "--k=2: without latent variables"),
         ("--resume --evaluate=x.pt", "--resume cannot be given beside --evaluate=x.pt"),
     ),
@@ -247,8 +250,9 @@ def test_every_hyperparameter_with_a_range_has_its_least_and_most(name):
     assert getattr(parsed(*flags, f"--{name}={kind(least)}"), name) in (least, (least,))
     assert getattr(parsed(f"--{name}={kind(common.MOST)}"), name) in (common.MOST, (common.MOST,))
     too_little = -1 if least == 0 else 0
-    assert f"at least {least}, at most" in refusal(f"--{name}={too_little}")
-    assert f"at least {least}, at most" in refusal(f"--{name}={common.MOST + 1}")
+    words = f"number from {least} to {common.MOST}"
+    assert words in refusal(f"--{name}={too_little}")
+    assert words in refusal(f"--{name}={common.MOST + 1}")
 
 
 class TypedIn:
@@ -294,6 +298,8 @@ def test_a_line_that_cannot_become_a_flag_is_refused_by_name_and_by_its_file(nam
         ("lr", float("nan"), "--lr=nan is out of range"),
         ("eval_k", (0, 5), "is out of range"),
         ("rnn_dim", (12,), "--rnn_dim=(12,) is out of range"),
+        ("rnn_dim", 12.5, "--rnn_dim=12.5 is out of range; give a whole number from 1"),
+        ("eval_k", 5, "--eval_k=5 is out of range"),
         ("eval_k", (), "--eval_k is empty"),
         ("seed", None, "--seed=None is out of range"),
     ),

@@ -979,9 +979,9 @@ MUTANTS = (
     Mutant(
         "numbers without a lower limit",
         tests=REFUSED,
-        function="check_values",
-        old="least <= number",
-        new="-math.inf < number",
+        function="refuse_out_of_range",
+        old="least <= n",
+        new="-math.inf < n",
     ),
     Mutant(
         "a line without a type passed over",
