@@ -437,6 +437,9 @@ def lstm_cell(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
+ACTIVE = 32  # latent variables that tell something of x from the first update on
+
+
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), with Gaussian z.
 
@@ -651,7 +654,8 @@ class VRNN(nn.Module):
         opposite weights, and relu(a) - relu(-a) = a (looks-linear initialisation, Balduzzi et al.
         2017, arXiv 1702.08591); independent weights in the sixteen layers from x to its
         reconstruction map all inputs to nearly the same output. A narrow posterior lets z tell
-        more of x than of noise.
+        more of x than of noise. Of many latent variables only the first begin like this; the others
+        begin as the prior, and are hardly heard.
         """
         stacks = self.existing("phi_x", "phi_z", "posterior", "prior", "decoder")
         hidden = [layer for stack in stacks for layer in stack if type(layer) is Linear]
@@ -673,6 +677,11 @@ class VRNN(nn.Module):
         for network, bias in zip(self.existing("posterior", "prior"), (-1.5, 0.6)):
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
+        if self.z_dim > ACTIVE:
+            head = self.posterior[-1]
+            head.bias[self.z_dim + ACTIVE :].fill_(0.6)
+            head.weight[ACTIVE : self.z_dim].mul_(0.1)
+            self.phi_z[0].weight[:, ACTIVE:].mul_(0.1)
         self.likelihood.initialise(self.decoder[-1], sigma_gain=0.1)
 
     @torch.no_grad()

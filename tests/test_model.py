@@ -351,3 +351,22 @@ def test_mirrored_layers_start_as_linear_maps_that_keep_x_apart(odd):
         for layer in model.modules():
             if isinstance(layer, common.Linear):
                 assert layer.weight.norm(dim=1).max() < 1.9365, "the first update would shrink it"
+
+
+def test_of_many_latents_those_beyond_the_first_begin_as_the_prior():
+    torch.manual_seed(0)
+    few = common.ACTIVE
+    model = common.VRNN(12, 3 * few, 32, 40, 40, 40, 40, 40)
+    model.mirror()
+    rollout = model(torch.randn(4, 50, 12))
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(rollout.q_mean, rollout.q_sigma),
+        torch.distributions.Normal(rollout.prior_mean, rollout.prior_sigma),
+    ).mean((0, 1))
+    assert kl[:few].min() > 1
+    assert kl[few:].max() < 0.05
+    of_active, of_others = model.phi_z[0].weight.split((few, 2 * few), dim=1)
+    assert of_others.norm() < 0.2 * of_active.norm()
+    assert of_others.any() and model.posterior[-1].weight[few : 3 * few].any(), (
+        "they could not learn"
+    )
