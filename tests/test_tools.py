@@ -334,6 +334,7 @@ GROUPS = (
     "regime",
     "size",
     "likelihood",
+    "likelihood_z",
     "default_limit",
     "default_limit_long",
     "published_size",
@@ -363,7 +364,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 190
+    assert len(names) == 188
 
 
 def first_update_of_clipping(data, out, *flags):
