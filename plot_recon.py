@@ -63,7 +63,6 @@ WORDS = {
     "rnn_dim": "{} units",
     "batch_size": "{} sequences",
     "rows": "{} rows",
-    "components": "{} components",
 }
 # Settings that need not be said where these are changed with them.
 SAID_BY = {size: "rnn_dim" for size in common.SIZES if size != "rnn_dim"}

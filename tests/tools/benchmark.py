@@ -61,12 +61,8 @@ QUICK = dict(
 SMALL = dict(x2s_dim=128, z2s_dim=128, q_z_dim=128, p_z_dim=128, p_x_dim=128, rnn_dim=128, z_dim=32)
 BATCHES = [("VRNN", 128), ("VAE_5", 128), ("IWAE_5", 128)]
 SMALL_BATCHES = [("VRNN", 8), ("VRNN", 16), ("VRNN", 32), ("VAE_5", 8), ("IWAE_5", 8)]
-FLAGS = [
-    ("VRNN", dict(ar_order=16)),
-    ("IWAE_5", dict(ar_order=16)),
-    ("IWAE_5", dict(resample=True)),
-    ("IWAE_5", dict(dreg=True)),
-]
+OF_IWAE = [("IWAE_5", dict(resample=True)), ("IWAE_5", dict(dreg=True))]
+OF_LIKELIHOOD = [("VRNN", dict(ar_order=32)), ("IWAE_5", dict(ar_order=32))]
 PARTS = dict(  # and the titles of their tables
     updates="Update at published size (T = 40, R = 1000), optimiser included; ratio: plain / ours",
     updates_small=(
@@ -75,6 +71,8 @@ PARTS = dict(  # and the titles of their tables
     ),
     variants="Update at published size, B = 128; ratio: with a flag / without",
     variants_small="Update at small size, B = 8, one thread; ratio: with a flag / without",
+    likelihood="Update at published size, B = 64; ratio: with a flag / without",
+    likelihood_small="Update at small size, B = 8, one thread; ratio: with a flag / without",
     evaluation="Evaluation at published size",
     evaluation_small="Evaluation at small size, one thread",
     growth="Update as one size grows from T = 40, B = 32, K = 1, R = 1000",
@@ -342,8 +340,8 @@ def benchmark_objective(data, device, repeats, objective, product, updates, flag
         )
 
 
-def benchmark_variants(data, device, repeats, updates=1, **sizes):
-    for objective, flags in FLAGS:
+def benchmark_variants(data, device, repeats, variants, updates=1, **sizes):
+    for objective, flags in variants:
         taken = alternate(
             device,
             {
@@ -376,21 +374,21 @@ def benchmark_evaluation(data, device, repeats, product_size, **sizes):
         estimate_smc=lambda: common.estimate_smc(model, x_TBX, particles, generator),
     )
     taken = alternate(device, dict(products=products) | estimates, repeats, warm_up=1)
-    # of each window in estimate_bounds
-    rollouts = math.ceil(particles / (common.EVAL_ROWS // windows))
-    operations = 2 * h.seq_frames * windows * multiplications(model, particles, rollouts)
+    # What sees x alone runs once in each rollout: the filter has one.
+    rollouts = dict(
+        estimate_bounds=math.ceil(particles / (common.EVAL_ROWS // windows)), estimate_smc=1
+    )
     for name in estimates:
         time_s = statistics.median(taken[name])
-        rate = rates(operations, time_s, product_operations, taken["products"])
-        if name == "estimate_smc":  # how many products it makes depends on who has children
-            rate = dict.fromkeys(rate, "")
+        of_a_frame = multiplications(model, particles, rollouts[name])
+        operations = 2 * h.seq_frames * windows * of_a_frame
         yield dict(
             estimate=name,
             particles=particles,
             windows=windows,
             seconds=time_s,
             windows_per_second=windows / time_s,
-            **rate,
+            **rates(operations, time_s, product_operations, taken["products"]),
         )
 
 
@@ -520,6 +518,8 @@ def rows_of(part, data, device, repeats, quick=False):
     where = (data, device, repeats)
     published = QUICK if quick else {}
     small = QUICK if quick else SMALL
+    of_8 = small | dict(batch_size=8)
+    of_64 = published | dict(batch_size=64)
     product_size = 64 if quick else 2048
     minutes = 4 if quick else 240
     updates = 2 if quick else 20  # in a turn: a small one alone is too short to time
@@ -528,8 +528,10 @@ def rows_of(part, data, device, repeats, quick=False):
         updates_small=lambda: benchmark_updates(
             *where, product_size, SMALL_BATCHES, bf16=False, updates=updates, **small
         ),
-        variants=lambda: benchmark_variants(*where, **published),
-        variants_small=lambda: benchmark_variants(*where, updates, **small | dict(batch_size=8)),
+        variants=lambda: benchmark_variants(*where, OF_IWAE, **published),
+        variants_small=lambda: benchmark_variants(*where, OF_IWAE, updates, **of_8),
+        likelihood=lambda: benchmark_variants(*where, OF_LIKELIHOOD, **of_64),
+        likelihood_small=lambda: benchmark_variants(*where, OF_LIKELIHOOD, updates, **of_8),
         evaluation=lambda: benchmark_evaluation(*where, product_size, **published),
         evaluation_small=lambda: benchmark_evaluation(*where, product_size, **small),
         growth=lambda: benchmark_growth(*where, **published),
