@@ -50,6 +50,8 @@ OTHERS = {
     "1.4": "nats in a hundredth of a bit, 200 log(2) / 100",
     "13.8": "the loudest of a hundred seconds drawn by lstm_ar_32_wide-0",
     "0.8": "410.40 - 409.63",
+    "0.74": "correlations between iwae and vrnn_rows_2 of published_2016_fresh, from update 300 on",
+    "0.91": "the largest of them",
     "0.9": "common.SUM_OF_EXPONENTS; also the softest of a hundred seconds drawn",
     "8.8": "the loudest of them",
     "1.1": "a trial whose log was not kept, as the text says",
