@@ -73,6 +73,7 @@ SAID_BY["lr_updates"] = "max_updates"
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 COLOURS = (*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors)
+FIRST_COLOURS = ("VRNN", "VAE_5", "IWAE_5")  # get these, in every picture
 LINES = ("-", "--", ":", "-.")
 LOOK = {
     "axes.grid": True,
@@ -501,12 +502,12 @@ def draw(rows, out):
     """The curves of each folder's runs, and bits per sample of all of them beside the yardsticks.
 
     A folder whose likelihood is not that of the first has no curves here: they would be far off. A
-    colour means one objective in all panels.
+    colour means one objective in all panels, and the first colours in all pictures.
     """
     with_curves = [runs for runs in rows if runs[0].ar_order == rows[0][0].ar_order]
     everything = list(itertools.chain.from_iterable(rows))
     objectives = [run.objective for run in everything]
-    colours = dict(zip(dict.fromkeys(objectives), itertools.cycle(COLOURS)))
+    colours = dict(zip(dict.fromkeys([*FIRST_COLOURS, *objectives]), itertools.cycle(COLOURS)))
     tested = [run for run in everything if run.bounds]
     height = 1.3 + 0.24 * max(8, len(by_label(tested)))
     with plt.rc_context(LOOK):
