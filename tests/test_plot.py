@@ -387,6 +387,23 @@ def test_no_yardstick_is_drawn_where_the_data_file_has_none(tmp_path, plot, monk
     assert lines == []
 
 
+def test_an_objective_has_its_colour_whatever_is_drawn_beside_it(tmp_path, plot, monkeypatch):
+    """IWAE_5 first, as in the folder of 2016's pipeline, VRNN after it."""
+    write_run(tmp_path / "runs/a", name="IWAE_5 of 2016")
+    write_run(tmp_path / "runs/b", name="VRNN of 2016")
+    drawn = {}
+    draw_bits = plot_recon.draw_bits
+
+    def remember(axis, tested, colours):
+        drawn.update({run.name: colours[run.objective] for run in tested})
+        draw_bits(axis, tested, colours)
+
+    monkeypatch.setattr(plot_recon, "draw_bits", remember)
+    plot()
+    vrnn, _, iwae, *_ = plot_recon.COLOURS
+    assert drawn == {"IWAE_5 of 2016": iwae, "VRNN of 2016": vrnn}
+
+
 def test_an_error_of_our_own_is_not_taken_for_a_damaged_file(tmp_path, plot, monkeypatch):
     write_run(tmp_path / "runs/a")
     for name in ("read_curve", "read_windows", "checked_data"):
