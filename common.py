@@ -293,17 +293,17 @@ class AdaptiveLikelihood:
         Of Python's own numbers: a call of PyTorch for each would take ten times as long.
         """
         x = samples[-self.ar_order - max(self.spans) :]
-        powers = []  # of errors of the base filter
-        for n in range(self.ar_order, len(x)):
+
+        def power_at(n):
             error = x[n] + dot(base, x[n - self.ar_order : n])
-            powers.append(error * error + POWER_FLOOR)
+            return error * error + POWER_FLOOR
+
+        powers = [power_at(n) for n in range(self.ar_order, len(x))]
         for log_gain_n, drawn_n in zip(log_gain, drawn):
-            past = x[-self.ar_order :]
             log_r = [math.log(sum(powers[-span:]) / span) / 2 for span in self.spans]
             log_scale = min(max(log_gain_n + dot(e, log_r), LOG_SCALE[0]), LOG_SCALE[1])
-            x.append(math.exp(log_scale) * drawn_n - dot(a, past))
-            error = x[-1] + dot(base, past)
-            powers.append(error * error + POWER_FLOOR)
+            x.append(math.exp(log_scale) * drawn_n - dot(a, x[-self.ar_order :]))
+            powers.append(power_at(len(x) - 1))
         return x[-self.block :]
 
 
@@ -1401,8 +1401,8 @@ class Training:
                     self.stop_if_nothing_is_learnt()
                     if is_due:
                         self.monitor()
-                    signal_number = max(received, default=0)
-                    if signal_number := max(gather(signal_number)):  # of any process
+                    signal_number = max(gather(max(received, default=0)))  # of any process
+                    if signal_number:
                         self.save_and_exit(signal_number)
             except UserError:
                 # Data that cannot be read, for one: keep what is learnt. A checkpoint needs all

@@ -36,6 +36,7 @@ PIPELINE_SETTINGS = (
     "--eval_k 5 --eval_recordings 0 --device cpu --data data/speech.h5"
 ).split()
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
+WITH_RESAMPLED = OBJECTIVES | {"iwae_5_resample": RESAMPLED}
 # Objective, limits on the gradient, and number of seeds.
 CLIPS = (
     ("vrnn", (0, 5), 5),
@@ -142,7 +143,7 @@ def clips():
 def default_limit(updates):
     longer = lengths(SAME_COMPUTE * updates)
     for seed in range(5):
-        for name, script in {**OBJECTIVES, "iwae_5_resample": RESAMPLED}.items():
+        for name, script in WITH_RESAMPLED.items():
             yield "default_limit", f"{name}-{seed}", *script, DEFAULT_LIMIT, f"--seed={seed}"
     for seed in range(3):
         for name, script in OBJECTIVES.items():
@@ -178,7 +179,7 @@ def latent_variables(runs):
     short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
     short += ["--eval_k=5", "--eval_recordings=0"]
     for seed in range(3):
-        for name, script in {**OBJECTIVES, "iwae_5_resample": RESAMPLED}.items():
+        for name, script in WITH_RESAMPLED.items():
             yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
         yield "latent_variables", f"lstm-{seed}", *VRNN, *short, "--z_dim=0", f"--seed={seed}"
     for seed in range(3):

@@ -228,8 +228,8 @@ MUTANTS = (
         "levels of a drawn block that follow nothing",
         tests=DRAWN,
         function="AdaptiveLikelihood.sample_block",
-        old="error = x[-1] + dot(base, past)",
-        new="pass",
+        old="powers.append(power_at(len(x) - 1))",
+        new="powers.append(powers[-1])",
     ),
     Mutant(
         "a filter's gradient without what its mirror image adds",
