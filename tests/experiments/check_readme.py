@@ -359,6 +359,11 @@ PIPELINE_WORDS = {
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
     "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
+    "vae_once": "VAE_5, each batch once",
+    "vae_by_stream": "VAE_5, states of its streams",
+    "vae_excerpts": "VAE_5, excerpts in random order",
+    "iwae_by_stream": "IWAE_5, states of its streams",
+    "iwae_excerpts": "IWAE_5, excerpts in random order",
     "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
     "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
@@ -366,7 +371,7 @@ PIPELINE_WORDS = {
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7 and 10, seed by seed."""
+    """Contrasts 1 to 7, 10 and 13, seed by seed."""
     return contrasts(
         runs_of("published_2016", "published_2016_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -379,6 +384,11 @@ def pipeline_contrasts():
         ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
         ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
         ("10", "iwae_correct_weights", 600, "iwae_limit_640", 600),
+        ("13", "vae_once", 600, "vae", 600),
+        ("13", "vae_by_stream", 600, "vae", 600),
+        ("13", "vae_excerpts", 600, "vae", 600),
+        ("13", "iwae_by_stream", 600, "iwae", 600),
+        ("13", "iwae_excerpts", 600, "iwae", 600),
     )
 
 

@@ -205,6 +205,17 @@ def pipeline_of_2016():
         yield "published_2016_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
         flags += ["--grad_clip=640"]
         yield "published_2016_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
+    # One ingredient of ours each, in VAE_5 and IWAE_5 as they were.
+    for seed in range(3):
+        for objective, name, flag in (
+            ("vae", "once", "--replays=1"),
+            ("vae", "by_stream", "--carried=by_stream"),
+            ("vae", "excerpts", "--order=excerpts"),
+            ("iwae", "by_stream", "--carried=by_stream"),
+            ("iwae", "excerpts", "--order=excerpts"),
+        ):
+            flags = [f"--objective={objective}", flag, f"--seed={seed}"]
+            yield "published_2016_exchanged", f"{objective}_{name}-{seed}", *PIPELINE, *flags
     # Fresh data: 900 updates of VRNN are one epoch.
     epoch = ["--grad_clip=640", "--max_updates=900", "--monitor_every=100"]
     for seed in range(3):
