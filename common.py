@@ -99,6 +99,7 @@ class FrameLikelihood:
     """
 
     ar_order = 0
+    active = 32  # latent variables that tell something of x from the first update on
     density = staticmethod(gaussian_log_density)
     draw = staticmethod(sample_gaussian)
 
@@ -161,6 +162,7 @@ class AdaptiveLikelihood:
     reports m and s as x_mean and x_sigma. What a VRNN calls is as in FrameLikelihood.
     """
 
+    active = 0  # see FrameLikelihood
     heard = 320  # samples that a base filter suits
     spans = (4, 16, 64)  # samples whose errors tell how loud the next one is
     block_size = 50  # samples between two base filters, where a frame is made of such
@@ -437,9 +439,6 @@ def lstm_cell(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
-ACTIVE = 32  # latent variables that tell something of x from the first update on
-
-
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), with Gaussian z.
 
@@ -677,11 +676,12 @@ class VRNN(nn.Module):
         for network, bias in zip(self.existing("posterior", "prior"), (-1.5, 0.6)):
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
-        if self.z_dim > ACTIVE:
+        active = self.likelihood.active
+        if self.z_dim > active:
             head = self.posterior[-1]
-            head.bias[self.z_dim + ACTIVE :].fill_(0.6)
-            head.weight[ACTIVE : self.z_dim].mul_(0.1)
-            self.phi_z[0].weight[:, ACTIVE:].mul_(0.1)
+            head.bias[self.z_dim + active :].fill_(0.6)
+            head.weight[active : self.z_dim].mul_(0.1)
+            self.phi_z[0].weight[:, active:].mul_(0.1)
         self.likelihood.initialise(self.decoder[-1], sigma_gain=0.1)
 
     @torch.no_grad()

@@ -355,7 +355,7 @@ def test_mirrored_layers_start_as_linear_maps_that_keep_x_apart(odd):
 
 def test_of_many_latents_those_beyond_the_first_begin_as_the_prior():
     torch.manual_seed(0)
-    few = common.ACTIVE
+    few = common.FrameLikelihood.active
     model = common.VRNN(12, 3 * few, 32, 40, 40, 40, 40, 40)
     model.mirror()
     rollout = model(torch.randn(4, 50, 12))
@@ -370,3 +370,13 @@ def test_of_many_latents_those_beyond_the_first_begin_as_the_prior():
     assert of_others.any() and model.posterior[-1].weight[few : 3 * few].any(), (
         "they could not learn"
     )
+
+
+def test_under_the_adaptive_likelihood_all_latents_begin_as_the_prior():
+    torch.manual_seed(0)
+    model = common.VRNN(12, 6, 32, 40, 40, 40, 40, 40, ar_order=4, components=2)
+    model.mirror()
+    rollout = model(torch.randn(4, 50, 12))
+    assert rollout.kl_TBK.mean() < 0.05
+    assert model.phi_z[0].weight.norm(dim=0).max() < 0.3, "z is hardly heard"
+    assert model.phi_z[0].weight.all(), "z could not be learnt"

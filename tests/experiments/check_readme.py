@@ -646,7 +646,7 @@ def published_size():
         active = (
             config["z_dim"]
             if "all_active" in run.folder.name
-            else min(config["z_dim"], common.ACTIVE)
+            else min(config["z_dim"], common.FrameLikelihood.active)
         )
         row = {
             "LSTM units": f"{config['rnn_dim']:,}",
