@@ -58,7 +58,8 @@ SIGMA_FLOOR = 1e-4  # keeps the sigma of every Gaussian off zero
 def gaussian_log_density(x, mean, sigma):
     """log N(x; mean, sigma^2) summed over the last axis."""
     error = (x - mean) / sigma
-    return (-0.5 * error**2 - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    log_root = sigma.log().sum(-1) + 0.5 * math.log(2 * math.pi) * error.shape[-1]
+    return -0.5 * error.square().sum(-1) - log_root
 
 
 def gaussian_kl(q_mean, q_sigma, p_mean, p_sigma):

@@ -313,6 +313,8 @@ def test_the_updates_of_a_script_are_those_of_a_plain_loop(
     data, tmp_path, monkeypatch, script, flags, loss_of
 ):
     """Over six windows: three batches of excerpts, of which the third is of the second epoch."""
+    # z then counts from the first update on, and particles are resampled.
+    monkeypatch.setattr(common.AdaptiveLikelihood, "active", common.FrameLikelihood.active)
     flags = [*SIZES, *LIMITS, *flags.split()]
     of_run = [f"--data={data}", f"--out_dir={tmp_path / 'run'}", "--max_updates=6"]
     training, lines = trained_by_script(script, [*flags, *of_run], monkeypatch)
