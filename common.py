@@ -2781,17 +2781,15 @@ def has_fast_recurrence(model):
     steps = [getattr(type(model), step) for step in ("q_z", "into_lstm", "lstm", "recurrence")]
     if steps != [VRNN.q_z, VRNN.into_lstm, VRNN.lstm, VRNN.recurrence]:
         return False
-    layers = []
-    for network in (model.posterior_x, model.posterior_h, model.posterior, model.phi_z):
-        layers += [type(layer) for layer in network.modules()]
-    for network in (model.lstm_x, model.lstm_z, model.lstm_h):
-        layers += [type(layer) for layer in network.modules()]
+    products = (model.posterior_x, model.posterior_h, model.lstm_x, model.lstm_z, model.lstm_h)
+    networks = nn.ModuleList([*products, model.posterior, model.phi_z])
     posterior = [nn.Sequential, nn.ReLU, *[Linear, nn.ReLU] * 3, Head]
     phi_z = [nn.Sequential, *[Linear, nn.ReLU] * 4]
-    without_bias = (model.posterior_h, model.lstm_z, model.lstm_h)
-    if any(getattr(layer, "bias", None) is not None for layer in without_bias):
+    written_out = [nn.ModuleList, *[Linear] * 5, *posterior, *phi_z]
+    if [type(layer) for layer in networks.modules()] != written_out:
         return False
-    return layers == [Linear, Linear, *posterior, *phi_z, Linear, Linear, Linear]
+    without_bias = (model.posterior_h, model.lstm_z, model.lstm_h)
+    return all(layer.bias is None for layer in without_bias)
 
 
 def fast_recurrence(model, phi_x, noise, h, c, k, ancestors):
