@@ -440,6 +440,19 @@ def lstm_cell(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
+ONE = torch.tensor([1.0])
+PAIR = torch.tensor([1.0, -1.0])
+
+
+def mirrored(rows, columns, out_signs, in_signs):
+    """An orthogonal map, once for each sign of its outputs and inputs, (rows, columns)."""
+    block_rows = math.ceil(rows / len(out_signs))
+    block_columns = math.ceil(columns / len(in_signs))
+    block = nn.init.orthogonal_(torch.empty(block_rows, block_columns))
+    block *= math.sqrt(max(1, block_rows / max(1, block_columns)))
+    return torch.kron(torch.outer(out_signs, in_signs), block)[:rows, :columns]
+
+
 class VRNN(nn.Module):
     """Variational RNN (Chung et al. 2015, arXiv 1506.02216, equations 5-11), with Gaussian z.
 
@@ -654,8 +667,8 @@ class VRNN(nn.Module):
         opposite weights, and relu(a) - relu(-a) = a (looks-linear initialisation, Balduzzi et al.
         2017, arXiv 1702.08591); independent weights in the sixteen layers from x to its
         reconstruction map all inputs to nearly the same output. A narrow posterior lets z tell
-        more of x than of noise. Of many latent variables only the first begin like this; the others
-        begin as the prior, and are hardly heard.
+        more of x than of noise. Only the first latent variables begin like this, as many as the
+        likelihood calls active; the others begin as the prior, and are hardly heard.
         """
         stacks = self.existing("phi_x", "phi_z", "posterior", "prior", "decoder")
         hidden = [layer for stack in stacks for layer in stack if type(layer) is Linear]
@@ -664,20 +677,23 @@ class VRNN(nn.Module):
         before_no_relu = self.existing("lstm_x", "lstm_z") + heads
         after_no_relu = self.existing("posterior_h", "decoder_h") + [stack[0] for stack in stacks]
         for layer in hidden + before_no_relu:
-            out_signs = torch.tensor([1.0] if layer in before_no_relu else [1.0, -1.0])
-            in_signs = torch.tensor([1.0] if layer in after_no_relu else [1.0, -1.0])
-            rows = math.ceil(layer.out_features / len(out_signs))
-            columns = math.ceil(layer.in_features / len(in_signs))
-            block = nn.init.orthogonal_(torch.empty(rows, columns))
-            block *= math.sqrt(max(1, rows / columns))
-            weight = torch.kron(torch.outer(out_signs, in_signs), block)
-            weight = weight[: layer.out_features, : layer.in_features]
+            out_signs = ONE if layer in before_no_relu else PAIR
+            in_signs = ONE if layer in after_no_relu else PAIR
+            weight = mirrored(*layer.weight.shape, out_signs, in_signs)
             layer.weight.copy_((0.3 if layer in heads else 1.0) * weight)
+        active = self.likelihood.active
+        if self.z_dim > active:
+            # The active ones begin as if there were no others.
+            phi_z = self.phi_z[0]
+            phi_z.weight[:, :active] = mirrored(phi_z.out_features, active, PAIR, ONE)
+            for head in (self.posterior[-1], self.prior[-1]):
+                weight = 0.3 * mirrored(2 * active, head.in_features, ONE, PAIR)
+                of_both = head.weight.unflatten(0, (2, self.z_dim))  # mean and sigma
+                of_both[:, :active] = weight.unflatten(0, (2, active))
         # sigmas of 0.2 for the posterior, 1.0 for the prior
         for network, bias in zip(self.existing("posterior", "prior"), (-1.5, 0.6)):
             network[-1].weight.chunk(2)[1].mul_(0.1)
             network[-1].bias.chunk(2)[1].fill_(bias)
-        active = self.likelihood.active
         if self.z_dim > active:
             head = self.posterior[-1]
             head.bias[self.z_dim + active :].fill_(0.6)

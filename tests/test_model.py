@@ -356,8 +356,9 @@ def test_mirrored_layers_start_as_linear_maps_that_keep_x_apart(odd):
 def test_of_many_latents_those_beyond_the_first_begin_as_the_prior():
     torch.manual_seed(0)
     few = common.FrameLikelihood.active
-    model = common.VRNN(12, 3 * few, 32, 40, 40, 40, 40, 40)
-    model.mirror()
+    model, alone = (common.VRNN(12, z, 32, 160, 160, 40, 40, 40) for z in (3 * few, few))
+    for vrnn in (model, alone):
+        vrnn.mirror()
     rollout = model(torch.randn(4, 50, 12))
     kl = torch.distributions.kl_divergence(
         torch.distributions.Normal(rollout.q_mean, rollout.q_sigma),
@@ -366,6 +367,11 @@ def test_of_many_latents_those_beyond_the_first_begin_as_the_prior():
     assert kl[:few].min() > 1
     assert kl[few:].max() < 0.05
     of_active, of_others = model.phi_z[0].weight.split((few, 2 * few), dim=1)
+    assert torch.isclose(of_active.norm(), alone.phi_z[0].weight.norm())
+    for network in (model.posterior, model.prior):
+        weights = network[-1].weight[:few]
+        overlaps = weights @ weights.t()
+        torch.testing.assert_close(overlaps, overlaps[0, 0] * torch.eye(few))
     assert of_others.norm() < 0.2 * of_active.norm()
     assert of_others.any() and model.posterior[-1].weight[few : 3 * few].any(), (
         "they could not learn"
