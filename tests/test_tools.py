@@ -338,8 +338,8 @@ GROUPS = (
     "size",
     "likelihood",
     "likelihood_z",
-    "default_limit",
-    "default_limit_long",
+    "our_training",
+    "our_training_long",
     "published_size",
     "without_z",
     "latent_variables",
@@ -352,7 +352,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         assert (ROOT / f"{script}.py").exists()
         assert (group, name) not in names
         names.append((group, name))
-        if group.startswith("published_2016"):
+        if group.startswith("pipeline"):
             settings = [*experiment.PIPELINE_SETTINGS, *flags]
             tyro.cli(published_2016.Hyperparameters, args=settings, use_underscores=True)
             continue
