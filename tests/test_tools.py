@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
+import check_readme
 import experiment
 import gpu_check
 import mutants
+import numpy as np
 import particles
 import published_2016
 import pytest
@@ -367,7 +369,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 209
+    assert len(names) == 211
 
 
 def first_update_of_clipping(data, out, *flags):
@@ -502,3 +504,17 @@ def test_the_check_for_a_first_gpu_notices_a_difference(tmp_path, monkeypatch, c
     monkeypatch.setattr(gpu_check, "largest_difference", lambda one, other: next(worst))
     assert not gpu_check.equality(tmp_path, "cpu", quick=True)
     assert "BAD vrnn_gauss" in capsys.readouterr().out
+
+
+def test_a_p_value_is_that_of_the_tables_of_students_t():
+    for t_at_95, count in zip((12.706, 4.303, 3.182, 2.776), (2, 3, 4, 5)):
+        differences = np.linspace(-1, 1, count)
+        error = np.std(differences, ddof=1) / count**0.5
+        assert check_readme.p_value(differences + t_at_95 * error) == pytest.approx(0.05, abs=1e-4)
+        assert check_readme.p_value(differences - t_at_95 * error) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_holms_correction_multiplies_by_how_many_are_left_and_stops_at_the_first_that_fails():
+    p_values = dict(first=0.012, second=0.02, third=0.021, fourth=0.04)
+    assert check_readme.holm(p_values) == dict(first=True, second=False, third=False, fourth=False)
+    assert check_readme.holm(dict(p_values, second=0.0124)) == dict.fromkeys(p_values, True)

@@ -209,6 +209,10 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
         flags += ["--grad_clip=640"]
         yield "pipeline_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
+    # To the first evaluation of 2016.
+    for name, limit in (("iwae", []), ("iwae_limit_640", ["--grad_clip=640"])):
+        flags = ["--objective=iwae", *limit, "--max_updates=2000", "--seed=3"]
+        yield "pipeline_longer", f"{name}-3", *PIPELINE, *flags
     # One ingredient of ours each, in VAE_5 and IWAE_5 as they were.
     for seed in range(3):
         for objective, name, flag in (
