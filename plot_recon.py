@@ -130,7 +130,7 @@ class Run:
     @property
     def objective(self):
         """Its name without the likelihood and the year: what has a colour."""
-        return re.split(" AR-| of 2016", self.name)[0]
+        return re.split(" adaptive| of 2016", self.name)[0]
 
 
 def train_demo_runs(folder):
@@ -453,7 +453,7 @@ def name_of(config):
         if config.get(setting):
             words.append(variant)
     if config.get("ar_order"):
-        words.append(f"AR-{config['ar_order']}")
+        words.append("adaptive")
     return " ".join(words)
 
 
@@ -566,15 +566,17 @@ def title(data):
     minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
     if data["created_by"].startswith(common.SYNTHETIC):
         return "synthetic, not speech"
-    return f"{data['file']}, {minutes:.3g} minutes"
+    return f"{minutes:.3g} minutes of {data['file']}"
 
 
 def draw_bits(axis, tested, colours):
     """A row for each label, a point for each run, a line for each yardstick that is not far off."""
     groups = by_label(tested)
-    for place, group in enumerate(groups.values()):
+    names = []
+    for place, (label, group) in enumerate(groups.items()):
         bits = [bits_of(run, run.bounds[tightest_of(run)]) for run in group]
         axis.plot(bits, [place] * len(bits), "o", color=colours[group[0].objective])
+        names.append(f"{label}: {np.mean(bits):.2f}")
     highest = axis.get_xlim()[1]
     yardsticks = {}
     for run in tested:
@@ -582,11 +584,11 @@ def draw_bits(axis, tested, colours):
             yardsticks[name] = bits_of(run, nats)
     for (name, bits), line in zip(yardsticks.items(), itertools.cycle(LINES)):
         if bits < highest:
-            words = YARDSTICKS.get(name, name)
+            words = f"{YARDSTICKS.get(name, name)}: {bits:.2f}"
             axis.axvline(bits, color="0.3", linestyle=line, label=words)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    axis.set_yticks(range(len(groups)), groups)
+    axis.set_yticks(range(len(groups)), names)
     axis.set_ylim(len(groups) - 0.4, -0.6)
     for tick, group in zip(axis.get_yticklabels(), groups.values()):
         tick.set_color(colours[group[0].objective])

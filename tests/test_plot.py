@@ -113,7 +113,7 @@ def test_a_run_is_named_by_its_objective_or_by_what_its_script_states(tmp_path, 
         "2016's IWAE_5",
         "IWAE_5 DReG",
         "IWAE_7 resampled",
-        "LSTM AR-16",
+        "LSTM adaptive",
         "my objective",
         "other",
     ]
@@ -192,8 +192,8 @@ def test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likeli
     assert [(row[0], row[-1]) for row in plot("first", "second", "third")] == [
         ("VRNN", ""),
         ("VRNN warm", "3.00"),
-        ("VRNN AR-16", ""),
-        ("VRNN warm AR-16", "4.00"),
+        ("VRNN adaptive", ""),
+        ("VRNN warm adaptive", "4.00"),
     ]
 
 

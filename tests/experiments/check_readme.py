@@ -11,6 +11,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -40,7 +41,6 @@ OTHERS = {
     "0.003": SETTINGS,
     "0.08": SETTINGS,
     "0.1": SETTINGS,
-    "0.2": SETTINGS,
     "0.3": SETTINGS,
     "0.5": SETTINGS,
     "0.028": "bits, of windows.csv of lstm_ar_32-0 against the adaptive filter in the data file",
@@ -51,7 +51,8 @@ OTHERS = {
     "1.4": "nats in a hundredth of a bit, 200 log(2) / 100",
     "13.8": "the loudest of a hundred seconds drawn by lstm_ar_32_wide-0",
     "0.8": "410.40 - 409.63",
-    "0.74": "correlations between iwae and vrnn_rows_2 of published_2016_fresh, from update 300 on",
+    "0.2": "410.40 - 410.16; also a setting",
+    "0.74": "correlations between iwae and vrnn_rows_2 of pipeline_fresh, from update 300 on",
     "0.91": "the largest of them",
     "0.9": "common.SUM_OF_EXPONENTS; also the softest of a hundred seconds drawn",
     "8.8": "the loudest of them",
@@ -134,29 +135,36 @@ def full_table(*groups):
 
 # ---- the front page ------------------------------------------------------------------------------
 
-NATS = "adaptive likelihood, nats/frame"
-BITS = "its bits per sample"
 BENCHMARKED = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": "VAE_5", "vrnn_gauss_iwae": "IWAE_5"}
-LONGER = {
-    "lstm_ar_32-0": "LSTM, trained longer",
-    "lstm_ar_32_wide-0": "LSTM, wider and trained longer",
-}
+FRONT = (
+    "published likelihood, 5,000 updates: nats/frame",
+    "bits per sample",
+    "minutes",
+    "adaptive likelihood, 500 updates: nats/frame",
+    "its bits per sample",
+)
 
 
 def front_table():
-    """Of the runs behind the answer: what the front page shows."""
-    published = by_objective(runs_of("default_limit") + runs_of("without_z"))
+    """Of the runs behind the answer, the same seeds in all rows: what the front page shows."""
+    published = by_objective(runs_of("our_training") + runs_of("without_z"))
     adaptive = by_objective(
         [run for run in runs_of("latent_variables") if run.config["components"] == 8]
     )
     rows = []
     for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
-        rows.append(front_row(name, published[name], adaptive[name]))
-    for folder, words in LONGER.items():
-        longer = [run for run in runs_of("likelihood") if run.folder.name == folder]
-        rows.append(front_row(words, [], longer))
-    yardsticks = plot_recon.yardstick_rows(runs_of("likelihood"), NATS, BITS)
-    return markdown(rows + [row for row in yardsticks if row["objective"] != "histogram"])
+        groups = [[run for run in runs[name] if run.seed < 3] for runs in (published, adaptive)]
+        cells = []
+        for group in groups:
+            cells.append(mean_and_interval(filtered(group)))
+            cells.append(mean_and_interval(bits_by_filter(group), 3))
+        cells.insert(2, minutes(groups[0][0].config))
+        rows.append({"objective": name} | dict(zip(FRONT, cells)))
+    yardsticks = plot_recon.yardstick_rows(runs_of("our_training"), FRONT[0], FRONT[1])
+    for row in yardsticks:
+        if row["objective"] != "histogram":
+            rows.append(row | {FRONT[3]: row[FRONT[0]], FRONT[4]: row[FRONT[1]]})
+    return markdown(rows)
 
 
 def by_objective(runs):
@@ -164,16 +172,6 @@ def by_objective(runs):
     for run in runs:
         groups.setdefault(run.objective, []).append(run)
     return groups
-
-
-def front_row(name, published, adaptive):
-    row = {"objective": name}
-    row["published likelihood, nats/frame"] = mean_and_interval(filtered(published))
-    row["bits per sample"] = mean_and_interval(bits_by_filter(published), 3)
-    row["minutes"] = minutes(published[0].config) if published else ""
-    row[NATS] = mean_and_interval(filtered(adaptive))
-    row[BITS] = mean_and_interval(bits_by_filter(adaptive), 3)
-    return row
 
 
 def filtered(runs):
@@ -215,7 +213,7 @@ def minutes(config):
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient."""
     chosen = []
-    for run in runs_of("objectives", "clip", "default_limit", "variants"):
+    for run in runs_of("objectives", "clip", "our_training", "variants"):
         config = run.config
         is_usual = config["max_updates"] == 5000 and config["mirrored_init"] and config["x_noise"]
         if is_usual and run.bounds and run.name == name and config["grad_clip"] == limit:
@@ -290,7 +288,7 @@ def row_of_bounds(heading, *contrast):
 def norms_and_clips():
     """Median norm of the gradient, and the share of updates clipped, of runs that count them."""
     groups = {}
-    for run in runs_of("objectives", "clip", "default_limit", "regime"):
+    for run in runs_of("objectives", "clip", "our_training", "regime"):
         if "clipped" in log_of(run)[-1]:
             batch = in_words("batch_size", run.config["batch_size"])
             limit = in_words("grad_clip", run.config["grad_clip"])
@@ -333,7 +331,7 @@ def curve_of(run):
 def pipeline():
     """2016 as it was, and with one ingredient exchanged: held-out data at the same updates."""
     rows = []
-    for runs, _ in read("published_2016", "published_2016_exchanged"):
+    for runs, _ in read("pipeline_of_2016", "pipeline_exchanged"):
         for label, group in by_label(runs).items():
             config = group[0].config
             row = {
@@ -359,11 +357,6 @@ PIPELINE_WORDS = {
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
     "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
-    "vae_once": "VAE_5, each batch once",
-    "vae_by_stream": "VAE_5, states of its streams",
-    "vae_excerpts": "VAE_5, excerpts in random order",
-    "iwae_by_stream": "IWAE_5, states of its streams",
-    "iwae_excerpts": "IWAE_5, excerpts in random order",
     "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
     "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
@@ -371,9 +364,9 @@ PIPELINE_WORDS = {
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7, 10 and 13, seed by seed."""
+    """Contrasts 1 to 7 and 10, seed by seed."""
     return contrasts(
-        runs_of("published_2016", "published_2016_exchanged"),
+        runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
         ("1", "iwae", 600, "vrnn", 600),
         ("2", "iwae_limit_640", 600, "iwae", 600),
@@ -384,18 +377,49 @@ def pipeline_contrasts():
         ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
         ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
         ("10", "iwae_correct_weights", 600, "iwae_limit_640", 600),
-        ("13", "vae_once", 600, "vae", 600),
-        ("13", "vae_by_stream", 600, "vae", 600),
-        ("13", "vae_excerpts", 600, "vae", 600),
-        ("13", "iwae_by_stream", 600, "iwae", 600),
-        ("13", "iwae_excerpts", 600, "iwae", 600),
     )
+
+
+def longer():
+    """Contrast 13: two runs, means over evaluations in later and later updates."""
+    curves = {}
+    for run in runs_of("pipeline_longer"):
+        curves[run.folder.name.rpartition("-")[0]] = curve_of(run)
+    spans = itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000))
+    rows = [{"objective": PIPELINE_WORDS[name]} for name in ("iwae", "iwae_limit_640")]
+    rows.append({"objective": "gained by the wider limit"})
+    for first, last in spans:
+        means = []
+        for name in ("iwae", "iwae_limit_640"):
+            curve = curves[name]
+            means.append(statistics.mean(curve[at] for at in curve if first < at <= last))
+        for row, value in zip(rows, (*means, means[1] - means[0])):
+            row[f"updates {first + 1:,} to {last:,}"] = f"{value:.1f}"
+    return markdown(rows)
+
+
+def pipeline_clipped():
+    """The share of updates whose gradient was limited, mean over seeds."""
+    groups = {}
+    for run in runs_of("pipeline_of_2016", "pipeline_exchanged"):
+        groups.setdefault(run.folder.name.rpartition("-")[0], []).append(run)
+    rows = []
+    for name in ("vrnn", "vae", "iwae", "iwae_limit_640"):
+        row = {"objective": PIPELINE_WORDS[name]}
+        for first, last in itertools.pairwise((0, 50, 100, 150, 600)):
+            shares = []
+            for run in groups[name]:
+                clipped = {line["update"]: line["clipped"] for line in log_of(run)}
+                shares.append((clipped[last] - clipped.get(first, 0)) / (last - first))
+            row[f"updates {first + 1} to {last}"] = f"{100 * statistics.mean(shares):.0f} %"
+        rows.append(row)
+    return markdown(rows)
 
 
 def fresh_contrasts():
     """Contrasts 8, at equal updates and at about equal distinct windows, and 9, seed by seed."""
     return contrasts(
-        runs_of("published_2016_fresh"),
+        runs_of("pipeline_fresh"),
         ("8", "vae", 900, "vrnn", 900),
         ("8", "iwae", 900, "vrnn", 900),
         ("8", "vae", 900, "vrnn", 200),
@@ -408,7 +432,7 @@ def fresh_contrasts():
 def chapter_contrasts():
     """Contrast 11, seed by seed."""
     return contrasts(
-        runs_of("published_2016_chapters"),
+        runs_of("pipeline_chapters"),
         ("11", "vae", 4500, "vrnn", 4500),
         ("11", "iwae", 4500, "vrnn", 4500),
     )
@@ -416,7 +440,7 @@ def chapter_contrasts():
 
 def moving_together():
     """Contrast 12: do curves of different seeds change alike, once the first file is heard?"""
-    runs = runs_of("published_2016_chapters")
+    runs = runs_of("pipeline_chapters")
     rows = {}
     for one, other in itertools.combinations(runs, 2):
         if one.seed != other.seed:
@@ -450,6 +474,7 @@ def contrasts(all_runs, *pairs):
     for run in all_runs:
         runs.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
     rows = []
+    p_values = {}
     for number, one, at_one, other, at_other in pairs:
         seeds = sorted(runs[one].keys() & runs[other].keys())
         found = []
@@ -461,6 +486,8 @@ def contrasts(all_runs, *pairs):
             if at_one == at_other:
                 later = [update for update in curve if at_one / 2 <= update <= at_one]
                 means.append(statistics.mean(curve[update] - beside[update] for update in later))
+        if len(means) >= 3:
+            p_values[len(rows)] = p_value(means)
         rows.append(
             {
                 "contrast": number,
@@ -468,9 +495,33 @@ def contrasts(all_runs, *pairs):
                 "above": f"{PIPELINE_WORDS[other]}, update {at_other}",
                 "nats/frame, seed by seed": seed_by_seed(found, 1),
                 "mean from half-way on": seed_by_seed(means, 1),
+                "by Holm": "",
             }
         )
+    for row, stands in holm(p_values).items():
+        rows[row]["by Holm"] = "stands" if stands else "undecided"
     return markdown(rows)
+
+
+def p_value(differences):
+    """Of Student's t-test that their mean is 0, two-sided."""
+    freedom = len(differences) - 1
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    t = abs(statistics.mean(differences)) / error
+    # With t = sqrt(freedom) tan(angle) its density is a power of the cosine.
+    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
+    density = np.cos(angles) ** (freedom - 1)
+    return density[angles > math.atan(t / freedom**0.5)].sum() / density.sum()
+
+
+def holm(p_values):
+    """{name: whether it is significant at 5 %, all of them together} (Holm 1979)."""
+    stands = True
+    found = {}
+    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+        stands = stands and p_values[name] * (len(p_values) - rank) < 0.05
+        found[name] = stands
+    return found
 
 
 def latent_variables():
@@ -478,22 +529,25 @@ def latent_variables():
 
     The last column is of evaluations whose z comes from the prior.
     """
-    from_prior = {run.folder.name: run.bounds["elbo"] for run in runs_of("from_prior")}
     rows = []
-    for label, group in by_label(runs_of("latent_variables")).items():
-        rows.append(
-            {
-                "objective": label,
-                "seeds": str(len(group)),
-                "`elbo`": seed_by_seed([run.bounds["elbo"] for run in group]),
-                "particle filter": seed_by_seed(filtered(group)),
-                "`kl`": seed_by_seed([run.kl for run in group]),
-                "bits per sample": seed_by_seed(bits_by_filter(group), 3),
-                "`elbo`, z of the prior": seed_by_seed(
-                    [from_prior[run.folder.name] for run in group if run.folder.name in from_prior]
-                ),
-            }
-        )
+    # The active ones are of an earlier commit.
+    for suffix, words in (("", ""), ("_active", ", all latents active at the start")):
+        from_prior = {run.folder.name: run.bounds["elbo"] for run in runs_of("from_prior" + suffix)}
+        for label, group in by_label(runs_of("latent_variables" + suffix)).items():
+            names = [run.folder.name for run in group]
+            rows.append(
+                {
+                    "objective": label + words,
+                    "seeds": str(len(group)),
+                    "`elbo`": seed_by_seed([run.bounds["elbo"] for run in group]),
+                    "particle filter": seed_by_seed(filtered(group)),
+                    "`kl`": seed_by_seed([run.kl for run in group]),
+                    "bits per sample": seed_by_seed(bits_by_filter(group), 3),
+                    "`elbo`, z of the prior": seed_by_seed(
+                        [from_prior[name] for name in names if name in from_prior]
+                    ),
+                }
+            )
     return markdown(rows)
 
 
@@ -642,20 +696,21 @@ def published_size():
     for run in runs_of("published_size"):
         log = log_of(run)
         config = run.config
-        # Those in which all were active are of an earlier commit, which is in their logs.
-        active = (
-            config["z_dim"]
-            if "all_active" in run.folder.name
-            else min(config["z_dim"], common.FrameLikelihood.active)
-        )
+        # Two ways to begin are of earlier commits, which are in their logs.
+        active = str(min(config["z_dim"], common.FrameLikelihood.active))
+        if "all_active" in run.folder.name:
+            active = str(config["z_dim"])
+        if "weakly" in run.folder.name:
+            active += ", heard weakly"
         row = {
             "LSTM units": f"{config['rnn_dim']:,}",
             "latents": str(config["z_dim"]),
-            "active at the start": str(active),
+            "active at the start": active,
             "learning rate": f"{config['lr']:g}",
         }
         row |= monitored_at(log, (250, 500, 750, 1000))
         row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+        row["test, particle filter"] = f"{filtered([run])[0]:.2f}"
         rows.append(row)
     return markdown(rows)
 
@@ -727,13 +782,15 @@ TABLES = {
     "whole_recordings": whole_recordings,
     "pipeline": pipeline,
     "pipeline_contrasts": pipeline_contrasts,
+    "pipeline_clipped": pipeline_clipped,
+    "longer": longer,
     "fresh_contrasts": fresh_contrasts,
     "chapter_contrasts": chapter_contrasts,
     "moving_together": moving_together,
     "published_size": published_size,
     "latent_variables": latent_variables,
     "likelihood_z": partial(full_table, "likelihood_z"),
-    "default_limit": partial(full_table, "default_limit"),
+    "our_training": partial(full_table, "our_training"),
     "without_z": partial(full_table, "without_z"),
     "objectives": partial(full_table, "objectives"),
     "variants": partial(full_table, "objectives", "variants"),

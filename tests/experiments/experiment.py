@@ -265,7 +265,8 @@ def train(runs, updates, to, group, name, script, *flags):
             return
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        if (folder / file).exists():  # an evaluation has no log
+        is_needed = file != "windows.csv" or [script] != PIPELINE  # no table has its windows
+        if is_needed and (folder / file).exists():  # an evaluation has no log
             text = (folder / file).read_text()
             # Wherever the runs were on this machine.
             (kept / file).write_text(text.replace(f"{runs}/", "runs/experiment/"))

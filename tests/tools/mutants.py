@@ -73,6 +73,8 @@ NOT_FAST = MODEL + "a_model_with_another_step_or_network_is_not_run_by_the_fast_
 IN_BF16 = MODEL + "rollout_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding"
 GENERATION = MODEL + "generation_is_the_prior_and_decoder_that_training_scores"
 INITIAL = MODEL + "initialisation_scales_with_fan_in_and_keeps_a_signal_at_any_width"
+OF_MANY = MODEL + "of_many_latents_those_beyond_the_first_begin_as_the_prior"
+OF_ADAPTIVE = MODEL + "under_the_adaptive_likelihood_all_latents_begin_as_the_prior"
 MIRRORED = MODEL + "mirrored_layers_start_as_linear_maps_that_keep_x_apart"
 COLUMNS = (
     "test_published.py::test_weight_norm_rescales_every_published_column_of_w_and_nothing_else"
@@ -285,8 +287,22 @@ MUTANTS = (
         "units that come in pairs of equal weights",
         tests=MIRRORED,
         function="VRNN.mirror",
-        old="if layer in before_no_relu else [1.0, -1.0]",
-        new="if layer in before_no_relu else [1.0, 1.0]",
+        old="out_signs = ONE if layer in before_no_relu else PAIR",
+        new="out_signs = ONE if layer in before_no_relu else PAIR.abs()",
+    ),
+    Mutant(
+        "active latents that are heard the less, the more others there are",
+        tests=OF_MANY,
+        function="VRNN.mirror",
+        old="phi_z.weight[:, :active] = mirrored(phi_z.out_features, active, PAIR, ONE)",
+        new="pass",
+    ),
+    Mutant(
+        "latents that are active under the adaptive likelihood",
+        tests=OF_ADAPTIVE,
+        function="VRNN.mirror",
+        old="active = self.likelihood.active",
+        new="active = FrameLikelihood.active",
     ),
     Mutant(
         "weight norm of the recurrent weights too",
