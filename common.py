@@ -440,6 +440,7 @@ def lstm_cell(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
+# Signs of the weights of a unit alone, and of two that mirror each other.
 ONE = torch.tensor([1.0])
 PAIR = torch.tensor([1.0, -1.0])
 
