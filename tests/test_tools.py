@@ -341,6 +341,7 @@ GROUPS = (
     "likelihood",
     "likelihood_z",
     "our_training",
+    "our_training_more",
     "our_training_long",
     "published_size",
     "without_z",

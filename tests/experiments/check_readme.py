@@ -153,7 +153,7 @@ def front_table():
     )
     rows = []
     for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
-        groups = [[run for run in runs[name] if run.seed < 3] for runs in (published, adaptive)]
+        groups = [runs[name] for runs in (published, adaptive)]
         cells = []
         for group in groups:
             cells.append(mean_and_interval(filtered(group)))
@@ -213,7 +213,7 @@ def minutes(config):
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient."""
     chosen = []
-    for run in runs_of("objectives", "clip", "our_training", "variants"):
+    for run in runs_of("objectives", "clip", "our_training", "our_training_more", "variants"):
         config = run.config
         is_usual = config["max_updates"] == 5000 and config["mirrored_init"] and config["x_noise"]
         if is_usual and run.bounds and run.name == name and config["grad_clip"] == limit:
@@ -288,7 +288,7 @@ def row_of_bounds(heading, *contrast):
 def norms_and_clips():
     """Median norm of the gradient, and the share of updates clipped, of runs that count them."""
     groups = {}
-    for run in runs_of("objectives", "clip", "our_training", "regime"):
+    for run in runs_of("objectives", "clip", "our_training", "our_training_more", "regime"):
         if "clipped" in log_of(run)[-1]:
             batch = in_words("batch_size", run.config["batch_size"])
             limit = in_words("grad_clip", run.config["grad_clip"])
