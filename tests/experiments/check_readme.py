@@ -363,6 +363,14 @@ PIPELINE_WORDS = {
 }
 
 
+def by_variant(runs):
+    """{name of the folder without the seed: {seed: run}}."""
+    variants = {}
+    for run in runs:
+        variants.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
+    return variants
+
+
 def pipeline_contrasts():
     """Contrasts 1 to 7 and 10, seed by seed."""
     return contrasts(
@@ -381,17 +389,15 @@ def pipeline_contrasts():
 
 
 def longer():
-    """Contrast 13: two runs, means over evaluations in later and later updates."""
-    curves = {}
-    for run in runs_of("pipeline_longer"):
-        curves[run.folder.name.rpartition("-")[0]] = curve_of(run)
+    """Contrast 13: two runs of seed 3, means over evaluations in later and later updates."""
+    variants = by_variant(runs_of("pipeline_longer"))
     spans = itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000))
     rows = [{"objective": PIPELINE_WORDS[name]} for name in ("iwae", "iwae_limit_640")]
     rows.append({"objective": "gained by the wider limit"})
     for first, last in spans:
         means = []
         for name in ("iwae", "iwae_limit_640"):
-            curve = curves[name]
+            curve = curve_of(variants[name][3])
             means.append(statistics.mean(curve[at] for at in curve if first < at <= last))
         for row, value in zip(rows, (*means, means[1] - means[0])):
             row[f"updates {first + 1:,} to {last:,}"] = f"{value:.1f}"
@@ -400,15 +406,13 @@ def longer():
 
 def pipeline_clipped():
     """The share of updates whose gradient was limited, mean over seeds."""
-    groups = {}
-    for run in runs_of("pipeline_of_2016", "pipeline_exchanged"):
-        groups.setdefault(run.folder.name.rpartition("-")[0], []).append(run)
+    variants = by_variant(runs_of("pipeline_of_2016", "pipeline_exchanged"))
     rows = []
     for name in ("vrnn", "vae", "iwae", "iwae_limit_640"):
         row = {"objective": PIPELINE_WORDS[name]}
         for first, last in itertools.pairwise((0, 50, 100, 150, 600)):
             shares = []
-            for run in groups[name]:
+            for run in variants[name].values():
                 clipped = {line["update"]: line["clipped"] for line in log_of(run)}
                 shares.append((clipped[last] - clipped.get(first, 0)) / (last - first))
             row[f"updates {first + 1} to {last}"] = f"{100 * statistics.mean(shares):.0f} %"
@@ -470,9 +474,7 @@ def changes_of(run, apart):
 
 def contrasts(all_runs, *pairs):
     """pairs: (number, one, at its update, above the other, at its update)."""
-    runs = {}
-    for run in all_runs:
-        runs.setdefault(run.folder.name.rpartition("-")[0], {})[run.seed] = run
+    runs = by_variant(all_runs)
     rows = []
     p_values = {}
     for number, one, at_one, other, at_other in pairs:
