@@ -212,9 +212,13 @@ def pipeline_of_2016():
         flags += ["--grad_clip=640"]
         yield "pipeline_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016.
-    for name, limit in (("iwae", []), ("iwae_limit_640", ["--grad_clip=640"])):
-        flags = ["--objective=iwae", *limit, "--max_updates=2000", "--seed=3"]
-        yield "pipeline_longer", f"{name}-3", *PIPELINE, *flags
+    for name, flags in (
+        ("iwae", ["--objective=iwae"]),
+        ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
+        ("vrnn", ["--objective=vrnn"]),
+        ("vae", ["--objective=vae"]),
+    ):
+        yield "pipeline_longer", f"{name}-3", *PIPELINE, *flags, "--max_updates=2000", "--seed=3"
     # One ingredient of ours each, in VAE_5 and IWAE_5 as they were.
     for seed in range(3):
         for objective, name, flag in (
