@@ -34,6 +34,15 @@ GRADIENTS = [(40, 1), (40, 2), (40, 5), (40, 20), (10, 5), (160, 5)]  # (T, K)
 WINDOWS, BATCH, DRAWS = 64, 8, 50
 
 
+def trained(path):
+    """The model of a best.pt, and what else is in the file."""
+    checkpoint = common.read_checkpoint(path, "checkpoint")
+    config = checkpoint["config"]  # older ones lack some
+    model = common.VRNN(**{name: config[name] for name in common.SIZES if name in config})
+    common.load_parameters(model, checkpoint, path, "checkpoint")
+    return model, checkpoint
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -179,10 +188,7 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    checkpoint = common.read_checkpoint(options.checkpoint, "checkpoint")
-    config = checkpoint["config"]  # older ones lack some
-    model = common.VRNN(**{name: config[name] for name in common.SIZES if name in config})
-    common.load_parameters(model, checkpoint, options.checkpoint, "checkpoint")
+    model, checkpoint = trained(options.checkpoint)
     corpus = common.open_corpus(options.data)
     with torch.no_grad():
         weights = collapse(model, corpus)
