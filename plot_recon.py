@@ -61,7 +61,7 @@ WORDS = {
     "max_updates": "{:,} updates",
     "grad_clip": "clipped at {:g}",
     "rnn_dim": "{} units",
-    "batch_size": "{} sequences",
+    "batch_size": "batch of {}",
     "rows": "{} rows",
 }
 # Settings that need not be said where these are changed with them.
@@ -96,7 +96,7 @@ class Run:
     folder: Path
     name: str
     config: dict
-    data: dict  # file, created_by, mean and std of the training; samples of each split
+    data: dict  # file, created_by, mean and std of the training
     curve: np.ndarray | None = None  # rows: updates made, nats per frame on valid by then
     bounds: dict = field(default_factory=dict)  # {bound: nats per frame on test}; {}: not tested
     kl: float | None = None  # that part of the variational bound
@@ -289,7 +289,6 @@ def checked_data(data):
     """The data of a run, with what is drawn of them."""
     for name, kind in {"file": str, "created_by": str, "mean": NUMBER, "std": NUMBER}.items():
         part(data, name, kind=kind)
-    part(data, "samples", "train", kind=NUMBER)
     if not data["std"] > 0:
         raise Damaged("its std is not positive")
     # Two conversions of the same recordings may add up in another order.
@@ -551,22 +550,22 @@ def draw_curves(axis, runs, styles):
             f"no finite held-out bound yet in {', '.join(run.folder.name for run in runs)}; wait "
             "for the first monitoring interval, or leave the folder out"
         )
-    # The first steep updates and single spikes would stretch the axis: a twentieth lies below it.
-    axis.set_ylim(bottom=np.quantile(finite, 0.05))
+    # The first steep updates and single spikes would stretch the axis: an eighth lies below it.
+    axis.set_ylim(bottom=np.quantile(finite, 0.125))
     axis.locator_params("x", nbins=6)
-    axis.legend(loc="lower right")
+    axis.legend()
     axis.set(
-        title=f"{runs[0].folder.parent.name.replace('_', ' ')}: {title(runs[0].data)}",
+        title=title(runs[0]),
         xlabel="updates",
         ylabel=f"held-out nats per frame (higher is better),\n{in_full(runs[0].monitored)}",
     )
 
 
-def title(data):
-    minutes = data["samples"]["train"] / common.SAMPLE_RATE / 60
-    if data["created_by"].startswith(common.SYNTHETIC):
-        return "synthetic, not speech"
-    return f"{minutes:.3g} minutes of {data['file']}"
+def title(run):
+    folder = run.folder.parent.name.replace("_", " ")
+    if run.data["created_by"].startswith(common.SYNTHETIC):
+        return f"{folder}: synthetic, not speech"
+    return folder
 
 
 def draw_bits(axis, tested, colours):

@@ -140,11 +140,11 @@ def test_settings_in_which_runs_of_a_name_differ_are_said_in_words_in_all_folder
             write_run(tmp_path / folder / name, **config)
     assert [row[0] for row in plot("runs", "others")] == [
         "VRNN, clipped at 640, 5,000 updates",
-        "VAE_5, 8 sequences",
+        "VAE_5, batch of 8",
         "IWAE_5, bf16",
         "VRNN, clipped at 640, 12,500 updates",
         "VRNN, not clipped, 5,000 updates",
-        "VAE_5, 128 sequences",
+        "VAE_5, batch of 128",
         "IWAE_5, no bf16",
     ]
 

@@ -390,7 +390,7 @@ def pipeline_contrasts():
 
 def longer():
     """Contrast 13: two runs of seed 3, means over evaluations in later and later updates."""
-    variants = by_variant(runs_of("pipeline_longer"))
+    variants = by_variant(runs_of("copy_of_2016"))
     spans = itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000))
     rows = [{"objective": PIPELINE_WORDS[name]} for name in ("iwae", "iwae_limit_640")]
     rows.append({"objective": "gained by the wider limit"})
