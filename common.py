@@ -375,21 +375,6 @@ def weighted_sum(weights, past):
 
 # ---- VRNN ----------------------------------------------------------------------------------------
 
-# Hyperparameters that are arguments of a VRNN, in their order. A new one is a field of the three
-# scripts, an argument of VRNN.__init__, and a name here; where 0 makes sense, also in LEAST.
-SIZES = (
-    "x_dim",
-    "z_dim",
-    "rnn_dim",
-    "q_z_dim",
-    "p_z_dim",
-    "p_x_dim",
-    "x2s_dim",
-    "z2s_dim",
-    "ar_order",
-    "components",
-)
-
 
 @dataclasses.dataclass
 class Rollout:
@@ -722,6 +707,11 @@ class VRNN(nn.Module):
 def for_particles(from_x, h):
     """Each sequence's row of from_x, (., B, .), repeated for its particles: as many rows as h."""
     return from_x.repeat_interleave(h.shape[-2] // from_x.shape[-2], dim=-2)
+
+
+# Hyperparameters that are arguments of a VRNN. A new one is an argument of VRNN.__init__ and a field
+# of the three scripts; where 0 makes sense, also in LEAST.
+SIZES = tuple(inspect.signature(VRNN).parameters)
 
 
 def vrnn_of(h):
