@@ -89,7 +89,7 @@ def table(runs, updates):
     yield from judges(runs)
     yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
     quickly_tested = ("--eval_k=5", "--eval_recordings=0")
-    for name, script in OBJECTIVES.items():
+    for name, script in WITH_RESAMPLED.items():
         yield "likelihood_z", f"{name}_ar_32-0", *script, *ADAPTIVE, *quickly_tested
     wide = [f"--{size}=256" for size in ("x2s_dim", "p_x_dim", "rnn_dim")]
     yield "likelihood", "lstm_ar_32_wide-0", *VRNN, *ADAPTIVE, "--z_dim=0", *wide, "--batch_size=16"
