@@ -193,6 +193,8 @@ def latent_variables(runs):
             yield "from_prior", f"{name}-{seed}", "tests/experiments/from_prior", *flags
     yield "latent_variables", "lstm_one-0", *VRNN, *short, "--z_dim=0", "--components=1"
     yield "latent_variables", "vrnn_one-0", *VRNN, *short, "--components=1"
+    # As many filters in all as five particles have.
+    yield "latent_variables", "lstm_40-0", *VRNN, *short, "--z_dim=0", "--components=40"
 
 
 def pipeline_of_2016():
