@@ -187,7 +187,7 @@ def latent_variables(runs):
             yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
         yield "latent_variables", f"lstm-{seed}", *VRNN, *short, "--z_dim=0", f"--seed={seed}"
     for seed in range(3):
-        for name in OBJECTIVES:
+        for name in WITH_RESAMPLED:
             trained = runs / "latent_variables" / f"{name}-{seed}" / "best.pt"
             flags = [f"--evaluate={trained}", "--eval_k=5", "--eval_recordings=0"]
             yield "from_prior", f"{name}-{seed}", "tests/experiments/from_prior", *flags
