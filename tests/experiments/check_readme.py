@@ -135,36 +135,30 @@ def full_table(*groups):
 
 # ---- the front page ------------------------------------------------------------------------------
 
+LATER = "benchmark_likelihood.json"  # of the adaptive likelihood
 BENCHMARKED = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": "VAE_5", "vrnn_gauss_iwae": "IWAE_5"}
-FRONT = (
-    "published likelihood, 5,000 updates: nats/frame",
-    "bits per sample",
-    "minutes",
-    "adaptive likelihood, 500 updates: nats/frame",
-    "its bits per sample",
-)
+# Of the front page: the runs of 5,000 updates under each likelihood, and the order of objectives.
+FRONT = {"published": ("our_training", "without_z"), "adaptive": ("likelihood", "likelihood_z")}
+OBJECTIVES = ("LSTM", "VRNN", "VAE_5", "IWAE_5", "IWAE_5 resampled")
 
 
 def front_table():
-    """Of the runs behind the answer, the same seeds in all rows: what the front page shows."""
-    published = by_objective(runs_of("our_training") + runs_of("without_z"))
-    adaptive = by_objective(
-        [run for run in runs_of("latent_variables") if run.config["components"] == 8]
+    """The objectives under both likelihoods after 5,000 updates, and what has to be beaten."""
+    rows = {name: {"objective": name} for name in OBJECTIVES}
+    for likelihood, groups in FRONT.items():
+        for name, runs in by_objective(runs_of(*groups)).items():
+            small = [run for run in runs if run.config["rnn_dim"] == benchmark.SMALL["rnn_dim"]]
+            rows[name] |= {
+                f"{likelihood} likelihood": mean_and_interval(filtered(small)),
+                f"{likelihood}: bits": mean_and_interval(bits_by_filter(small), 3),
+                f"{likelihood}: minutes": minutes(small[0].config),
+            }
+    # The adaptive likelihood is what could beat them.
+    yardsticks = plot_recon.yardstick_rows(
+        runs_of("our_training"), "adaptive likelihood", "adaptive: bits"
     )
-    rows = []
-    for name in ("LSTM", "VRNN", "VAE_5", "IWAE_5"):
-        groups = [runs[name] for runs in (published, adaptive)]
-        cells = []
-        for group in groups:
-            cells.append(mean_and_interval(filtered(group)))
-            cells.append(mean_and_interval(bits_by_filter(group), 3))
-        cells.insert(2, minutes(groups[0][0].config))
-        rows.append({"objective": name} | dict(zip(FRONT, cells)))
-    yardsticks = plot_recon.yardstick_rows(runs_of("our_training"), FRONT[0], FRONT[1])
-    for row in yardsticks:
-        if row["objective"] != "histogram":
-            rows.append(row | {FRONT[3]: row[FRONT[0]], FRONT[4]: row[FRONT[1]]})
-    return markdown(rows)
+    models = [row for row in rows.values() if len(row) > 1]
+    return markdown(models + [row for row in yardsticks if row["objective"] != "histogram"])
 
 
 def by_objective(runs):
@@ -189,6 +183,7 @@ def minutes(config):
         if config[size] != benchmark.SMALL[size]:
             return ""
     measured = json_of("benchmark.json")["tables"]
+    variants = measured["variants_small"] + json_of(LATER)["tables"]["likelihood_small"]
     objective = BENCHMARKED[config["script"]]
     for row in measured["updates_small"]:
         if row["objective"] == objective and row["batch"] == config["batch_size"]:
@@ -196,7 +191,7 @@ def minutes(config):
     # VAE_5 does with a flag what IWAE_5 does.
     like = "VRNN" if objective == "VRNN" else "IWAE_5"
     ratios = {}
-    for row in measured["variants_small"]:
+    for row in variants:
         if row["objective"] == like:
             ratios[row["flag"].strip("-").partition("=")[0]] = row["ratio"]
     for setting in ("ar_order", "resample", "dreg"):
@@ -389,17 +384,21 @@ def pipeline_contrasts():
 
 
 def longer():
-    """Contrast 13: two runs of seed 3, means over evaluations in later and later updates."""
+    """Contrasts 13 to 15: runs of seed 3, means over evaluations in later and later updates."""
     variants = by_variant(runs_of("copy_of_2016"))
-    spans = itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000))
-    rows = [{"objective": PIPELINE_WORDS[name]} for name in ("iwae", "iwae_limit_640")]
-    rows.append({"objective": "gained by the wider limit"})
-    for first, last in spans:
+    names = ("vrnn", "vae", "iwae", "iwae_limit_640")
+    rows = [{"nats/frame": PIPELINE_WORDS[name]} for name in names]
+    rows.append({"nats/frame": "13: gained by IWAE_5 from the wider limit"})
+    rows.append({"nats/frame": "14: IWAE_5 above VRNN"})
+    rows.append({"nats/frame": "15: VAE_5 above VRNN"})
+    for first, last in itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000)):
         means = []
-        for name in ("iwae", "iwae_limit_640"):
+        for name in names:
             curve = curve_of(variants[name][3])
             means.append(statistics.mean(curve[at] for at in curve if first < at <= last))
-        for row, value in zip(rows, (*means, means[1] - means[0])):
+        vrnn, vae, iwae, limited_alike = means
+        differences = [limited_alike - iwae, iwae - vrnn, vae - vrnn]
+        for row, value in zip(rows, means + differences):
             row[f"updates {first + 1:,} to {last:,}"] = f"{value:.1f}"
     return markdown(rows)
 
@@ -599,16 +598,25 @@ def signal_to_noise():
     return markdown(list(rows.values()))
 
 
+LSTMS = ("likelihood", "likelihood_larger")
+
+
 def groups_by_label(*groups):
     """(label, runs) of the tested runs of these groups, each group labelled alone."""
     for group in groups:
         yield from by_label([run for run in runs_of(group) if run.bounds]).items()
 
 
+def lstms():
+    """Those with the adaptive likelihood, above the one of default sizes."""
+    runs = runs_of(*LSTMS)
+    return plot_recon.table(runs, runs[:1])
+
+
 def effective_sizes():
     """Of the particle filter, and of the importance weights of whole windows, on the test split."""
     rows = []
-    for label, group in groups_by_label("objectives", "variants", *made("likelihood")):
+    for label, group in groups_by_label("objectives", "variants"):
         in_filter, of_windows, spread = [], [], []
         for evaluation in map(evaluation_of, group):
             bounds = evaluation["bounds"]
@@ -629,7 +637,8 @@ def effective_sizes():
 def whole_recordings():
     """smc_100 of 8 recordings from their beginning to their end, and FLAC on the same."""
     rows = []
-    for label, group in groups_by_label("objectives", *made("likelihood")):
+    groups = groups_by_label("objectives")
+    for label, group in itertools.chain(groups, by_label(runs_of(*LSTMS)).items()):
         found = [evaluation_of(run)["whole_recordings"] for run in group]
         rows.append(row_of_recordings(label, [bounds["smc_100"] for bounds in found]))
     for name in ("flac", "adaptive_filter"):
@@ -738,7 +747,6 @@ UPDATES = {
     "of_products": "of the product rate",
     "ratio": "plain / ours",
 }
-LATER = "benchmark_likelihood.json"
 WITH_FLAG = {
     "objective": "objective",
     "flag": "flag",
@@ -796,7 +804,7 @@ TABLES = {
     "without_z": partial(full_table, "without_z"),
     "objectives": partial(full_table, "objectives"),
     "variants": partial(full_table, "objectives", "variants"),
-    "likelihood": partial(full_table, "likelihood"),
+    "likelihood": lstms,
     "reader": partial(full_table, "reader"),
     "latents": partial(full_table, "objectives", "latents"),
     "adam": partial(full_table, "objectives", "adam"),

@@ -87,12 +87,14 @@ def table(runs, updates):
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
     yield from judges(runs)
-    yield "likelihood", "lstm_ar_32-0", *VRNN, *ADAPTIVE, "--z_dim=0"
+    lstm = [*VRNN, *ADAPTIVE, "--z_dim=0"]
+    yield "likelihood", "lstm_ar_32-0", *lstm
     quickly_tested = ("--eval_k=5", "--eval_recordings=0")
-    for name, script in WITH_RESAMPLED.items():
+    for name, script in OBJECTIVES.items():
         yield "likelihood_z", f"{name}_ar_32-0", *script, *ADAPTIVE, *quickly_tested
     wide = [f"--{size}=256" for size in ("x2s_dim", "p_x_dim", "rnn_dim")]
-    yield "likelihood", "lstm_ar_32_wide-0", *VRNN, *ADAPTIVE, "--z_dim=0", *wide, "--batch_size=16"
+    yield "likelihood_larger", "lstm_ar_32_wide-0", *lstm, *wide, "--batch_size=16"
+    yield "likelihood_larger", "lstm_ar_32_components_40-0", *lstm, "--components=40"
     yield from published_size()
     yield from latent_variables(runs)
     yield from pipeline_of_2016()
