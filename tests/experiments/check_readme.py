@@ -525,6 +525,17 @@ def holm(p_values):
     return found
 
 
+ADAPTIVE_WORDS = {
+    "vrnn": "VRNN",
+    "vae_5": "VAE_5",
+    "iwae_5": "IWAE_5",
+    "iwae_5_resample": "IWAE_5 resampled",
+    "iwae_5_resample_from_prior": "IWAE_5 resampled, z of the prior",
+    "lstm_40": "LSTM, 40 components",
+    "lstm": "LSTM, 8 components",
+}
+
+
 def latent_variables():
     """The adaptive likelihood with and without latent variables.
 
@@ -549,6 +560,40 @@ def latent_variables():
                     ),
                 }
             )
+    return markdown(rows)
+
+
+def resampled():
+    """What the resampled IWAE_5 gains on the LSTM, and what more components gain."""
+    variants = by_variant(runs_of("latent_variables"))
+    from_prior = by_variant(runs_of("from_prior"))["iwae_5_resample"]
+    variants["iwae_5_resample_from_prior"] = from_prior
+    rows = []
+    for name, words in ADAPTIVE_WORDS.items():
+        if name == "lstm":
+            continue
+        differences = []
+        for seed, run in variants[name].items():
+            with_z, without_z = filtered([run, variants["lstm"][seed]])
+            differences.append(with_z - without_z)
+        rows.append(
+            {
+                "nats/frame above the LSTM with 8 components": words,
+                "seed by seed": seed_by_seed(differences),
+                "mean": mean_and_interval(differences) if len(differences) > 1 else "",
+            }
+        )
+    return markdown(rows)
+
+
+def filters():
+    """Of filters_adaptive.json: the mean over windows by filters of more and more particles."""
+    rows = []
+    for name, by_particles in json_of("filters_adaptive.json")["runs"].items():
+        row = {"nats/frame, 64 windows": ADAPTIVE_WORDS[name.removesuffix("-0")]}
+        for k, nats in by_particles.items():
+            row[f"{k} particles"] = f"{statistics.mean(nats):.2f}"
+        rows.append(row)
     return markdown(rows)
 
 
@@ -799,6 +844,8 @@ TABLES = {
     "moving_together": moving_together,
     "published_size": published_size,
     "latent_variables": latent_variables,
+    "resampled": resampled,
+    "filters": filters,
     "likelihood_z": partial(full_table, "likelihood_z"),
     "our_training": partial(full_table, "our_training"),
     "without_z": partial(full_table, "without_z"),
