@@ -233,6 +233,7 @@ def pipeline_of_2016():
             ("vae", "excerpts", "--order=excerpts"),
             ("iwae", "by_stream", "--carried=by_stream"),
             ("iwae", "excerpts", "--order=excerpts"),
+            ("iwae", "favoured_best", "--favoured=best"),
         ):
             flags = [f"--objective={objective}", flag, f"--seed={seed}"]
             yield "pipeline_exchanged", f"{objective}_{name}-{seed}", *PIPELINE, *flags
