@@ -150,13 +150,13 @@ def front_table():
         for name, runs in by_objective(runs_of(*groups)).items():
             small = [run for run in runs if run.config["rnn_dim"] == benchmark.SMALL["rnn_dim"]]
             rows[name] |= {
-                f"{likelihood}: nats": mean_and_interval(filtered(small)),
+                f"{likelihood} likelihood: nats": mean_and_interval(filtered(small)),
                 f"{likelihood}: bits": mean_and_interval(bits_by_filter(small), 3),
                 f"{likelihood}: minutes": minutes(small[0].config),
             }
     # The adaptive likelihood is what could beat them.
     yardsticks = plot_recon.yardstick_rows(
-        runs_of("our_training"), "adaptive: nats", "adaptive: bits"
+        runs_of("our_training"), "adaptive likelihood: nats", "adaptive: bits"
     )
     models = [row for row in rows.values() if len(row) > 1]
     return markdown(models + [row for row in yardsticks if row["objective"] != "histogram"])
