@@ -352,6 +352,8 @@ PIPELINE_WORDS = {
     "vae": "VAE_5",
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
+    "iwae_by_stream": "IWAE_5 with states of its own speech",
+    "iwae_favoured_best": "IWAE_5 with the right sign",
     "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
     "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
@@ -368,7 +370,7 @@ def by_variant(runs):
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7 and 10, seed by seed."""
+    """Contrasts 1 to 7, 10, 16 and 17, seed by seed."""
     return contrasts(
         runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -381,6 +383,8 @@ def pipeline_contrasts():
         ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
         ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
         ("10", "iwae_correct_weights", 600, "iwae_limit_640", 600),
+        ("16", "iwae_by_stream", 600, "iwae", 600),
+        ("17", "iwae_favoured_best", 600, "iwae", 600),
     )
 
 
