@@ -90,11 +90,6 @@ def runs_of(*groups):
     return runs
 
 
-def made(*groups):
-    """Those of the groups whose folder is there: the runs of some are not made yet."""
-    return tuple(group for group in groups if (RESULTS / group).is_dir())
-
-
 def json_of(path):
     return json.loads((RESULTS / path).read_text())
 
@@ -124,12 +119,7 @@ def percent_clipped(log):
 
 
 def full_table(*groups):
-    """The rows of plot_recon.py for the last of the groups, where it draws all of them.
-
-    Without rows where its folder is not there.
-    """
-    if not made(groups[-1]):
-        return ""
+    """The rows of plot_recon.py for the last of the groups, where it draws all of them."""
     return plot_recon.table(*read(*groups)[-1])
 
 

@@ -27,7 +27,7 @@ SEED = 2015
 def filtered(model, corpus, k, windows):
     """The filter's log-likelihood of each window, in nats per frame."""
     starts = common.piece_starts(corpus.test, FRAMES * model.x_dim, windows)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = particles.seeded(SEED)
     x_TBX = common.frames_at(corpus.test, starts, FRAMES, model.x_dim, corpus, generator)
     with torch.no_grad():
         estimate_TB, _ = common.estimate_smc(model, x_TBX, k, generator)
