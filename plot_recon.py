@@ -102,7 +102,6 @@ class Run:
     kl: float | None = None  # that part of the variational bound
     yardsticks: dict = field(default_factory=dict)  # the same as bounds, of FLAC and the like
     window_count: int = 0  # on test
-    by_window: dict = field(default_factory=dict)  # {bound: nats per frame of each test window}
     label: str = ""  # the name, and the settings that tell it from others of this name
 
     @property
@@ -189,7 +188,7 @@ def bits_of(run, nats):
 def paired(group, reference, bound):
     """Differences of a test bound between two groups of runs, one for each seed that both have.
 
-    Each is a mean over windows. They must be the same windows in the same unit, so of the same
+    A bound is a mean over windows. They must be the same windows in the same unit, so of the same
     data, normalisation and sizes.
     """
     ours = by_seed(group, bound)
@@ -198,12 +197,12 @@ def paired(group, reference, bound):
     for seed in sorted(ours.keys() & theirs.keys()):
         one, other = ours[seed], theirs[seed]
         if one is not other and not differing(one, other, "data", "frame_sizes", "window_count"):
-            differences.append(np.mean(one.by_window[bound] - other.by_window[bound]))
+            differences.append(one.bounds[bound] - other.bounds[bound])
     return np.array(differences)
 
 
 def by_seed(runs, bound):
-    return {run.seed: run for run in runs if bound in run.by_window}
+    return {run.seed: run for run in runs if bound in run.bounds}
 
 
 def differing(one, other, *fields):
@@ -335,7 +334,7 @@ def read_evaluation(folder):
 
 
 def read_test(run, remedy):
-    """Add the bounds on the test split, the yardsticks, and the bounds of each window."""
+    """Add the bounds on the test split, and the yardsticks."""
     path = run.folder / "eval.json"
     with reading(path, remedy):
         evaluation = from_json(text_of(path))
@@ -349,25 +348,6 @@ def read_test(run, remedy):
         if "yardsticks" in evaluation:  # older ones have none
             yardsticks = part(evaluation, "yardsticks")
             run.yardsticks = {name: nats_in(yardsticks, name) for name in yardsticks}
-    path = run.folder / "windows.csv"
-    if path.exists():  # older runs have none
-        with reading(path, remedy):
-            run.by_window = read_windows(text_of(path), run.window_count)
-
-
-def read_windows(text, count):
-    """{bound: nats per frame of each of so many windows}."""
-    first, *lines = text.splitlines() or [""]
-    names = first.split(",")
-    try:
-        values = np.array([line.split(",") for line in lines], float)
-    except ValueError as error:
-        raise Damaged(common.first_line(error)) from error
-    if values.shape != (count, len(names)):
-        raise Damaged(
-            f"it is no table of {len(names)} columns and the {count} windows of eval.json"
-        )
-    return dict(zip(names, values.T))
 
 
 def read_runs(folder):

@@ -49,9 +49,6 @@ def write_evaluation(folder, shift, data, config, bounds, windows=4, **more):
         bounds={name: dict(nats_per_frame=bound, stderr=1.0) for name, bound in bounds.items()},
     )
     (folder / "eval.json").write_text(json.dumps(evaluation))
-    rows = np.add.outer(np.arange(windows), list(bounds.values()))
-    names = ",".join(bounds)
-    np.savetxt(folder / "windows.csv", rows, "%.3f", ",", header=names, comments="")
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -406,7 +403,7 @@ def test_an_objective_has_its_colour_whatever_is_drawn_beside_it(tmp_path, plot,
 
 def test_an_error_of_our_own_is_not_taken_for_a_damaged_file(tmp_path, plot, monkeypatch):
     write_run(tmp_path / "runs/a")
-    for name in ("read_curve", "read_windows", "checked_data"):
+    for name in ("read_curve", "read_test", "checked_data"):
         with monkeypatch.context() as patch:
             patch.setattr(plot_recon, name, lambda *arguments: {}["a typo"])
             with pytest.raises(KeyError, match="a typo"):
@@ -439,9 +436,6 @@ def damage(path, text, instead):
         ("eval.json", '"elbo": {', '"elbow": {', "anew"),
         ("eval.json", '"windows": 4', '"windows": "x"', "anew"),
         ("eval.json", "{", "", "anew"),
-        ("windows.csv", "elbo", "elbo,x", "anew"),
-        ("windows.csv", ".000", "x", "anew"),
-        ("windows.csv", "\n", "\n1,2,3,4,5\n", "anew"),
     ),
 )
 def test_a_damaged_file_of_a_run_is_named_with_a_remedy_that_fits(
@@ -464,7 +458,6 @@ def test_a_damaged_file_of_a_run_is_named_with_a_remedy_that_fits(
         ("eval.json", "{", ""),
         ("config.json", '"seed"', '"sead"'),
         ("config.json", "{", "["),
-        ("windows.csv", "elbo", "elbo,x"),
         ("eval.json", '"file": "a.h5", ', ""),
     ),
 )

@@ -54,8 +54,9 @@ PUBLISHED_SIZE = (
     "--z_dim 200 --batch_size 16"
 ).split()
 # What is copied of a run; the last one says that all are there.
-KEPT = ("log.jsonl", "windows.csv", "eval.json", "config.json")
-OF_TEST = ("windows.csv", "eval.json")
+KEPT = ("log.jsonl", "eval.json", "config.json")
+# Those that are compared window by window.
+WITH_WINDOWS = ("our_training", "our_training_more", "likelihood", "likelihood_larger")
 
 
 def lengths(updates):
@@ -279,10 +280,13 @@ def train(runs, updates, to, group, name, script, *flags):
             print(f"{name}: status {status}, see {folder}.txt", flush=True)
             return
     kept.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
-        # 2016's pipeline is compared by its curves on valid.
-        is_needed = [script] != PIPELINE or file not in OF_TEST
-        if is_needed and (folder / file).exists():  # an evaluation has no log
+    files = [*KEPT]
+    if group in WITH_WINDOWS:
+        files.insert(0, "windows.csv")
+    if [script] == PIPELINE:
+        files.remove("eval.json")  # it is compared by its curves on valid
+    for file in files:
+        if (folder / file).exists():  # an evaluation has no log
             text = (folder / file).read_text()
             # Wherever the runs were on this machine.
             (kept / file).write_text(text.replace(f"{runs}/", "runs/experiment/"))
