@@ -341,7 +341,11 @@ PIPELINE_WORDS = {
     "vae": "VAE_5",
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
+    "vae_once": "VAE_5 without replays",
+    "vae_by_stream": "VAE_5 with states of its own speech",
+    "vae_excerpts": "VAE_5 with rows in excerpts",
     "iwae_by_stream": "IWAE_5 with states of its own speech",
+    "iwae_excerpts": "IWAE_5 with rows in excerpts",
     "iwae_favoured_best": "IWAE_5 with the right sign",
     "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
     "vrnn_rows_2": "VRNN with 2 rows",
@@ -372,7 +376,11 @@ def pipeline_contrasts():
         ("6", "vrnn_rows_25_limit_640", 600, "vrnn", 600),
         ("7", "iwae_limit_640", 600, "vrnn_rows_25_limit_640", 600),
         ("10", "iwae_correct_weights", 600, "iwae_limit_640", 600),
+        ("16", "vae_once", 600, "vae", 600),
+        ("16", "vae_by_stream", 600, "vae", 600),
+        ("16", "vae_excerpts", 600, "vae", 600),
         ("16", "iwae_by_stream", 600, "iwae", 600),
+        ("16", "iwae_excerpts", 600, "iwae", 600),
         ("17", "iwae_favoured_best", 600, "iwae", 600),
     )
 
@@ -722,20 +730,14 @@ def judges():
 
 
 def size():
-    """The published size beside the small one: held-out data at the same updates, and the hours."""
-    small = [run for run in runs_of("objectives") if run.folder.name == "vrnn-0"]
+    """The published size beside the small one, to the end of the schedule."""
     rows = []
-    for run in runs_of("size") + small:
+    for run in runs_of("size"):
         log = log_of(run)
-        row = {
-            "objective": run.name,
-            "LSTM units": f"{run.config['rnn_dim']:,}",
-            "sequences": str(run.config["batch_size"]),
-        }
+        row = of_size(run) | {"limit": in_words("grad_clip", run.config["grad_clip"])}
         row |= monitored_at(log, (500, 1000, 2000, 3500, 5000))
-        row["test `kl`"] = f"{run.kl:.2f}"
-        row["test `smc_100`"] = f"{run.bounds['smc_100']:.2f}"
-        row["bits per sample"] = f"{bits_of(run, run.bounds['smc_100']):.3f}"
+        row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+        row["test, `iwae_5`"] = f"{run.bounds['iwae_5']:.2f}"
         row["hours"] = f"{log[-1]['seconds'] / 3600:.2f}"
         rows.append(row)
     return markdown(rows)
@@ -746,24 +748,27 @@ def published_size():
     rows = []
     for run in runs_of("published_size"):
         log = log_of(run)
-        config = run.config
-        # Two ways to begin are of earlier commits, which are in their logs.
-        active = str(min(config["z_dim"], common.FrameLikelihood.active))
-        if "all_active" in run.folder.name:
-            active = str(config["z_dim"])
-        if "weakly" in run.folder.name:
-            active += ", heard weakly"
-        row = {
-            "LSTM units": f"{config['rnn_dim']:,}",
-            "latents": str(config["z_dim"]),
-            "active at the start": active,
-            "learning rate": f"{config['lr']:g}",
-        }
+        row = of_size(run) | {"learning rate": f"{run.config['lr']:g}"}
         row |= monitored_at(log, (250, 500, 750, 1000))
         row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
         row["test, particle filter"] = f"{filtered([run])[0]:.2f}"
         rows.append(row)
     return markdown(rows)
+
+
+def of_size(run):
+    """Its width, its latents, and how many of them are active at the start."""
+    # Two ways to begin are of earlier commits, which are in their logs.
+    active = str(min(run.config["z_dim"], common.FrameLikelihood.active))
+    if "all_active" in run.folder.name:
+        active = str(run.config["z_dim"])
+    if "weakly" in run.folder.name:
+        active += ", heard weakly"
+    return {
+        "LSTM units": f"{run.config['rnn_dim']:,}",
+        "latents": str(run.config["z_dim"]),
+        "active at the start": active,
+    }
 
 
 def benchmarks(part, headings, file="benchmark.json"):

@@ -160,8 +160,8 @@ def default_limit(updates):
 def published_size():
     """The published size and a small one: one thing at a time for 1,000 updates, and to the end."""
     quickly_tested = ["--eval_k=5", "--eval_recordings=0"]
-    yield "size", "large-0", *VRNN, *PUBLISHED_SIZE, DEFAULT_LIMIT, *quickly_tested
-    yield "size", "small-0", *VRNN, "--batch_size=16", DEFAULT_LIMIT, *quickly_tested
+    large_3e_4 = [*PUBLISHED_SIZE, "--batch_size=8", "--lr=3e-4", "--monitor_every=500"]
+    yield "size", "large_lr_3e-4-0", *VRNN, *large_3e_4, DEFAULT_LIMIT, *quickly_tested
     short = [*lengths(1000), *quickly_tested]
     small = [*VRNN, "--batch_size=16", *short]
     large = [*VRNN, *PUBLISHED_SIZE, *short]
