@@ -730,11 +730,13 @@ def judges():
 
 
 def size():
-    """The published size beside the small one, to the end of the schedule."""
+    """The published size beside the small one of our training, to the end of the schedule."""
+    small = [run for run in runs_of("our_training") if run.folder.name == "vrnn-0"]
     rows = []
-    for run in runs_of("size"):
+    for run in runs_of("size") + small:
         log = log_of(run)
-        row = of_size(run) | {"limit": in_words("grad_clip", run.config["grad_clip"])}
+        row = of_size(run)
+        row["sequences"] = str(run.config["batch_size"])
         row |= monitored_at(log, (500, 1000, 2000, 3500, 5000))
         row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
         row["test, `iwae_5`"] = f"{run.bounds['iwae_5']:.2f}"
@@ -748,8 +750,7 @@ def published_size():
     rows = []
     for run in runs_of("published_size"):
         log = log_of(run)
-        row = of_size(run) | {"learning rate": f"{run.config['lr']:g}"}
-        row |= monitored_at(log, (250, 500, 750, 1000))
+        row = of_size(run) | monitored_at(log, (250, 500, 750, 1000))
         row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
         row["test, particle filter"] = f"{filtered([run])[0]:.2f}"
         rows.append(row)
@@ -757,7 +758,7 @@ def published_size():
 
 
 def of_size(run):
-    """Its width, its latents, and how many of them are active at the start."""
+    """Its width, its latents, how many of them are active at the start, and its learning rate."""
     # Two ways to begin are of earlier commits, which are in their logs.
     active = str(min(run.config["z_dim"], common.FrameLikelihood.active))
     if "all_active" in run.folder.name:
@@ -768,6 +769,7 @@ def of_size(run):
         "LSTM units": f"{run.config['rnn_dim']:,}",
         "latents": str(run.config["z_dim"]),
         "active at the start": active,
+        "learning rate": f"{run.config['lr']:g}",
     }
 
 
