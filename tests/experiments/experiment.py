@@ -228,11 +228,12 @@ def pipeline_of_2016():
         ("vae", ["--objective=vae"]),
     ):
         yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, "--max_updates=2000", "--seed=3"
-    # One ingredient of ours each, in VAE_5 and IWAE_5 as they were.
+    # One ingredient of ours each, in the objectives as they were.
     for seed in range(3):
         for objective, name, flag in (
             ("vae", "once", "--replays=1"),
             ("vae", "by_stream", "--carried=by_stream"),
+            ("vrnn", "excerpts", "--order=excerpts"),
             ("vae", "excerpts", "--order=excerpts"),
             ("iwae", "by_stream", "--carried=by_stream"),
             ("iwae", "excerpts", "--order=excerpts"),
