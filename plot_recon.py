@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -521,7 +522,7 @@ def draw_curves(axis, runs, styles):
         colour, line = styles[label]
         for run in group:
             # The first of each label alone is named.
-            named = label if run is group[0] else None
+            named = in_lines(label) if run is group[0] else None
             axis.plot(*run.curve.T, line, color=colour, label=named)
     points = np.concatenate([run.curve[:, 1] for run in runs])
     finite = points[np.isfinite(points)]
@@ -555,7 +556,7 @@ def draw_bits(axis, tested, colours):
     for place, (label, group) in enumerate(groups.items()):
         bits = [bits_of(run, run.bounds[tightest_of(run)]) for run in group]
         axis.plot(bits, [place] * len(bits), "o", color=colours[group[0].objective])
-        names.append(f"{label}: {np.mean(bits):.2f}")
+        names.append(in_lines(f"{label}: {np.mean(bits):.2f}"))
     highest = axis.get_xlim()[1]
     yardsticks = {}
     for run in tested:
@@ -572,6 +573,11 @@ def draw_bits(axis, tested, colours):
     for tick, group in zip(axis.get_yticklabels(), groups.values()):
         tick.set_color(colours[group[0].objective])
     axis.set(xlabel="bits per sample on the test split (lower is better)")
+
+
+def in_lines(label):
+    """A long label takes the room of the panel beside it."""
+    return textwrap.fill(label, 36)
 
 
 def tightest_of(run):

@@ -401,6 +401,23 @@ def test_an_objective_has_its_colour_whatever_is_drawn_beside_it(tmp_path, plot,
     assert drawn == {"IWAE_5 of 2016": iwae, "VRNN of 2016": vrnn}
 
 
+def test_a_long_label_leaves_the_panels_their_room(tmp_path, plot, monkeypatch):
+    drawn = []
+    draw = plot_recon.draw_bits
+
+    def remember(axis, *arguments):
+        draw(axis, *arguments)
+        drawn.append(axis)
+
+    write_run(tmp_path / "runs/a")
+    settings = dict(batch_size=16, lr=0.01, grad_clip=640.0, x_noise=0.0, ema=0.0, rnn_dim=24)
+    write_run(tmp_path / "runs/b", **settings, weight_norm=2.5, lr_updates=12_345)
+    monkeypatch.setattr(plot_recon, "draw_bits", remember)
+    plot()
+    for axis in drawn[0].figure.axes:
+        assert axis.get_position().width > 0.2
+
+
 def test_an_error_of_our_own_is_not_taken_for_a_damaged_file(tmp_path, plot, monkeypatch):
     write_run(tmp_path / "runs/a")
     for name in ("read_curve", "read_test", "checked_data"):
