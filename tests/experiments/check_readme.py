@@ -114,6 +114,10 @@ def monitored_at(log, updates):
     return cells
 
 
+def last_kl(log):
+    return f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+
+
 def percent_clipped(log):
     return 100 * log[-1]["clipped"] / log[-1]["update"]
 
@@ -302,7 +306,7 @@ def regime():
         log = log_of(run)
         row = {"objective": run.name, "limit": in_words("grad_clip", run.config["grad_clip"])}
         row |= monitored_at(log, (250, 500, 750, 1250, 2500))
-        row["KL"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+        row["KL"] = last_kl(log)
         row["updates clipped"] = f"{percent_clipped(log):.1f} %"
         rows.append(row)
     return markdown(rows)
@@ -753,7 +757,7 @@ def size():
         row = of_size(run)
         row["sequences"] = str(run.config["batch_size"])
         row |= monitored_at(log, (500, 1000, 2000, 3500, 5000))
-        row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+        row["KL at the end"] = last_kl(log)
         row["test, `iwae_5`"] = f"{run.bounds['iwae_5']:.2f}"
         row["hours"] = f"{log[-1]['seconds'] / 3600:.2f}"
         rows.append(row)
@@ -766,7 +770,7 @@ def published_size():
     for run in runs_of("published_size"):
         log = log_of(run)
         row = of_size(run) | monitored_at(log, (250, 500, 750, 1000))
-        row["KL at the end"] = f"{log[-1]['valid']['kl']['nats_per_frame']:.2f}"
+        row["KL at the end"] = last_kl(log)
         row["test, filter of 5"] = f"{filtered([run])[0]:.2f}"
         rows.append(row)
     return markdown(rows)

@@ -46,15 +46,18 @@ CLIPS = (
     ("vae_5", (0, 5), 3),
 )
 DEFAULT_LIMIT = "--grad_clip=2560"
+QUICKLY_TESTED = ["--eval_k=5", "--eval_recordings=0"]
 REGIME = "--no-mirrored_init --x_noise=0 --batch_size=128 --lr=3e-4 --lr_updates=0".split()
 SAME_COMPUTE = 2.5  # updates of VRNN in the time of one of IWAE_5, on one core at these sizes
 # 15.89 M parameters.
 PUBLISHED_SIZE = (
     "--x2s_dim 600 --p_x_dim 600 --rnn_dim 1000 --z2s_dim 500 --q_z_dim 500 --p_z_dim 500 "
-    "--z_dim 200 --batch_size 16"
+    "--z_dim 200"
 ).split()
 # What is copied of a run; the last one says that all are there.
 KEPT = ("log.jsonl", "eval.json", "config.json")
+# 2016's pipeline is compared by its curves on valid.
+KEPT_OF_PIPELINE = ("log.jsonl", "config.json")
 # Those that are compared window by window.
 WITH_WINDOWS = ("our_training", "our_training_more", "likelihood", "likelihood_larger")
 
@@ -89,9 +92,8 @@ def table(runs, updates):
     yield from judges(runs)
     lstm = [*VRNN, *ADAPTIVE, "--z_dim=0"]
     yield "likelihood", "lstm_ar_32-0", *lstm
-    quickly_tested = ("--eval_k=5", "--eval_recordings=0")
     for name, script in OBJECTIVES.items():
-        yield "likelihood_z", f"{name}_ar_32-0", *script, *ADAPTIVE, *quickly_tested
+        yield "likelihood_z", f"{name}_ar_32-0", *script, *ADAPTIVE, *QUICKLY_TESTED
     wide = [f"--{size}=256" for size in ("x2s_dim", "p_x_dim", "rnn_dim")]
     yield "likelihood_larger", "lstm_ar_32_wide-0", *lstm, *wide, "--batch_size=16"
     yield "likelihood_larger", "lstm_ar_32_components_40-0", *lstm, "--components=40"
@@ -159,11 +161,10 @@ def default_limit(updates):
 
 def published_size():
     """The published size and a small one: one thing at a time for 1,000 updates, and to the end."""
-    quickly_tested = ["--eval_k=5", "--eval_recordings=0"]
-    large_3e_4 = [*PUBLISHED_SIZE, "--batch_size=8", "--lr=3e-4", "--monitor_every=500"]
-    yield "size", "large_lr_3e-4-0", *VRNN, *large_3e_4, DEFAULT_LIMIT, *quickly_tested
-    short = [*lengths(1000), *quickly_tested]
-    small = [*VRNN, "--batch_size=16", *short]
+    large_3e_4 = [*PUBLISHED_SIZE, "--lr=3e-4", "--monitor_every=500"]
+    yield "size", "large_lr_3e-4-0", *VRNN, *large_3e_4, DEFAULT_LIMIT, *QUICKLY_TESTED
+    short = ["--batch_size=16", *lengths(1000), *QUICKLY_TESTED]
+    small = [*VRNN, *short]
     large = [*VRNN, *PUBLISHED_SIZE, *short]
     for size, flags in (("small", small), ("large", large)):
         yield "published_size", f"{size}-0", *flags
@@ -186,7 +187,7 @@ def regime(updates):
 def latent_variables(runs):
     """The adaptive likelihood with and without latent variables: short runs, many components or one."""
     short = [*ADAPTIVE, "--max_updates=500", "--lr_updates=400", "--monitor_every=100"]
-    short += ["--eval_k=5", "--eval_recordings=0"]
+    short += QUICKLY_TESTED
     for seed in range(3):
         for name, script in WITH_RESAMPLED.items():
             yield "latent_variables", f"{name}-{seed}", *script, *short, f"--seed={seed}"
@@ -194,7 +195,7 @@ def latent_variables(runs):
     for seed in range(3):
         for name in WITH_RESAMPLED:
             trained = runs / "latent_variables" / f"{name}-{seed}" / "best.pt"
-            flags = [f"--evaluate={trained}", "--eval_k=5", "--eval_recordings=0"]
+            flags = [f"--evaluate={trained}", *QUICKLY_TESTED]
             yield "from_prior", f"{name}-{seed}", "tests/experiments/from_prior", *flags
     yield "latent_variables", "lstm_one-0", *VRNN, *short, "--z_dim=0", "--components=1"
     yield "latent_variables", "vrnn_one-0", *VRNN, *short, "--components=1"
@@ -281,11 +282,9 @@ def train(runs, updates, to, group, name, script, *flags):
             print(f"{name}: status {status}, see {folder}.txt", flush=True)
             return
     kept.mkdir(parents=True, exist_ok=True)
-    files = [*KEPT]
+    files = KEPT_OF_PIPELINE if [script] == PIPELINE else KEPT
     if group in WITH_WINDOWS:
-        files.insert(0, "windows.csv")
-    if [script] == PIPELINE:
-        files.remove("eval.json")  # it is compared by its curves on valid
+        files = ("windows.csv", *files)
     for file in files:
         if (folder / file).exists():  # an evaluation has no log
             text = (folder / file).read_text()
