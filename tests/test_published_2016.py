@@ -310,6 +310,19 @@ def test_a_limit_that_is_given_is_one_on_the_mean(objective, grad_clip, clipped,
     assert run.progress["clipped"] == plain.clipped == clipped
 
 
+def test_the_limit_of_vrnn_takes_the_place_of_a_tight_one(start):
+    run = start(**OBJECTIVES["iwae"], grad_clip=1.0, clip_as_vrnn_after=2)
+    norms, clipped = [], []
+    for _ in range(3):
+        norms.append(run.update()[1])
+        clipped.append(run.progress["clipped"])
+    assert 1 < min(norms) and max(norms) < 640
+    assert clipped == [1, 2, 2]
+    run.corpus.std /= 1000
+    assert run.update()[1] > 640
+    assert run.progress["clipped"] == 3
+
+
 def test_a_tenth_of_the_parameters_replaces_a_gradient_that_is_not_finite(start, in_float64):
     run = start(**OBJECTIVES["vrnn"], lr=0.01)
     run.corpus.std = 0.0

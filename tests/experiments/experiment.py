@@ -221,14 +221,24 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
         flags += ["--grad_clip=640"]
         yield "pipeline_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
+        flags = ["--objective=vae", "--grad_clip=640", f"--seed={seed}"]
+        yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
+    to_2016 = "--max_updates=2000"
     for name, flags in (
         ("iwae", ["--objective=iwae"]),
         ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
         ("vrnn", ["--objective=vrnn"]),
         ("vae", ["--objective=vae"]),
     ):
-        yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, "--max_updates=2000", "--seed=3"
+        yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, to_2016, "--seed=3"
+    for name, flags in (
+        ("iwae_limit_640_later-3", ["--objective=iwae", "--clip_as_vrnn_after=1000", "--seed=3"]),
+        ("iwae-4", ["--objective=iwae", "--seed=4"]),
+        ("iwae_limit_640-4", ["--objective=iwae", "--grad_clip=640", "--seed=4"]),
+        ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
+    ):
+        yield "pipeline_to_2000", name, *PIPELINE, *flags, to_2016
     # One ingredient of ours each, in the objectives as they were.
     for seed in range(3):
         for objective, name, flag in (

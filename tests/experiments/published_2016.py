@@ -35,6 +35,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
+LIMIT_OF_VRNN = 5 * 128  # on the gradient of the mean over its rows
+
 
 @dataclasses.dataclass
 class Hyperparameters:
@@ -79,6 +81,7 @@ class Hyperparameters:
     lr: float = 3e-4  # Adam's learning rate
     max_updates: int = 200_000  # about as many as the picture of 2016 shows
     grad_clip: float | None = None  # limit on that of the mean over windows; 0: none; None: 2016's
+    clip_as_vrnn_after: int = 0  # updates; from then on the limit is VRNN's, 640; 0: never
     weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
 
     # evaluation
@@ -323,7 +326,7 @@ class Run:
         loss.backward()
 
         of_mean = h.rows / loss_scale(h)  # makes 2016's norms those of the mean over windows
-        limit = h.grad_clip / of_mean if h.grad_clip else math.inf
+        limit = self.limit() / of_mean
         norm = clip(list(self.model.parameters()), h.rows, limit)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -337,6 +340,12 @@ class Run:
             for left, part in zip(self.left, rollout.state, strict=True):
                 left[places] = part.detach().unflatten(0, (-1, self.copies))
         return loss.item(), norm * of_mean
+
+    def limit(self):
+        """On the gradient of the mean over windows, in the next update."""
+        if 0 < self.h.clip_as_vrnn_after <= self.progress["updates"]:
+            return LIMIT_OF_VRNN
+        return self.h.grad_clip or math.inf
 
     def state_in(self, places, ages):
         """Before windows of these ages: zero at each reset_freq-th, else what their place has."""
