@@ -35,6 +35,10 @@ PIPELINE_SETTINGS = (
     "--z_dim 32 --init by_width --monitor_every 50 --monitor_windows 256 --max_updates 600 "
     "--eval_k 5 --eval_recordings 0 --device cpu --data data/speech.h5"
 ).split()
+OURS_IN_PIPELINE = (
+    "--grad_clip=640 --order=excerpts --carried=by_stream --favoured=best --over_time=sum "
+    "--no-through_weights --over_batch=mean"
+).split()
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
 WITH_RESAMPLED = OBJECTIVES | {"iwae_5_resample": RESAMPLED}
 # Objective, limits on the gradient, and number of seeds.
@@ -252,6 +256,17 @@ def pipeline_of_2016():
         ):
             flags = [f"--objective={objective}", flag, f"--seed={seed}"]
             yield "pipeline_exchanged", f"{objective}_{name}-{seed}", *PIPELINE, *flags
+    # The other way round: one ingredient of 2016 each, in an IWAE_5 that has all of ours.
+    weights_of_2016 = ["--over_batch=sum", "--over_time=mean", "--through_weights"]
+    for name, flags in (
+        ("iwae_ours", []),
+        ("iwae_ours_limit_25", ["--grad_clip=25"]),
+        ("iwae_ours_in_rows", ["--order=chapters", "--carried=by_row"]),
+        ("iwae_ours_favoured_worst", ["--favoured=worst"]),
+        ("iwae_ours_weights", ["--favoured=worst", *weights_of_2016]),
+    ):
+        flags = ["--objective=iwae", *OURS_IN_PIPELINE, *flags, "--seed=0"]
+        yield "pipeline_from_ours", f"{name}-0", *PIPELINE, *flags
     # Fresh data: 900 updates of VRNN are one epoch.
     epoch = ["--grad_clip=640", "--max_updates=900", "--monitor_every=100"]
     for seed in range(3):
