@@ -310,8 +310,8 @@ def test_a_limit_that_is_given_is_one_on_the_mean(objective, grad_clip, clipped,
     assert run.progress["clipped"] == plain.clipped == clipped
 
 
-def test_the_limit_of_vrnn_takes_the_place_of_a_tight_one(start):
-    run = start(**OBJECTIVES["iwae"], grad_clip=1.0, clip_as_vrnn_after=2)
+def test_a_tight_limit_is_widened_on_the_way(start):
+    run = start(**OBJECTIVES["iwae"], grad_clip=1.0, widened_after=2)
     norms, clipped = [], []
     for _ in range(3):
         norms.append(run.update()[1])

@@ -345,6 +345,8 @@ PIPELINE_WORDS = {
     "vae": "VAE_5",
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
+    "iwae_limit_640_later": "IWAE_5 limited to 640 from 1,001 on",
+    "vae_limit_640": "VAE_5 limited to 640",
     "vae_once": "VAE_5 without replays",
     "vae_by_stream": "VAE_5 with states of the window before",
     "vae_excerpts": "VAE_5 with rows in excerpts",
@@ -367,7 +369,7 @@ def by_variant(runs):
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7, 10, 16 and 17, seed by seed."""
+    """Contrasts 1 to 7, 10, 16, 17 and 19, seed by seed."""
     return contrasts(
         runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -405,24 +407,36 @@ def order():
 
 
 def longer():
-    """Contrasts 13 to 15: runs of seed 3, means over evaluations in later and later updates."""
-    variants = by_variant(runs_of("copy_of_2016"))
-    names = ("vrnn", "vae", "iwae", "iwae_limit_640")
-    rows = [{"nats/frame": PIPELINE_WORDS[name]} for name in names]
-    rows.append({"nats/frame": "13: gained by IWAE_5 from the wider limit"})
-    rows.append({"nats/frame": "14: IWAE_5 above VRNN"})
-    rows.append({"nats/frame": "15: VAE_5 above VRNN"})
+    """Contrasts 13 to 15 and 20: means over evaluations in later and later updates, seed by seed."""
+    variants = by_variant(runs_of("copy_of_2016", "pipeline_to_2000"))
+    names = ("vrnn", "vae", "iwae", "iwae_limit_640", "iwae_limit_640_later")
+    contrasts = {
+        "13: IWAE_5 limited to 640, above IWAE_5": ("iwae_limit_640", "iwae"),
+        "14: IWAE_5 above VRNN": ("iwae", "vrnn"),
+        "15: VAE_5 above VRNN": ("vae", "vrnn"),
+        "20: IWAE_5 limited to 640 from 1,001 on, above IWAE_5": ("iwae_limit_640_later", "iwae"),
+    }
+    rows = {name: {"nats/frame": PIPELINE_WORDS[name]} for name in names}
+    rows |= {words: {"nats/frame": words} for words in contrasts}
     for first, last in (*itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000)), (1999, 2000)):
-        means = []
-        for name in names:
-            curve = curve_of(variants[name][3])
-            means.append(statistics.mean(curve[at] for at in curve if first < at <= last))
-        vrnn, vae, iwae, limited_alike = means
-        differences = [limited_alike - iwae, iwae - vrnn, vae - vrnn]
         heading = f"updates {first + 1:,} to {last:,}" if last > first + 1 else f"update {last:,}"
-        for row, value in zip(rows, means + differences):
-            row[heading] = f"{value:.1f}"
-    return markdown(rows)
+        means = {}
+        for name in names:
+            means[name] = {
+                seed: mean_within(run, first, last) for seed, run in variants[name].items()
+            }
+            rows[name][heading] = seed_by_seed(means[name].values(), 1)
+        for words, (one, other) in contrasts.items():
+            seeds = sorted(means[one].keys() & means[other].keys())
+            differences = [means[one][seed] - means[other][seed] for seed in seeds]
+            rows[words][heading] = seed_by_seed(differences, 1)
+    return markdown(list(rows.values()))
+
+
+def mean_within(run, first, last):
+    """Of the evaluations after update `first`, up to update `last`."""
+    curve = curve_of(run)
+    return statistics.mean(curve[update] for update in curve if first < update <= last)
 
 
 def pipeline_clipped():
@@ -547,7 +561,7 @@ def holm(p_values):
     return found
 
 
-ADAPTIVE_WORDS = {
+WORDS = {
     "vrnn": "VRNN",
     "vae_5": "VAE_5",
     "iwae_5": "IWAE_5",
@@ -591,7 +605,7 @@ def resampled():
     from_prior = by_variant(runs_of("from_prior"))["iwae_5_resample"]
     variants["iwae_5_resample_from_prior"] = from_prior
     rows = []
-    for name, words in ADAPTIVE_WORDS.items():
+    for name, words in WORDS.items():
         if name == "lstm":
             continue
         differences = []
@@ -608,14 +622,25 @@ def resampled():
     return markdown(rows)
 
 
-def filters():
-    """Of filters_adaptive.json: the mean over windows by filters of more and more particles."""
+def filters(*files):
+    """Means over windows by filters of more and more particles.
+
+    In brackets above the first run of the file, with the 95 % interval over windows.
+    """
     rows = []
-    for name, by_particles in json_of("filters_adaptive.json")["runs"].items():
-        row = {"nats/frame, 64 windows": ADAPTIVE_WORDS[name.removesuffix("-0")]}
-        for k, nats in by_particles.items():
-            row[f"{k} particles"] = f"{statistics.mean(nats):.2f}"
-        rows.append(row)
+    for file in files:
+        runs = json_of(file)["runs"]
+        first = next(iter(runs.values()))
+        for name, by_particles in runs.items():
+            variant, _, seed = name.rpartition("-")
+            row = {"nats/frame, 64 windows": f"{WORDS[variant]}, seed {seed}"}
+            for k, nats in by_particles.items():
+                cell = f"{statistics.mean(nats):.2f}"
+                if nats is not first[k]:
+                    differences = [one - other for one, other in zip(nats, first[k])]
+                    cell += f" ({mean_and_interval(differences)})"
+                row[f"{int(k):,} particles"] = cell
+            rows.append(row)
     return markdown(rows)
 
 
@@ -723,27 +748,15 @@ def row_of_recordings(label, found):
     }
 
 
-def judges():
-    """The same checkpoints by 100 particles, as tested after training, and by 1,000.
-
-    In brackets above the VRNNs of the same seeds.
-    """
-    trained = runs_of("objectives", "variants")
-    trained = {run.folder.name: run for run in trained}
-    tests = {}  # {name: {seed: bounds}}
-    for judged in runs_of("judges"):
-        run = trained[judged.folder.name.replace("_1000", "")]
-        tests.setdefault(run.name, {})[run.seed] = run.bounds | judged.bounds
+def again():
+    """VRNNs of the same seeds, trained twice: what rounding alone does."""
+    first_time = by_variant(runs_of("our_training", "our_training_more"))["vrnn"]
     rows = []
-    for name, by_seed in tests.items():
-        row = {"objective": name, "runs": str(len(by_seed))}
-        for bound in ("elbo", "iwae_100", "iwae_1000", "smc_100", "smc_1000"):
-            cell = mean_and_interval([bounds[bound] for bounds in by_seed.values()])
-            if name != "VRNN":
-                pairs = [(by_seed[seed], tests["VRNN"][seed]) for seed in by_seed]
-                differences = [one[bound] - other[bound] for one, other in pairs]
-                cell += f" ({mean_and_interval(differences)})"
-            row[f"`{bound}`"] = cell
+    for run in runs_of("our_training_again"):
+        row = {"VRNN, once and again": f"seed {run.seed}"}
+        for bound in ("elbo", "iwae_5", "iwae_100", "smc_100"):
+            both = first_time[run.seed].bounds[bound], run.bounds[bound]
+            row[f"`{bound}`"] = seed_by_seed(both)
         rows.append(row)
     return markdown(rows)
 
@@ -854,7 +867,6 @@ TABLES = {
     "weights": weights,
     "effective_sizes": effective_sizes,
     "signal_to_noise": signal_to_noise,
-    "judges": judges,
     "whole_recordings": whole_recordings,
     "pipeline": pipeline,
     "pipeline_contrasts": pipeline_contrasts,
@@ -867,7 +879,8 @@ TABLES = {
     "published_size": published_size,
     "latent_variables": latent_variables,
     "resampled": resampled,
-    "filters": filters,
+    "filters": partial(filters, "filters_adaptive.json"),
+    "filters_published": partial(filters, "filters_published_3.json"),
     "likelihood_z": partial(full_table, "likelihood_z"),
     "our_training": partial(full_table, "our_training"),
     "without_z": partial(full_table, "without_z"),
@@ -877,6 +890,7 @@ TABLES = {
     "reader": partial(full_table, "reader"),
     "latents": partial(full_table, "objectives", "latents"),
     "adam": partial(full_table, "objectives", "adam"),
+    "again": again,
     "repeat": partial(full_table, "objectives", "repeat"),
     "bf16": partial(full_table, "bf16"),
 }

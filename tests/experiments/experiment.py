@@ -6,8 +6,7 @@
 It needs data/speech.h5 (all recordings) and data/reader.h5 (the single reader alone), made by
 prepare_blizzard.py. Runs go one thread each, at_once at a time, in the order below. Those whose
 logs are in the folder --to are passed over, so name another folder to train all anew; interrupted
-ones are resumed from --runs. The warm starts need the checkpoint of vrnn-0 there, and the
-evaluations by a thousand particles those of seed 3.
+ones are resumed from --runs. The warm starts need the checkpoint of vrnn-0 there.
 """
 
 import argparse
@@ -93,7 +92,6 @@ def table(runs, updates):
     yield from regime(updates)
     for name in ("vae_5", "iwae_5"):
         yield "objectives", f"{name}_long-0", *OBJECTIVES[name], *longer
-    yield from judges(runs)
     lstm = [*VRNN, *ADAPTIVE, "--z_dim=0"]
     yield "likelihood", "lstm_ar_32-0", *lstm
     for name, script in OBJECTIVES.items():
@@ -229,6 +227,7 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
     to_2016 = "--max_updates=2000"
+    long_steps = ["--grad_clip=1", "--widened_after=1000", "--widened_to=25"]
     for name, flags in (
         ("iwae", ["--objective=iwae"]),
         ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
@@ -237,7 +236,8 @@ def pipeline_of_2016():
     ):
         yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, to_2016, "--seed=3"
     for name, flags in (
-        ("iwae_limit_640_later-3", ["--objective=iwae", "--clip_as_vrnn_after=1000", "--seed=3"]),
+        ("iwae_limit_640_later-3", ["--objective=iwae", "--widened_after=1000", "--seed=3"]),
+        ("iwae_long_steps-3", ["--objective=iwae", *long_steps, "--seed=3"]),
         ("iwae-4", ["--objective=iwae", "--seed=4"]),
         ("iwae_limit_640-4", ["--objective=iwae", "--grad_clip=640", "--seed=4"]),
         ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
@@ -281,17 +281,6 @@ def pipeline_of_2016():
         for objective in ("vrnn", "vae", "iwae"):
             flags = [f"--objective={objective}", *chapters, "--monitor_every=150", f"--seed={seed}"]
             yield "pipeline_chapters", f"{objective}-{seed}", *PIPELINE, *flags
-
-
-def judges(runs):
-    """Ten times as many particles as any run was chosen or reported with."""
-    judged = []
-    for name, script in {**OBJECTIVES, "iwae_5_resample": IWAE}.items():
-        group = "objectives" if name in OBJECTIVES else "variants"
-        judged.append((f"{name}_1000-3", runs / group / f"{name}-3" / "best.pt", script))
-    for name, trained, script in judged:
-        checkpoint = f"--evaluate={trained}"
-        yield "judges", name, *script, checkpoint, "--eval_k", "5", "1000", "--eval_recordings=0"
 
 
 def train(runs, updates, to, group, name, script, *flags):

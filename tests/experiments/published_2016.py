@@ -35,8 +35,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
-LIMIT_OF_VRNN = 5 * 128  # on the gradient of the mean over its rows
-
 
 @dataclasses.dataclass
 class Hyperparameters:
@@ -81,7 +79,8 @@ class Hyperparameters:
     lr: float = 3e-4  # Adam's learning rate
     max_updates: int = 200_000  # about as many as the picture of 2016 shows
     grad_clip: float | None = None  # limit on that of the mean over windows; 0: none; None: 2016's
-    clip_as_vrnn_after: int = 0  # updates; from then on the limit is VRNN's, 640; 0: never
+    widened_after: int = 0  # updates, after which the limit is another; 0: never
+    widened_to: float = 640.0  # that other one; VRNN's
     weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
 
     # evaluation
@@ -343,8 +342,8 @@ class Run:
 
     def limit(self):
         """On the gradient of the mean over windows, in the next update."""
-        if 0 < self.h.clip_as_vrnn_after <= self.progress["updates"]:
-            return LIMIT_OF_VRNN
+        if 0 < self.h.widened_after <= self.progress["updates"]:
+            return self.h.widened_to
         return self.h.grad_clip or math.inf
 
     def state_in(self, places, ages):
