@@ -401,16 +401,16 @@ def place_in_table(run):
 def references(rows):
     """For each folder the runs that its others are compared with: those of the first label.
 
-    It is the first label of the first folder, or of the folder itself where the bounds of the first
-    folder would mean something else, or where samples are predicted by another likelihood.
+    It is the first label of the first folder that has been tested, or of the folder itself where the
+    bounds of that one would mean something else, or where samples are predicted by another likelihood.
     """
     chosen = []
+    first = next((runs for runs in rows if runs[0].bounds), rows[0])
     for runs in rows:
-        first_of_all = rows[0][0]
-        if differing(runs[0], first_of_all, "monitored", "data", "frame_sizes", "ar_order"):
+        if differing(runs[0], first[0], "monitored", "data", "frame_sizes", "ar_order"):
             chosen.append(by_label(runs)[runs[0].label])
         else:
-            chosen.append(by_label(rows[0])[first_of_all.label])
+            chosen.append(by_label(first)[first[0].label])
     return chosen
 
 

@@ -299,6 +299,9 @@ def test_runs_are_compared_with_those_that_have_been_tested(tmp_path, plot):
     write_run(tmp_path / "runs/b", shift=1.0, lr=0.5)
     write_run(tmp_path / "runs/c", shift=3.0, lr=0.25)
     assert [row[-1] for row in plot()] == ["", "2.00"]
+    write_run(tmp_path / "untested/d")
+    (tmp_path / "untested/d/eval.json").unlink()
+    assert [row[-1] for row in plot("untested", "runs")] == ["", "2.00"]
 
 
 def test_runs_without_a_finite_bound_are_named(tmp_path, plot):
