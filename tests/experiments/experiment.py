@@ -223,6 +223,8 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
         flags += ["--grad_clip=640"]
         yield "pipeline_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
+        flags = ["--objective=iwae", "--grad_clip=1", "--widened_after=100", "--widened_to=25"]
+        yield "pipeline_exchanged", f"iwae_early_steps-{seed}", *PIPELINE, *flags, f"--seed={seed}"
         flags = ["--objective=vae", "--grad_clip=640", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
@@ -238,6 +240,7 @@ def pipeline_of_2016():
     for name, flags in (
         ("iwae_limit_640_later-3", ["--objective=iwae", "--widened_after=1000", "--seed=3"]),
         ("iwae_long_steps-3", ["--objective=iwae", *long_steps, "--seed=3"]),
+        ("iwae_long_steps-4", ["--objective=iwae", *long_steps, "--seed=4"]),
         ("iwae-4", ["--objective=iwae", "--seed=4"]),
         ("iwae_limit_640-4", ["--objective=iwae", "--grad_clip=640", "--seed=4"]),
         ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
