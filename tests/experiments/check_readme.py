@@ -320,18 +320,18 @@ def curve_of(run):
 def pipeline():
     """2016 as it was, and with one ingredient exchanged: held-out data at the same updates."""
     rows = []
-    for runs, _ in read("pipeline_of_2016", "pipeline_exchanged"):
-        for label, group in by_label(runs).items():
-            config = group[0].config
-            row = {
-                "objective": label,
-                "distinct windows an update": pace_of(group[0]),
-                "limit": f"{config['grad_clip']:g}",
-                "seeds": str(len(group)),
-            }
-            for update in (100, 200, 400, 500, 600):
-                row[f"at {update}"] = seed_by_seed([curve_of(run)[update] for run in group], 1)
-            rows.append(row)
+    variants = by_variant(runs_of("pipeline_of_2016", "pipeline_exchanged"))
+    for name, by_seed in variants.items():
+        group = [by_seed[seed] for seed in sorted(by_seed)]
+        row = {
+            "objective of 2016": PIPELINE_WORDS[name],
+            "distinct windows an update": pace_of(group[0]),
+            "limit": f"{group[0].config['grad_clip']:g}",
+            "seeds": str(len(group)),
+        }
+        for update in (100, 200, 400, 500, 600):
+            row[f"at {update}"] = seed_by_seed([curve_of(run)[update] for run in group], 1)
+        rows.append(row)
     return markdown(rows)
 
 
@@ -346,7 +346,15 @@ PIPELINE_WORDS = {
     "iwae": "IWAE_5",
     "iwae_limit_640": "IWAE_5 limited to 640",
     "iwae_limit_640_later": "IWAE_5 limited to 640 from 1,001 on",
+    "iwae_early_steps": "IWAE_5 limited to 1, and to 25 from 101 on",
+    "iwae_long_steps": "IWAE_5 limited to 1, and to 25 from 1,001 on",
+    "iwae_ours": "IWAE_5 with all of ours",
+    "iwae_ours_limit_25": "with 2016's limit",
+    "iwae_ours_in_rows": "with 2016's rows and states",
+    "iwae_ours_favoured_worst": "with 2016's sign",
+    "iwae_ours_weights": "with 2016's weights",
     "vae_limit_640": "VAE_5 limited to 640",
+    "vrnn_excerpts": "VRNN with rows in excerpts",
     "vae_once": "VAE_5 without replays",
     "vae_by_stream": "VAE_5 with states of the window before",
     "vae_excerpts": "VAE_5 with rows in excerpts",
@@ -369,7 +377,7 @@ def by_variant(runs):
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7, 10, 16, 17 and 19, seed by seed."""
+    """Contrasts 1 to 7, 10, 16, 17, 19 and 23, seed by seed."""
     return contrasts(
         runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -388,6 +396,9 @@ def pipeline_contrasts():
         ("16", "iwae_by_stream", 600, "iwae", 600),
         ("16", "iwae_excerpts", 600, "iwae", 600),
         ("17", "iwae_favoured_best", 600, "iwae", 600),
+        ("19", "vae_limit_640", 600, "vrnn", 600),
+        ("23", "iwae_early_steps", 600, "iwae", 600),
+        ("23", "iwae_early_steps", 600, "iwae_limit_640", 600),
     )
 
 
@@ -409,12 +420,13 @@ def order():
 def longer():
     """Contrasts 13 to 15 and 20: means over evaluations in later and later updates, seed by seed."""
     variants = by_variant(runs_of("copy_of_2016", "pipeline_to_2000"))
-    names = ("vrnn", "vae", "iwae", "iwae_limit_640", "iwae_limit_640_later")
+    names = ("vrnn", "vae", "iwae", "iwae_limit_640", "iwae_limit_640_later", "iwae_long_steps")
     contrasts = {
         "13: IWAE_5 limited to 640, above IWAE_5": ("iwae_limit_640", "iwae"),
         "14: IWAE_5 above VRNN": ("iwae", "vrnn"),
         "15: VAE_5 above VRNN": ("vae", "vrnn"),
         "20: IWAE_5 limited to 640 from 1,001 on, above IWAE_5": ("iwae_limit_640_later", "iwae"),
+        "22: IWAE_5 limited to 1, then to 25, above IWAE_5": ("iwae_long_steps", "iwae"),
     }
     rows = {name: {"nats/frame": PIPELINE_WORDS[name]} for name in names}
     rows |= {words: {"nats/frame": words} for words in contrasts}
@@ -437,6 +449,18 @@ def mean_within(run, first, last):
     """Of the evaluations after update `first`, up to update `last`."""
     curve = curve_of(run)
     return statistics.mean(curve[update] for update in curve if first < update <= last)
+
+
+def from_ours():
+    """Contrast 21: one ingredient of 2016 at a time in an IWAE_5 that has all of ours."""
+    ours = ("iwae_ours", 600)
+    return contrasts(
+        runs_of("pipeline_from_ours"),
+        ("21", "iwae_ours_limit_25", 600, *ours),
+        ("21", "iwae_ours_in_rows", 600, *ours),
+        ("21", "iwae_ours_favoured_worst", 600, *ours),
+        ("21", "iwae_ours_weights", 600, *ours),
+    )
 
 
 def pipeline_clipped():
@@ -871,6 +895,7 @@ TABLES = {
     "pipeline": pipeline,
     "pipeline_contrasts": pipeline_contrasts,
     "pipeline_clipped": pipeline_clipped,
+    "from_ours": from_ours,
     "order": order,
     "longer": longer,
     "fresh_contrasts": fresh_contrasts,
@@ -880,7 +905,7 @@ TABLES = {
     "latent_variables": latent_variables,
     "resampled": resampled,
     "filters": partial(filters, "filters_adaptive.json"),
-    "filters_published": partial(filters, "filters_published_3.json"),
+    "filters_published": partial(filters, "filters_published_0.json", "filters_published_3.json"),
     "likelihood_z": partial(full_table, "likelihood_z"),
     "our_training": partial(full_table, "our_training"),
     "without_z": partial(full_table, "without_z"),

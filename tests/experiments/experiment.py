@@ -227,6 +227,9 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"iwae_early_steps-{seed}", *PIPELINE, *flags, f"--seed={seed}"
         flags = ["--objective=vae", "--grad_clip=640", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
+    for seed in range(2):
+        flags = ["--objective=vrnn", "--grad_clip=25.6", "--widened_after=100", f"--seed={seed}"]
+        yield "pipeline_exchanged", f"vrnn_early_steps-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
     to_2016 = "--max_updates=2000"
     long_steps = ["--grad_clip=1", "--widened_after=1000", "--widened_to=25"]
