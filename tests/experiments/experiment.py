@@ -230,6 +230,9 @@ def pipeline_of_2016():
     for seed in range(2):
         flags = ["--objective=vrnn", "--grad_clip=25.6", "--widened_after=100", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vrnn_early_steps-{seed}", *PIPELINE, *flags
+        for objective in ("vrnn", "iwae"):
+            flags = [f"--objective={objective}", "--lr=1e-3", f"--seed={seed}"]
+            yield "pipeline_exchanged", f"{objective}_lr_1e-3-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
     to_2016 = "--max_updates=2000"
     long_steps = ["--grad_clip=1", "--widened_after=1000", "--widened_to=25"]
