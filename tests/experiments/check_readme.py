@@ -347,6 +347,8 @@ PIPELINE_WORDS = {
     "iwae_limit_640": "IWAE_5 limited to 640",
     "iwae_limit_640_later": "IWAE_5 limited to 640 from 1,001 on",
     "iwae_early_steps": "IWAE_5 limited to 1, and to 25 from 101 on",
+    "iwae_lr_1e-3": "IWAE_5 at a learning rate of 1e-3",
+    "vrnn_lr_1e-3": "VRNN at a learning rate of 1e-3",
     "vrnn_early_steps": "VRNN limited to 25.6, and to 640 from 101 on",
     "iwae_long_steps": "IWAE_5 limited to 1, and to 25 from 1,001 on",
     "iwae_ours": "IWAE_5 with all of ours",
@@ -378,7 +380,7 @@ def by_variant(runs):
 
 
 def pipeline_contrasts():
-    """Contrasts 1 to 7, 10, 16, 17, 19, 23 and 24, seed by seed."""
+    """Contrasts 1 to 7, 10, 16, 17, 19 and 23 to 25, seed by seed."""
     return contrasts(
         runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -401,6 +403,8 @@ def pipeline_contrasts():
         ("23", "iwae_early_steps", 600, "iwae", 600),
         ("23", "iwae_early_steps", 600, "iwae_limit_640", 600),
         ("24", "vrnn_early_steps", 600, "vrnn", 600),
+        ("25", "iwae_lr_1e-3", 600, "iwae", 600),
+        ("25", "vrnn_lr_1e-3", 600, "vrnn", 600),
     )
 
 
