@@ -424,10 +424,10 @@ def order():
 
 
 def longer():
-    """Contrasts 13 to 15 and 20: means over evaluations in later and later updates, seed by seed."""
+    """Contrasts 13 to 15, 20 and 22: means over the evaluations in a span of updates, seed by seed."""
     variants = by_variant(runs_of("copy_of_2016", "pipeline_to_2000"))
     names = ("vrnn", "vae", "iwae", "iwae_limit_640", "iwae_limit_640_later", "iwae_long_steps")
-    contrasts = {
+    pairs = {
         "13: IWAE_5 limited to 640, above IWAE_5": ("iwae_limit_640", "iwae"),
         "14: IWAE_5 above VRNN": ("iwae", "vrnn"),
         "15: VAE_5 above VRNN": ("vae", "vrnn"),
@@ -435,7 +435,7 @@ def longer():
         "22: IWAE_5 limited to 1, then to 25, above IWAE_5": ("iwae_long_steps", "iwae"),
     }
     rows = {name: {"nats/frame": PIPELINE_WORDS[name]} for name in names}
-    rows |= {words: {"nats/frame": words} for words in contrasts}
+    rows |= {words: {"nats/frame": words} for words in pairs}
     for first, last in (*itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000)), (1999, 2000)):
         heading = f"updates {first + 1:,} to {last:,}" if last > first + 1 else f"update {last:,}"
         means = {}
@@ -444,7 +444,7 @@ def longer():
                 seed: mean_within(run, first, last) for seed, run in variants[name].items()
             }
             rows[name][heading] = seed_by_seed(means[name].values(), 1)
-        for words, (one, other) in contrasts.items():
+        for words, (one, other) in pairs.items():
             seeds = sorted(means[one].keys() & means[other].keys())
             differences = [means[one][seed] - means[other][seed] for seed in seeds]
             rows[words][heading] = seed_by_seed(differences, 1)
@@ -779,7 +779,7 @@ def row_of_recordings(label, found):
 
 
 def again():
-    """VRNNs of the same seeds, trained twice: what rounding alone does."""
+    """VRNNs of the same seeds, trained twice."""
     first_time = by_variant(runs_of("our_training", "our_training_more"))["vrnn"]
     rows = []
     for run in runs_of("our_training_again"):
