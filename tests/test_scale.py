@@ -178,18 +178,21 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak_memory(data, folder):
-    """KiB, of 40 updates with excerpts of the published size: the lower of two, as threads may meet."""
+    """KiB, of 40 updates with excerpts of the published size: the least of three; threads may meet."""
     published_excerpts = ["--x_dim=200", "--seq_frames=40", "--reset_freq=4", "--batch_size=32"]
     # The adaptive likelihood takes minutes to speak, and its peaks vary by more than the test allows.
     lengths = ["--max_updates=40", "--monitor_every=20", "--ar_order=0"]
     peaks = []
-    for out in (folder / f"{data.stem}-0", folder / f"{data.stem}-1"):
+    for attempt in range(3):
+        out = folder / f"{data.stem}-{attempt}"
         job = command(*flags(data, out, *published_excerpts, *lengths))
         peaks.append(int(finished([sys.executable, "-c", PEAK, *job]).stdout))
     return min(peaks)
 
 
-def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
+def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path, monkeypatch):
+    # Threads that each keep a heap of their own add up to 10 MB, more or less by chance.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     write_corpus(tmp_path / "minutes.h5", 160_000 * 100)
     write_corpus(tmp_path / "hours.h5", HOURS_283 // 160_000 * 160_000)
     assert (tmp_path / "hours.h5").stat().st_size > 2 * 16e9
