@@ -342,7 +342,6 @@ GROUPS = (
     "likelihood_larger",
     "likelihood_z",
     "our_training",
-    "our_training_more",
     "our_training_long",
     "published_size",
     "without_z",
@@ -371,7 +370,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 245
+    assert len(names) == 248
 
 
 def first_update_of_clipping(data, out, *flags):

@@ -202,7 +202,7 @@ def minutes(config):
 def limited(name, limit):
     """The runs of 5,000 updates of an objective under a limit on the gradient."""
     chosen = []
-    for run in runs_of("objectives", "clip", "our_training", "our_training_more", "variants"):
+    for run in runs_of("objectives", "clip", "our_training", "variants"):
         config = run.config
         is_usual = config["max_updates"] == 5000 and config["mirrored_init"] and config["x_noise"]
         if is_usual and run.bounds and run.name == name and config["grad_clip"] == limit:
@@ -277,7 +277,7 @@ def row_of_bounds(heading, *contrast):
 def norms_and_clips():
     """Median norm of the gradient, and the share of updates clipped, of runs that count them."""
     groups = {}
-    for run in runs_of("objectives", "clip", "our_training", "our_training_more", "regime"):
+    for run in runs_of("objectives", "clip", "our_training", "regime"):
         if "clipped" in log_of(run)[-1]:
             batch = in_words("batch_size", run.config["batch_size"])
             limit = in_words("grad_clip", run.config["grad_clip"])
@@ -780,7 +780,7 @@ def row_of_recordings(label, found):
 
 def again():
     """VRNNs of the same seeds, trained twice."""
-    first_time = by_variant(runs_of("our_training", "our_training_more"))["vrnn"]
+    first_time = by_variant(runs_of("our_training"))["vrnn"]
     rows = []
     for run in runs_of("our_training_again"):
         row = {"VRNN, once and again": f"seed {run.seed}"}
