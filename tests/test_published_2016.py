@@ -323,6 +323,16 @@ def test_a_tight_limit_is_widened_on_the_way(start):
     assert run.progress["clipped"] == 3
 
 
+def test_the_learning_rate_is_another_for_a_while(start):
+    run = start(**OBJECTIVES["iwae"], raised_after=1, raised_until=3, raised_to=0.0)
+    moved = []
+    for _ in range(4):
+        before = [p.clone() for p in run.model.parameters()]
+        run.update()
+        moved.append(any((p != was).any() for p, was in zip(run.model.parameters(), before)))
+    assert moved == [True, False, False, True]
+
+
 def test_a_tenth_of_the_parameters_replaces_a_gradient_that_is_not_finite(start, in_float64):
     run = start(**OBJECTIVES["vrnn"], lr=0.01)
     run.corpus.std = 0.0

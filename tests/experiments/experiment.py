@@ -226,12 +226,15 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"iwae_early_steps-{seed}", *PIPELINE, *flags, f"--seed={seed}"
         flags = ["--objective=vae", "--grad_clip=640", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
-    for seed in range(2):
         flags = ["--objective=vrnn", "--grad_clip=25.6", "--widened_after=100", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vrnn_early_steps-{seed}", *PIPELINE, *flags
         for objective in ("vrnn", "iwae"):
-            flags = [f"--objective={objective}", "--lr=1e-3", f"--seed={seed}"]
-            yield "pipeline_exchanged", f"{objective}_lr_1e-3-{seed}", *PIPELINE, *flags
+            for name, rate in (
+                ("lr_1e-3", ["--lr=1e-3"]),
+                ("lr_raised", ["--raised_after=100", "--raised_until=300"]),
+            ):
+                flags = [f"--objective={objective}", *rate, f"--seed={seed}"]
+                yield "pipeline_exchanged", f"{objective}_{name}-{seed}", *PIPELINE, *flags
     # To the first evaluation of 2016: the left of recon.png.
     to_2016 = "--max_updates=2000"
     long_steps = ["--grad_clip=1", "--widened_after=1000", "--widened_to=25"]
@@ -249,6 +252,8 @@ def pipeline_of_2016():
         ("iwae-4", ["--objective=iwae", "--seed=4"]),
         ("iwae_limit_640-4", ["--objective=iwae", "--grad_clip=640", "--seed=4"]),
         ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
+        ("vae-4", ["--objective=vae", "--seed=4"]),
+        ("vae_limit_640-3", ["--objective=vae", "--grad_clip=640", "--seed=3"]),
     ):
         yield "pipeline_to_2000", name, *PIPELINE, *flags, to_2016
     # One ingredient of ours each, in the objectives as they were.
@@ -273,8 +278,9 @@ def pipeline_of_2016():
         ("iwae_ours_favoured_worst", ["--favoured=worst"]),
         ("iwae_ours_weights", ["--favoured=worst", *weights_of_2016]),
     ):
-        flags = ["--objective=iwae", *OURS_IN_PIPELINE, *flags, "--seed=0"]
-        yield "pipeline_from_ours", f"{name}-0", *PIPELINE, *flags
+        flags = ["--objective=iwae", *OURS_IN_PIPELINE, *flags]
+        for seed in range(3):
+            yield "pipeline_from_ours", f"{name}-{seed}", *PIPELINE, *flags, f"--seed={seed}"
     # Fresh data: 900 updates of VRNN are one epoch.
     epoch = ["--grad_clip=640", "--max_updates=900", "--monitor_every=100"]
     for seed in range(3):

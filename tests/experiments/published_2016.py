@@ -77,6 +77,9 @@ class Hyperparameters:
 
     # optimiser
     lr: float = 3e-4  # Adam's learning rate
+    raised_after: int = 0  # updates, after which it is another for a while
+    raised_until: int = 0  # ... and the last of these updates; 0: none
+    raised_to: float = 1e-3  # that other one
     max_updates: int = 200_000  # about as many as the picture of 2016 shows
     grad_clip: float | None = None  # limit on that of the mean over windows; 0: none; None: 2016's
     widened_after: int = 0  # updates, after which the limit is another; 0: never
@@ -327,6 +330,8 @@ class Run:
         of_mean = h.rows / loss_scale(h)  # makes 2016's norms those of the mean over windows
         limit = self.limit() / of_mean
         norm = clip(list(self.model.parameters()), h.rows, limit)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
         self.optimiser.step()
         self.optimiser.zero_grad()
         if h.weight_norm:
@@ -345,6 +350,12 @@ class Run:
         if 0 < self.h.widened_after <= self.progress["updates"]:
             return self.h.widened_to
         return self.h.grad_clip or math.inf
+
+    def learning_rate(self):
+        """In the next update."""
+        if self.h.raised_after <= self.progress["updates"] < self.h.raised_until:
+            return self.h.raised_to
+        return self.h.lr
 
     def state_in(self, places, ages):
         """Before windows of these ages: zero at each reset_freq-th, else what their place has."""
