@@ -228,6 +228,8 @@ def pipeline_of_2016():
         yield "pipeline_exchanged", f"vae_limit_640-{seed}", *PIPELINE, *flags
         flags = ["--objective=vrnn", "--grad_clip=25.6", "--widened_after=100", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vrnn_early_steps-{seed}", *PIPELINE, *flags
+        flags = ["--objective=vrnn", "--grad_clip=25", f"--seed={seed}"]
+        yield "pipeline_exchanged", f"vrnn_limit_25-{seed}", *PIPELINE, *flags
         for objective in ("vrnn", "iwae"):
             for name, rate in (
                 ("lr_1e-3", ["--lr=1e-3"]),
@@ -238,6 +240,7 @@ def pipeline_of_2016():
     # To the first evaluation of 2016: the left of recon.png.
     to_2016 = "--max_updates=2000"
     long_steps = ["--grad_clip=1", "--widened_after=1000", "--widened_to=25"]
+    vrnn_long_steps = ["--objective=vrnn", "--grad_clip=25.6", "--widened_after=1000"]
     for name, flags in (
         ("iwae", ["--objective=iwae"]),
         ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
@@ -252,6 +255,8 @@ def pipeline_of_2016():
         ("iwae-4", ["--objective=iwae", "--seed=4"]),
         ("iwae_limit_640-4", ["--objective=iwae", "--grad_clip=640", "--seed=4"]),
         ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
+        ("vrnn_long_steps-3", [*vrnn_long_steps, "--seed=3"]),
+        ("vrnn_long_steps-4", [*vrnn_long_steps, "--seed=4"]),
         ("vae-4", ["--objective=vae", "--seed=4"]),
         ("vae_limit_640-3", ["--objective=vae", "--grad_clip=640", "--seed=3"]),
     ):
