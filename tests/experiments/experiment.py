@@ -261,6 +261,14 @@ def pipeline_of_2016():
         ("vae_limit_640-3", ["--objective=vae", "--grad_clip=640", "--seed=3"]),
     ):
         yield "pipeline_to_2000", name, *PIPELINE, *flags, to_2016
+    # The published size and initialisation: how long are its gradients beside the limits?
+    published = [*PUBLISHED_SIZE, "--init=fixed", "--max_updates=200", "--monitor_windows=64"]
+    for name, flags in (
+        ("vrnn", ["--objective=vrnn"]),
+        ("iwae", ["--objective=iwae"]),
+        ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
+    ):
+        yield "pipeline_size", f"{name}-0", *PIPELINE, *flags, *published, "--seed=0"
     # One ingredient of ours each, in the objectives as they were.
     for seed in range(3):
         for objective, name, flag in (
