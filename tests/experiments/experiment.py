@@ -244,6 +244,7 @@ def pipeline_of_2016():
         ("iwae", ["--objective=iwae"]),
         ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
         ("vrnn", ["--objective=vrnn"]),
+        ("vrnn_limit_25", ["--objective=vrnn", "--grad_clip=25"]),
         ("vae", ["--objective=vae"]),
     ):
         yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, to_2016, "--seed=3"
