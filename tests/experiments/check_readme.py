@@ -458,10 +458,11 @@ def order():
 
 
 def longer():
-    """Contrasts 13 to 15, 20, 22, 30 and 32: means over a span of updates, seed by seed."""
+    """Contrasts 13 to 15, 20, 22, 30, 32 and 34: means over a span of updates, seed by seed."""
     variants = by_variant(runs_of("copy_of_2016", "pipeline_to_2000"))
     names = (
         "vrnn",
+        "vrnn_limit_25",
         "vrnn_long_steps",
         "vae",
         "vae_limit_640",
@@ -478,6 +479,8 @@ def longer():
         "22: IWAE_5 limited to 1, then to 25, above IWAE_5": ("iwae_long_steps", "iwae"),
         "30: VAE_5 limited to 640, above VRNN": ("vae_limit_640", "vrnn"),
         "32: VRNN limited to 25.6, then to 640, above VRNN": ("vrnn_long_steps", "vrnn"),
+        "34: VRNN limited to 25, above VRNN": ("vrnn_limit_25", "vrnn"),
+        "34: IWAE_5 above VRNN limited to 25": ("iwae", "vrnn_limit_25"),
     }
     rows = {name: {"nats/frame": PIPELINE_WORDS[name]} for name in names}
     rows |= {words: {"nats/frame": words} for words in pairs}
