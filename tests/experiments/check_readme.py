@@ -669,6 +669,11 @@ WORDS = {
     "lstm_40": "LSTM, 40 components",
     "lstm": "LSTM, 8 components",
 }
+LONG_WORDS = {
+    "vrnn_long": "VRNN, 12,500 updates",
+    "vae_5_long": "VAE_5, 12,500 updates",
+    "iwae_5_long": "IWAE_5, 12,500 updates",
+}
 
 
 def latent_variables():
@@ -726,13 +731,14 @@ def filters(*files):
 
     In brackets above the first run of the file, with the 95 % interval over windows.
     """
+    words = WORDS | LONG_WORDS
     rows = []
     for file in files:
         runs = json_of(file)["runs"]
         first = next(iter(runs.values()))
         for name, by_particles in runs.items():
             variant, _, seed = name.rpartition("-")
-            row = {"nats/frame, 64 windows": f"{WORDS[variant]}, seed {seed}"}
+            row = {"nats/frame, 64 windows": f"{words[variant]}, seed {seed}"}
             for k, nats in by_particles.items():
                 cell = f"{statistics.mean(nats):.2f}"
                 if nats is not first[k]:
@@ -981,7 +987,12 @@ TABLES = {
     "latent_variables": latent_variables,
     "resampled": resampled,
     "filters": partial(filters, "filters_adaptive.json"),
-    "filters_published": partial(filters, "filters_published_0.json", "filters_published_3.json"),
+    "filters_published": partial(
+        filters,
+        "filters_published_0.json",
+        "filters_published_3.json",
+        "filters_published_long.json",
+    ),
     "likelihood_z": partial(full_table, "likelihood_z"),
     "our_training": partial(full_table, "our_training"),
     "our_training_long": partial(full_table, "our_training_long"),
