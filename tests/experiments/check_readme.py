@@ -479,6 +479,7 @@ def longer():
         "22: IWAE_5 limited to 1, then to 25, above IWAE_5": ("iwae_long_steps", "iwae"),
         "30: VAE_5 limited to 640, above VRNN": ("vae_limit_640", "vrnn"),
         "32: VRNN limited to 25.6, then to 640, above VRNN": ("vrnn_long_steps", "vrnn"),
+        "32: the same, above VRNN limited to 25": ("vrnn_long_steps", "vrnn_limit_25"),
         "34: VRNN limited to 25, above VRNN": ("vrnn_limit_25", "vrnn"),
         "34: IWAE_5 above VRNN limited to 25": ("iwae", "vrnn_limit_25"),
     }

@@ -244,7 +244,6 @@ def pipeline_of_2016():
         ("iwae", ["--objective=iwae"]),
         ("iwae_limit_640", ["--objective=iwae", "--grad_clip=640"]),
         ("vrnn", ["--objective=vrnn"]),
-        ("vrnn_limit_25", ["--objective=vrnn", "--grad_clip=25"]),
         ("vae", ["--objective=vae"]),
     ):
         yield "copy_of_2016", f"{name}-3", *PIPELINE, *flags, to_2016, "--seed=3"
@@ -257,6 +256,7 @@ def pipeline_of_2016():
         ("vrnn-4", ["--objective=vrnn", "--seed=4"]),
         ("vrnn_long_steps-3", [*vrnn_long_steps, "--seed=3"]),
         ("vrnn_long_steps-4", [*vrnn_long_steps, "--seed=4"]),
+        ("vrnn_limit_25-3", ["--objective=vrnn", "--grad_clip=25", "--seed=3"]),
         ("vae-4", ["--objective=vae", "--seed=4"]),
         ("vae_limit_640-3", ["--objective=vae", "--grad_clip=640", "--seed=3"]),
     ):
