@@ -74,6 +74,8 @@ OTHERS = {
 
 # ---- runs ----------------------------------------------------------------------------------------
 
+BOUNDS = ("elbo", "iwae_5", "iwae_100", "smc_100")  # from the loosest to the tightest
+
 
 @functools.cache
 def read(*groups):
@@ -129,7 +131,6 @@ def full_table(*groups):
 
 # ---- the front page ------------------------------------------------------------------------------
 
-BOUNDS = ("elbo", "iwae_5", "iwae_100", "smc_100")
 LATER = "benchmark_likelihood.json"  # of the adaptive likelihood
 BENCHMARKED = {"vrnn_gauss": "VRNN", "vrnn_gauss_alt_nll": "VAE_5", "vrnn_gauss_iwae": "IWAE_5"}
 # Of the front page: the runs of 5,000 updates under each likelihood, and the order of objectives.
@@ -544,10 +545,10 @@ def share_limited(run, first, last):
 def pipeline_size():
     """Contrast 33: 2016's pipeline at the published size, one seed."""
     rows = []
-    for run in runs_of("pipeline_size"):
-        log = log_of(run)
-        row = {"published size": PIPELINE_WORDS[run.folder.name.rpartition("-")[0]]}
-        row |= monitored_at(log, (50, 100, 150, 200))
+    for name, by_seed in by_variant(runs_of("pipeline_size")).items():
+        run = by_seed[0]
+        row = {"published size": PIPELINE_WORDS[name]}
+        row |= monitored_at(log_of(run), (50, 100, 150, 200))
         for first, last in ((0, 50), (50, 200)):
             share = share_limited(run, first, last)
             row[f"limited in updates {first + 1} to {last}"] = f"{100 * share:.0f} %"
