@@ -370,7 +370,7 @@ def test_every_run_of_the_experiment_has_valid_flags():
         else:
             assert group in GROUPS
         common.parse(module.Hyperparameters, [*settings, *flags])
-    assert len(names) == 280
+    assert len(names) == 306
 
 
 def first_update_of_clipping(data, out, *flags):

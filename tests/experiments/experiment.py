@@ -34,10 +34,8 @@ PIPELINE_SETTINGS = (
     "--z_dim 32 --init by_width --monitor_every 50 --monitor_windows 256 --max_updates 600 "
     "--eval_k 5 --eval_recordings 0 --device cpu --data data/speech.h5"
 ).split()
-OURS_IN_PIPELINE = (
-    "--grad_clip=640 --order=excerpts --carried=by_stream --favoured=best --over_time=sum "
-    "--no-through_weights --over_batch=mean"
-).split()
+OURS_IN_PIPELINE = "--grad_clip=640 --order=excerpts --carried=by_stream".split()
+CORRECT_WEIGHTS = "--favoured=best --over_time=sum --no-through_weights --over_batch=mean".split()
 OBJECTIVES = {"vrnn": VRNN, "vae_5": VAE, "iwae_5": IWAE}
 WITH_RESAMPLED = OBJECTIVES | {"iwae_5_resample": RESAMPLED}
 # Objective, limits on the gradient, and number of seeds.
@@ -154,7 +152,7 @@ def default_limit(updates):
         for name, script in WITH_RESAMPLED.items():
             flags = [*script, DEFAULT_LIMIT, f"--seed={seed}"]
             yield "our_training", f"{name}-{seed}", *flags
-    for seed in range(3):
+    for seed in range(5):
         for name, script in WITH_RESAMPLED.items():
             flags = [*script, DEFAULT_LIMIT, *longer, f"--seed={seed}"]
             yield "our_training_long", f"{name}_long-{seed}", *flags
@@ -216,13 +214,13 @@ def pipeline_of_2016():
     for seed in range(3):
         flags = ["--objective=vae", f"--seed={seed}"]
         yield "pipeline_of_2016", f"vae-{seed}", *PIPELINE, *flags
-        flags = ["--objective=iwae", "--grad_clip=640", f"--seed={seed}"]
-        flags += ["--favoured=best", "--over_time=sum", "--no-through_weights", "--over_batch=mean"]
+        flags = ["--objective=iwae", "--grad_clip=640", *CORRECT_WEIGHTS, f"--seed={seed}"]
         yield "pipeline_exchanged", f"iwae_correct_weights-{seed}", *PIPELINE, *flags
         flags = ["--objective=vrnn", "--rows=25", f"--seed={seed}"]
         yield "pipeline_exchanged", f"vrnn_rows_25-{seed}", *PIPELINE, *flags
-        flags += ["--grad_clip=640"]
-        yield "pipeline_exchanged", f"vrnn_rows_25_limit_640-{seed}", *PIPELINE, *flags
+        for limit in (25, 640):
+            name = f"vrnn_rows_25_limit_{limit}-{seed}"
+            yield "pipeline_exchanged", name, *PIPELINE, *flags, f"--grad_clip={limit}"
         flags = ["--objective=iwae", "--grad_clip=1", "--widened_after=100", "--widened_to=25"]
         yield "pipeline_exchanged", f"iwae_early_steps-{seed}", *PIPELINE, *flags, f"--seed={seed}"
         flags = ["--objective=vae", "--grad_clip=640", f"--seed={seed}"]
@@ -282,7 +280,7 @@ def pipeline_of_2016():
         ):
             flags = [f"--objective={objective}", flag, f"--seed={seed}"]
             yield "pipeline_exchanged", f"{objective}_{name}-{seed}", *PIPELINE, *flags
-    # The other way round: one ingredient of 2016 each, in an IWAE_5 with four of ours.
+    # The other way round: one ingredient of 2016 each, in an IWAE_5 and a VAE_5 with ours.
     weights_of_2016 = ["--over_batch=sum", "--over_time=mean", "--through_weights"]
     for name, flags in (
         ("iwae_ours", []),
@@ -290,8 +288,18 @@ def pipeline_of_2016():
         ("iwae_ours_in_rows", ["--order=chapters", "--carried=by_row"]),
         ("iwae_ours_favoured_worst", ["--favoured=worst"]),
         ("iwae_ours_weights", ["--favoured=worst", *weights_of_2016]),
+        ("iwae_ours_windows_128", ["--rows=640"]),
     ):
-        flags = ["--objective=iwae", *OURS_IN_PIPELINE, *flags]
+        flags = ["--objective=iwae", *OURS_IN_PIPELINE, *CORRECT_WEIGHTS, *flags]
+        for seed in range(3):
+            yield "pipeline_from_ours", f"{name}-{seed}", *PIPELINE, *flags, f"--seed={seed}"
+    for name, flags in (
+        ("vae_ours", []),
+        ("vae_ours_limit_3200", ["--grad_clip=3200"]),
+        ("vae_ours_in_rows", ["--order=chapters", "--carried=by_row"]),
+        ("vae_ours_replays_5", ["--replays=5"]),
+    ):
+        flags = ["--objective=vae", "--replays=1", *OURS_IN_PIPELINE, *flags]
         for seed in range(3):
             yield "pipeline_from_ours", f"{name}-{seed}", *PIPELINE, *flags, f"--seed={seed}"
     # Fresh data: 900 updates of VRNN are one epoch.
