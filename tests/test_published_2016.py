@@ -321,6 +321,9 @@ def test_a_tight_limit_is_widened_on_the_way(start):
     run.corpus.std /= 1000
     assert run.update()[1] > 640
     assert run.progress["clipped"] == 3
+    run.h.widened_to = 0.0
+    assert run.update()[1] > 640
+    assert run.progress["clipped"] == 3
 
 
 def test_the_learning_rate_is_another_for_a_while(start):

@@ -83,7 +83,7 @@ class Hyperparameters:
     max_updates: int = 200_000  # about as many as the picture of 2016 shows
     grad_clip: float | None = None  # limit on that of the mean over windows; 0: none; None: 2016's
     widened_after: int = 0  # updates, after which the limit is another; 0: never
-    widened_to: float = 640.0  # that other one; VRNN's
+    widened_to: float = 640.0  # that other one; 0: none
     weight_norm: float = 1.9365  # largest norm of a unit's incoming weights (not lstm_h); 0 = none
 
     # evaluation
@@ -347,9 +347,8 @@ class Run:
 
     def limit(self):
         """On the gradient of the mean over windows, in the next update."""
-        if 0 < self.h.widened_after <= self.progress["updates"]:
-            return self.h.widened_to
-        return self.h.grad_clip or math.inf
+        is_widened = 0 < self.h.widened_after <= self.progress["updates"]
+        return (self.h.widened_to if is_widened else self.h.grad_clip) or math.inf
 
     def learning_rate(self):
         """In the next update."""
