@@ -70,7 +70,7 @@ SAID_BY = {size: "rnn_dim" for size in common.SIZES if size != "rnn_dim"}
 SAID_BY["lr_updates"] = "max_updates"
 
 # By how many standard errors the mean of n runs may be off, at 95 %: Student's t of n - 1 = 1, 2,
-# and so on; the last one also stands for more.
+# and so on.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 COLOURS = (*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors)
@@ -213,8 +213,14 @@ def differing(one, other, *fields):
 
 def half_width(values):
     """Half the 95 % interval of the mean of two values or more."""
-    degrees = min(len(values) - 1, len(T_95))
-    return T_95[degrees - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return t_95(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def t_95(degrees):
+    """Student's t that is exceeded, either way, in 5 % of all cases."""
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    return 1.96 + 2.372 / degrees + 2.823 / degrees**2  # its expansion about the normal quantile
 
 
 def mean_and_interval(values, digits=2):
@@ -451,7 +457,7 @@ def label_apart(runs, ignored):
     for run in runs:
         words = [run.name]
         siblings = [other.config for other in runs if other.name == run.name]
-        for setting in sorted(set().union(*siblings) - ignored):
+        for setting in sorted(run.config.keys() - ignored):
             others = [other for other in siblings if is_changed(setting, run.config, other)]
             said_by = SAID_BY.get(setting)
             if any(not is_changed(said_by, run.config, other) for other in others):
@@ -558,14 +564,9 @@ def draw_bits(axis, tested, colours):
         axis.plot(bits, [place] * len(bits), "o", color=colours[group[0].objective])
         names.append(in_lines(f"{label}: {np.mean(bits):.2f}"))
     highest = axis.get_xlim()[1]
-    yardsticks = {}
-    for run in tested:
-        for name, nats in run.yardsticks.items():
-            yardsticks[name] = bits_of(run, nats)
-    for (name, bits), line in zip(yardsticks.items(), itertools.cycle(LINES)):
+    for (words, (_, bits)), line in zip(yardsticks_of(tested).items(), itertools.cycle(LINES)):
         if bits < highest:
-            words = f"{YARDSTICKS.get(name, name)}: {bits:.2f}"
-            axis.axvline(bits, color="0.3", linestyle=line, label=words)
+            axis.axvline(bits, color="0.3", linestyle=line, label=f"{words}: {bits:.2f}")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     axis.set_yticks(range(len(groups)), names)
@@ -676,17 +677,24 @@ def table(runs, reference):
 
 
 def yardstick_rows(runs, in_nats, in_bits):
-    """A row for each yardstick of each data file, with its numbers under these two headings."""
+    """A row for each yardstick, with its numbers under these two headings."""
+    rows = []
+    for words, (nats, bits) in yardsticks_of(runs).items():
+        rows.append({"objective": words, in_nats: f"{nats:.2f}", in_bits: f"{bits:.3f}"})
+    return rows
+
+
+def yardsticks_of(runs):
+    """{name: (nats per frame, bits per sample)} of each yardstick on each data file."""
     files = {run.data["file"] for run in runs}
-    rows = {}
+    found = {}
     for run in runs:
         for name, nats in run.yardsticks.items():
             words = YARDSTICKS.get(name, name)
             if len(files) > 1:
                 words += f" on {run.data['file']}"
-            bits = bits_of(run, nats)
-            rows[words] = {"objective": words, in_nats: f"{nats:.2f}", in_bits: f"{bits:.3f}"}
-    return list(rows.values())
+            found[words] = nats, bits_of(run, nats)
+    return found
 
 
 # ---- command line --------------------------------------------------------------------------------

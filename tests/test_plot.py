@@ -179,6 +179,11 @@ def test_intervals_are_those_of_student_and_differences_are_paired_by_seed(tmp_p
     assert mine[:2] == ["mine", "4"] and mine[-1] == "2.67 ± 5.17"  # of 1, 2 and 5
 
 
+@pytest.mark.parametrize("degrees, t", ((1, 12.706), (9, 2.262), (10, 2.228), (63, 1.998)))
+def test_student_is_that_of_the_tables(degrees, t):
+    assert plot_recon.t_95(degrees) == pytest.approx(t, abs=0.003)
+
+
 def test_runs_are_compared_with_those_of_the_first_folder_but_for_another_likelihood(
     tmp_path, plot
 ):
@@ -288,6 +293,12 @@ def test_runs_from_before_the_class_of_the_model_was_noted_are_of_one_label_with
     assert [row[:2] for row in plot()] == [["VRNN", "2"]]
 
 
+def test_a_setting_that_a_log_does_not_know_is_not_said_of_its_run(tmp_path, plot):
+    write_run(tmp_path / "runs/old")
+    write_run(tmp_path / "runs/new", beta2=0.99)
+    assert [row[0] for row in plot()] == ["VRNN", "VRNN, beta2 0.99"]
+
+
 def test_names_are_shown_as_they_are(tmp_path, plot):
     write_run(tmp_path / "runs/a", name="price $5 and $6 |\n or $\\frac$")
     assert plot()[0][0] == r"price \$5 and \$6 / or \$\frac\$" and (tmp_path / "recon.png").exists()
@@ -376,6 +387,21 @@ def test_yardsticks_are_rows_below_the_runs_in_the_unit_of_their_data(tmp_path, 
     rows = {row[0]: row[-2] for row in plot()}
     assert rows["FLAC on a.h5"] == bits[0]
     assert rows["FLAC on b.h5"] == f"{(np.log(500.0) - 280 / 200) / np.log(2):.3f}"
+
+
+def test_yardsticks_are_drawn_for_each_data_file(tmp_path, plot, monkeypatch):
+    flac = json.dumps(dict(flac=dict(nats_per_frame=280.0)))
+    for folder, data in (("first/a", DATA), ("second/b", DATA | dict(file="b.h5", std=500.0))):
+        write_run(tmp_path / folder, data=data)
+        damage(tmp_path / folder / "eval.json", '"split"', f'"yardsticks": {flac}, "split"')
+    drawn = []
+    monkeypatch.setattr(Axes, "axvline", lambda axis, x, label, **look: drawn.append(label))
+    plot("first", "second")
+    nats_in_bits = 280 / 200 / np.log(2)
+    assert drawn == [
+        f"FLAC on a.h5: {np.log2(2000) - nats_in_bits:.2f}",
+        f"FLAC on b.h5: {np.log2(500) - nats_in_bits:.2f}",
+    ]
 
 
 def test_no_yardstick_is_drawn_where_the_data_file_has_none(tmp_path, plot, monkeypatch):

@@ -204,6 +204,12 @@ def test_rows_that_k_does_not_divide_are_refused():
         settings(objective="iwae", k=5, rows=128)
 
 
+@pytest.mark.parametrize("name", ("k", "rows", "replays", "streams", "reset_freq", "monitor_every"))
+def test_values_that_make_no_sense_are_refused(name):
+    with pytest.raises(common.UserError, match=f"--{name}"):
+        settings(**dict(OBJECTIVES["iwae"], **{name: 0}))
+
+
 # ---- an update ----
 
 
@@ -624,10 +630,15 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(changes, data, tmp_path):
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, start):
     run = start(rows=4, max_updates=1)
     run.train()
+    stale = run.folder / "eval.json"
+    stale.write_text("{}")
     with pytest.raises(common.UserError, match="--resume"):
         start(rows=4)
     with pytest.raises(common.UserError, match="grad_clip was 20.0 and is now 1.0"):
         Run(dataclasses.replace(run.h, resume=True, grad_clip=1.0))
+    assert stale.exists()
+    Run(dataclasses.replace(run.h, resume=True, max_updates=2))
+    assert not stale.exists()
 
 
 def test_plot_recon_draws_the_folder(runs, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from types import SimpleNamespace
 import benchmark
 import check_readme
 import experiment
+import filters
 import gpu_check
+import h5py
 import mutants
 import numpy as np
 import particles
@@ -434,6 +437,28 @@ def test_particles_prints_its_three_tables(data, tmp_path, monkeypatch, capsys):
     ):
         assert output.count(row) == 1
     assert "nan" not in output
+
+
+def test_filters_normalise_by_the_checkpoint_and_keep_runs_of_one_name_apart(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(filters, "FRAMES", 5)
+    other = tmp_path / "other.h5"
+    shutil.copy(data, other)
+    with h5py.File(other, "a") as file:
+        file.attrs["std"] *= 2
+    _, training = tiny_training(vrnn_gauss, data, tmp_path / "run")
+    make_updates(training, update_with(training, vrnn_gauss.objective), 2)
+    best = tmp_path / "run/best.pt"
+    few = ("--particles", 3, "--windows", 4)
+    found = []
+    for file in (data, other):
+        main_of("filters", best, *few, f"--data={file}", f"--out={tmp_path / 'filters.json'}")
+        found.append(json.loads((tmp_path / "filters.json").read_text())["runs"])
+    assert len(found[0]["run"]["3"]) == 4
+    assert found[0] == found[1]
+    with pytest.raises(common.UserError, match="of one name"):
+        main_of("filters", best, tmp_path / "again/run/best.pt", *few, f"--data={data}")
 
 
 def test_every_mutant_still_applies():

@@ -64,7 +64,6 @@ OTHERS = {
     "2.5": "12,500 / 5,000 updates",
     "1.9365": SETTINGS,
     "85.56": "minutes of recordings, printed by prepare_blizzard.py",
-    "76.87": "of train",
     "30.13": "minutes of the single reader's train split, printed by prepare_blizzard.py",
     "16.3": "billions of samples in 283 hours",
     "3.10": "a version of Python",
@@ -178,12 +177,15 @@ def minutes(config):
     for size in ("rnn_dim", "z_dim"):
         if config[size] != benchmark.SMALL[size]:
             return ""
+    seconds = None
     measured = json_of("benchmark.json")["tables"]
     variants = measured["variants_small"] + json_of(LATER)["tables"]["likelihood_small"]
     objective = BENCHMARKED[config["script"]]
     for row in measured["updates_small"]:
         if row["objective"] == objective and row["batch"] == config["batch_size"]:
             seconds = row["seconds"]
+    if seconds is None:
+        return ""
     # VAE_5 does with a flag what IWAE_5 does.
     like = "VRNN" if objective == "VRNN" else "IWAE_5"
     ratios = {}
@@ -308,9 +310,10 @@ def norms_and_clips():
         if "clipped" in log_of(run)[-1]:
             batch = in_words("batch_size", run.config["batch_size"])
             limit = in_words("grad_clip", run.config["grad_clip"])
-            groups.setdefault((run.name, limit, batch), []).append(log_of(run))
+            updates = f"{run.config['max_updates']:,}"
+            groups.setdefault((run.name, limit, batch, updates), []).append(log_of(run))
     rows = []
-    for (name, limit, batch), logs in groups.items():
+    for (name, limit, batch, updates), logs in groups.items():
         norms = [statistics.median(line["grad_norm"] for line in log) for log in logs]
         shares = [percent_clipped(log) for log in logs]
         rows.append(
@@ -318,6 +321,7 @@ def norms_and_clips():
                 "objective": name,
                 "limit": limit,
                 "batch": batch,
+                "updates": updates,
                 "runs": str(len(logs)),
                 "median norm": f"{statistics.mean(norms):.1f}",
                 "updates clipped": f"{statistics.mean(shares):.1f} %",
@@ -387,6 +391,11 @@ PIPELINE_WORDS = {
     "iwae_ours_in_rows": "with 2016's rows and states",
     "iwae_ours_favoured_worst": "with 2016's sign",
     "iwae_ours_weights": "with 2016's weights",
+    "iwae_ours_windows_128": "with 128 windows an update",
+    "vae_ours": "VAE_5 with our limit, order and states, without replays",
+    "vae_ours_limit_3200": "with 2016's limit",
+    "vae_ours_in_rows": "with 2016's rows and states",
+    "vae_ours_replays_5": "with five replays",
     "vae_limit_640": "VAE_5 limited to 640",
     "vrnn_excerpts": "VRNN with rows in excerpts",
     "vae_once": "VAE_5 without replays",
@@ -398,6 +407,7 @@ PIPELINE_WORDS = {
     "iwae_correct_weights": "IWAE_5 with correct weights, limited to 640",
     "vrnn_rows_2": "VRNN with 2 rows",
     "vrnn_rows_25": "VRNN with 25 rows",
+    "vrnn_rows_25_limit_25": "VRNN with 25 rows, limited to 25",
     "vrnn_rows_25_limit_640": "VRNN with 25 rows, limited to 640",
 }
 
@@ -410,8 +420,75 @@ def by_variant(runs):
     return variants
 
 
+def pairs_of_seeds(variants, name, other):
+    """(run, run of the other variant) for each seed that both have; variants: of by_variant."""
+    seeds = sorted(variants[name].keys() & variants[other].keys())
+    return [(variants[name][seed], variants[other][seed]) for seed in seeds]
+
+
+def above_from_half_way(run, other):
+    """By how much a run is above another, mean over the evaluations from half-way on."""
+    curve, beside = curve_of(run), curve_of(other)
+    later = [update for update in curve if update >= max(curve) / 2]
+    return statistics.mean(curve[update] - beside[update] for update in later)
+
+
+INTO = ("in 2016's VRNN", "in 2016's VAE_5", "in our VAE_5", "in 2016's IWAE_5", "in our IWAE_5")
+# What is ours in place of 2016's: (with it, without it) in objectives of 2016, and in ours.
+INGREDIENTS = {
+    "our limit, 640": {
+        "in 2016's VAE_5": ("vae_limit_640", "vae"),
+        "in 2016's IWAE_5": ("iwae_limit_640", "iwae"),
+        "in our IWAE_5": ("iwae_ours", "iwae_ours_limit_25"),
+    },
+    "128 windows an update, for 25": {
+        "in 2016's VRNN": ("vrnn", "vrnn_rows_25_limit_640"),
+    },
+    "each window once": {
+        "in 2016's VAE_5": ("vae_once", "vae"),
+    },
+    "rows in excerpts": {
+        "in 2016's VRNN": ("vrnn_excerpts", "vrnn"),
+        "in 2016's VAE_5": ("vae_excerpts", "vae"),
+        "in 2016's IWAE_5": ("iwae_excerpts", "iwae"),  # and states of its own speech
+        "in our IWAE_5": ("iwae_ours", "iwae_ours_in_rows"),
+    },
+    "states of the window before": {
+        "in 2016's VAE_5": ("vae_by_stream", "vae"),
+    },
+    "states of its own speech": {
+        "in 2016's IWAE_5": ("iwae_by_stream", "iwae"),
+    },
+    "the right sign of the weights": {
+        "in 2016's IWAE_5": ("iwae_favoured_best", "iwae"),
+        "in our IWAE_5": ("iwae_ours", "iwae_ours_favoured_worst"),
+    },
+    "correct weights, limited to 640": {
+        "in 2016's IWAE_5": ("iwae_correct_weights", "iwae_limit_640"),
+        "in our IWAE_5": ("iwae_ours", "iwae_ours_weights"),
+    },
+}
+
+
+def ingredients():
+    """What each ingredient of ours gains in the place of 2016's: means from half-way on."""
+    groups = ("pipeline_of_2016", "pipeline_exchanged", "pipeline_from_ours")
+    variants = by_variant(runs_of(*groups))
+    rows = []
+    for words, exchanged in INGREDIENTS.items():
+        row = {"nats/frame gained by": words}
+        for heading in INTO:
+            row[heading] = ""
+            if heading in exchanged:
+                pairs = pairs_of_seeds(variants, *exchanged[heading])
+                gains = [above_from_half_way(run, other) for run, other in pairs]
+                row[heading] = mean_and_interval(gains, 1)
+        rows.append(row)
+    return markdown(rows)
+
+
 def pipeline_contrasts():
-    """Contrasts 1 to 7, 10, 16, 17, 19, 23 to 25, 29 and 31, seed by seed."""
+    """Contrasts 1 to 7, 10, 16, 17, 19, 23 to 25, 29, 31 and 35, seed by seed."""
     return contrasts(
         runs_of("pipeline_of_2016", "pipeline_exchanged"),
         ("1", "vae", 600, "vrnn", 600),
@@ -440,6 +517,8 @@ def pipeline_contrasts():
         ("29", "vrnn_lr_raised", 600, "vrnn", 600),
         ("31", "vrnn_limit_25", 600, "vrnn", 600),
         ("31", "iwae", 600, "vrnn_limit_25", 600),
+        ("35", "vrnn_rows_25_limit_25", 600, "vrnn_limit_25", 600),
+        ("35", "iwae", 600, "vrnn_rows_25_limit_25", 600),
     )
 
 
@@ -451,8 +530,8 @@ def order():
         row = {"gained by rows in excerpts, nats/frame": PIPELINE_WORDS[name]}
         for update in (50, 100, 150, 200, 300, 600):
             gains = []
-            for seed, run in sorted(variants[f"{name}_excerpts"].items()):
-                gains.append(curve_of(run)[update] - curve_of(variants[name][seed])[update])
+            for run, other in pairs_of_seeds(variants, f"{name}_excerpts", name):
+                gains.append(curve_of(run)[update] - curve_of(other)[update])
             row[f"at {update}"] = seed_by_seed(gains, 1)
         rows.append(row)
     return markdown(rows)
@@ -488,15 +567,13 @@ def longer():
     rows |= {words: {"nats/frame": words} for words in pairs}
     for first, last in (*itertools.pairwise((100, 200, 400, 600, 1000, 1500, 2000)), (1999, 2000)):
         heading = f"updates {first + 1:,} to {last:,}" if last > first + 1 else f"update {last:,}"
-        means = {}
         for name in names:
-            means[name] = {
-                seed: mean_within(run, first, last) for seed, run in variants[name].items()
-            }
-            rows[name][heading] = seed_by_seed(means[name].values(), 1)
-        for words, (one, other) in pairs.items():
-            seeds = sorted(means[one].keys() & means[other].keys())
-            differences = [means[one][seed] - means[other][seed] for seed in seeds]
+            means = [mean_within(run, first, last) for run in variants[name].values()]
+            rows[name][heading] = seed_by_seed(means, 1)
+        for words, (name, other_name) in pairs.items():
+            differences = []
+            for run, other in pairs_of_seeds(variants, name, other_name):
+                differences.append(mean_within(run, first, last) - mean_within(other, first, last))
             rows[words][heading] = seed_by_seed(differences, 1)
     return markdown(list(rows.values()))
 
@@ -508,9 +585,9 @@ def mean_within(run, first, last):
 
 
 def from_ours():
-    """Contrast 21: one ingredient of 2016 at a time in an IWAE_5 with our limit, order and weights.
+    """Contrasts 21, 36 and 37: one ingredient of 2016 at a time, put into an objective with ours.
 
-    The last row is of runs with the same settings and seed, so what it shows is noise.
+    "none" is of runs with the same settings and seed, so what it shows is noise.
     """
     ours = ("iwae_ours", 600)
     return contrasts(
@@ -614,17 +691,13 @@ def contrasts(all_runs, *pairs):
     rows = []
     p_values = {}
     for number, one, at_one, other, at_other in pairs:
-        seeds = sorted(runs[one].keys() & runs[other].keys())
         found = []
         means = []
-        for seed in seeds:
-            curve = curve_of(runs[one][seed])
-            beside = curve_of(runs[other][seed])
-            found.append(curve[at_one] - beside[at_other])
+        for run, beside in pairs_of_seeds(runs, one, other):
+            found.append(curve_of(run)[at_one] - curve_of(beside)[at_other])
             if at_one == at_other:
-                later = [update for update in curve if at_one / 2 <= update <= at_one]
-                means.append(statistics.mean(curve[update] - beside[update] for update in later))
-        if len(means) >= 3:
+                means.append(above_from_half_way(run, beside))
+        if len(means) >= 3 and number != "none":
             p_values[len(rows)] = p_value(means)
         rows.append(
             {
@@ -736,11 +809,12 @@ def filters(*files):
     words = WORDS | LONG_WORDS
     rows = []
     for file in files:
-        runs = json_of(file)["runs"]
+        measured = json_of(file)
+        runs = measured["runs"]
         first = next(iter(runs.values()))
         for name, by_particles in runs.items():
             variant, _, seed = name.rpartition("-")
-            row = {"nats/frame, 64 windows": f"{words[variant]}, seed {seed}"}
+            row = {f"nats/frame, {measured['windows']} windows": f"{words[variant]}, seed {seed}"}
             for k, nats in by_particles.items():
                 cell = f"{statistics.mean(nats):.2f}"
                 if nats is not first[k]:
@@ -950,7 +1024,6 @@ EVALUATION = {
     "of_products": "of the product rate",
 }
 GROWTH = {"size": "what grows", "value": "to", "seconds": "seconds an update"}
-IWAE_ABOVE = (("IWAE_5", "VRNN"),)
 BOTH_ABOVE = (("VAE_5", "VRNN"), ("IWAE_5", "VRNN"))
 TABLES = {
     "updates": partial(benchmarks, "updates", UPDATES),
@@ -962,7 +1035,6 @@ TABLES = {
     "evaluation": partial(benchmarks, "evaluation_small", EVALUATION, LATER),
     "growth": partial(benchmarks, "growth_small", GROWTH),
     "front": front_table,
-    "two_by_two": partial(by_limit, (5, 640, 2560, 0), ("VRNN", "IWAE_5"), IWAE_ABOVE),
     "limits": partial(
         by_limit, (5, 40, 160, 640, 2560, 0), ("VRNN", "VAE_5", "IWAE_5"), BOTH_ABOVE
     ),
@@ -980,6 +1052,7 @@ TABLES = {
     "pipeline_clipped": pipeline_clipped,
     "pipeline_size": pipeline_size,
     "from_ours": from_ours,
+    "ingredients": ingredients,
     "order": order,
     "longer": longer,
     "fresh_contrasts": fresh_contrasts,
@@ -1042,8 +1115,9 @@ def problems(write=False):
         texts[name] = text
     used = set()
     for name, text in texts.items():
-        used |= numbers_in(text)
-        for number in sorted(numbers_in(CODE.sub("", BLOCK.sub("", text))) - known):
+        in_prose = numbers_in(CODE.sub("", BLOCK.sub("", text)))
+        used |= in_prose
+        for number in sorted(in_prose - known):
             found.append(f"{name}: {number} is in no table and not in OTHERS")
     for number in sorted(set(OTHERS) - used):
         found.append(f"OTHERS: {number} is nowhere in the text")

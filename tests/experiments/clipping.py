@@ -32,7 +32,9 @@ class Hyperparameters(vrnn_gauss.Hyperparameters):
     """Each is also a flag."""
 
     out_dir: str = "runs/clipping"  # where log, checkpoints, evaluation and speech go
-    norm: Literal["clipped", "growing", "median"] = "clipped"  # growing, or clipped by the median
+    norm: Literal["clipped", "growing", "median"] = (
+        "clipped"  # clipped: by grad_clip; median: by that
+    )
     beta2: float = 0.999  # decay of Adam's second moment
 
 
@@ -78,10 +80,12 @@ def main():
                 wanted = norms.take(made.clamp(max=UPDATES[-1]))
             else:
                 wanted = limited(norm, recent, made)
-            training.counts["clipped"] += wanted < norm
+            clipped = training.counts["clipped"] + (norm.isfinite() & (wanted < norm))
             torch._foreach_mul_(gradients, wanted / norm)
             training.step(loss, rollout.state)
-            training.counts["grad_norm"].copy_(norm)  # for the log
+            # For the log, of the gradient as it was.
+            training.counts["clipped"].copy_(clipped)
+            training.counts["grad_norm"].copy_(norm)
 
     for _ in training.updates():
         update()

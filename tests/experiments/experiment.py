@@ -371,8 +371,11 @@ def main():
             pool.submit(train, options.runs, options.updates, options.to, *run)
             for run in table(options.runs, options.updates)
         ]
-        for run in started:
-            run.result()
+        try:
+            for run in started:
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C begins no more of them
 
 
 if __name__ == "__main__":

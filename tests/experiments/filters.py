@@ -46,15 +46,19 @@ def main():
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     corpus = common.open_corpus(options.data)
+    names = [path.resolve().parent.name for path in options.checkpoints]
+    if len(set(names)) < len(names):
+        raise common.UserError("two checkpoints lie in folders of one name; rename one of these")
     result = dict(commit=common.commit(), windows=options.windows, frames=FRAMES, runs={})
-    for path in options.checkpoints:
-        model, _ = particles.trained(path)
+    for path, name in zip(options.checkpoints, names):
+        model, checkpoint = particles.trained(path)
+        corpus.mean, corpus.std = checkpoint["mean"], checkpoint["std"]
         by_particles = {}
         for k in options.particles:
             nats = filtered(model, corpus, k, options.windows)
             by_particles[k] = nats
-            print(f"{path.parent.name}, {k:,} particles: {sum(nats) / len(nats):.2f}", flush=True)
-        result["runs"][path.parent.name] = by_particles
+            print(f"{name}, {k:,} particles: {sum(nats) / len(nats):.2f}", flush=True)
+        result["runs"][name] = by_particles
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -190,6 +190,7 @@ def main():
     torch.set_flush_denormal(True)
     model, checkpoint = trained(options.checkpoint)
     corpus = common.open_corpus(options.data)
+    corpus.mean, corpus.std = checkpoint["mean"], checkpoint["std"]
     with torch.no_grad():
         weights = collapse(model, corpus)
         published = as_published(model, corpus)

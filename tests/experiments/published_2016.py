@@ -30,7 +30,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
@@ -94,7 +93,10 @@ class Hyperparameters:
 
 
 def as_in_2016(h):
-    """h with 2016's value in place of each None. UserError where k does not divide the rows."""
+    """h with 2016's value in place of each None. UserError where a value makes no sense."""
+    for name in ("k", "rows", "replays", "streams"):
+        if getattr(h, name) is not None and getattr(h, name) < 1:
+            raise common.UserError(f"--{name} {getattr(h, name)}: give 1 or more")
     k = 1 if h.objective == "vrnn" else h.k
     h = dataclasses.replace(h, k=k)
     copies = copies_of(h)
@@ -106,6 +108,7 @@ def as_in_2016(h):
         h.replays = h.k if h.objective == "vae" else 1
     if h.grad_clip is None:
         h.grad_clip = 5 * h.rows / loss_scale(h)
+    common.check_values(h)
     return h
 
 
@@ -299,6 +302,7 @@ class Run:
                 f"{self.folder} holds a run; --resume, or give another --out_dir"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / common.EVAL).unlink(missing_ok=True)  # of a run that goes on
         self.write("config.json", json.dumps(self.log[0]["config"], indent=1) + "\n")
 
     def train(self):
@@ -462,7 +466,7 @@ def header_of(h, corpus, device):
 
 
 def main():
-    h = as_in_2016(tyro.cli(Hyperparameters, description=__doc__, use_underscores=True))
+    h = as_in_2016(common.parse_flags(Hyperparameters()))
     torch.set_flush_denormal(True)  # else products with tiny numbers take many times as long
     run = Run(h)
     run.train()

@@ -1213,7 +1213,7 @@ MUTANTS = (
         "an interval with a degree of freedom too many",
         tests=INTERVALS,
         file=PLOT,
-        function="half_width",
+        function="t_95",
         old="T_95[degrees - 1]",
         new="T_95[degrees]",
     ),
@@ -1246,7 +1246,7 @@ MUTANTS = (
         tests=NUMBERS,
         file=CHECK,
         function="problems",
-        old="numbers_in(CODE.sub('', BLOCK.sub('', text))) - known",
+        old="in_prose - known",
         new="set()",
     ),
     Mutant(
