@@ -6,7 +6,8 @@
 It needs data/speech.h5 (all recordings) and data/reader.h5 (the single reader alone), made by
 prepare_blizzard.py. Runs go one thread each, at_once at a time, in the order below. Those whose
 logs are in the folder --to are passed over, so name another folder to train all anew; interrupted
-ones are resumed from --runs. The warm starts need the checkpoint of vrnn-0 there.
+ones are resumed from --runs. The warm starts need the checkpoint of vrnn-0 there, and from_prior
+those of latent_variables.
 """
 
 import argparse
