@@ -603,7 +603,7 @@ REPEATED = (
 
 
 def repeats():
-    """What runs differ by that were trained twice, on two kinds of processors: noise."""
+    """By how much runs differ that were trained twice, with the same settings and seed: noise."""
     rows = []
     for once, again in REPEATED:
         variants = {each: by_variant(runs_of(each[0]))[each[1]] for each in (once, again)}

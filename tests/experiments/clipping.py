@@ -32,9 +32,7 @@ class Hyperparameters(vrnn_gauss.Hyperparameters):
     """Each is also a flag."""
 
     out_dir: str = "runs/clipping"  # where log, checkpoints, evaluation and speech go
-    norm: Literal["clipped", "growing", "median"] = (
-        "clipped"  # clipped: by grad_clip; median: by that
-    )
+    norm: Literal["clipped", "growing", "median"] = "clipped"  # clipped: by grad_clip
     beta2: float = 0.999  # decay of Adam's second moment
 
 
