@@ -437,18 +437,22 @@ INGREDIENTS = {
     "VRNN's limit, 640": {
         "in 2016's VAE_5": ("vae_limit_640", "vae"),
         "in 2016's IWAE_5": ("iwae_limit_640", "iwae"),
+        "in our VAE_5": ("vae_ours", "vae_ours_limit_3200"),
         "in our IWAE_5": ("iwae_ours", "iwae_ours_limit_25"),
     },
     "VRNN's 128 windows an update, for 25": {
         "in 2016's VRNN": ("vrnn", "vrnn_rows_25_limit_640"),
+        "in our IWAE_5": ("iwae_ours_windows_128", "iwae_ours"),
     },
     "each window once": {
         "in 2016's VAE_5": ("vae_once", "vae"),
+        "in our VAE_5": ("vae_ours", "vae_ours_replays_5"),
     },
     "rows in excerpts": {
         "in 2016's VRNN": ("vrnn_excerpts", "vrnn"),
         "in 2016's VAE_5": ("vae_excerpts", "vae"),
         "in 2016's IWAE_5": ("iwae_excerpts", "iwae"),  # and states of its own speech
+        "in our VAE_5": ("vae_ours", "vae_ours_in_rows"),
         "in our IWAE_5": ("iwae_ours", "iwae_ours_in_rows"),
     },
     "states of the window before": {
@@ -585,12 +589,17 @@ def mean_within(run, first, last):
 def from_ours():
     """Contrasts 21, 36 and 37: one ingredient of 2016 at a time, put into an objective with ours."""
     ours = ("iwae_ours", 600)
+    vae_ours = ("vae_ours", 600)
     return contrasts(
         runs_of("pipeline_from_ours"),
         ("21", "iwae_ours_limit_25", 600, *ours),
         ("21", "iwae_ours_in_rows", 600, *ours),
         ("21", "iwae_ours_favoured_worst", 600, *ours),
         ("21", "iwae_ours_weights", 600, *ours),
+        ("36", "iwae_ours_windows_128", 600, *ours),
+        ("37", "vae_ours_limit_3200", 600, *vae_ours),
+        ("37", "vae_ours_in_rows", 600, *vae_ours),
+        ("37", "vae_ours_replays_5", 600, *vae_ours),
     )
 
 
