@@ -291,10 +291,8 @@ def at_default_limit():
             row = {"nats/frame above VRNN": name, "updates": updates, "seeds": seeds}
             for bound in BOUNDS:
                 differences = plot_recon.paired(runs[name], runs["VRNN"], bound)
-                if len(differences) < 3:
-                    row[f"`{bound}`"] = seed_by_seed(differences)
-                else:
-                    row[f"`{bound}`"] = mean_and_interval(differences)
+                row[f"`{bound}`"] = interval_or_values(differences)
+                if len(differences) >= 3:
                     p_values[len(rows), f"`{bound}`"] = p_value(differences)
             rows.append(row)
     for (row, bound), stands in holm(p_values).items():
@@ -486,7 +484,7 @@ def ingredients():
             if heading in exchanged:
                 pairs = pairs_of_seeds(variants, *exchanged[heading])
                 gains = [above_from_half_way(run, other) for run, other in pairs]
-                row[heading] = mean_and_interval(gains, 1)
+                row[heading] = interval_or_values(gains, 1)
         rows.append(row)
     return markdown(rows)
 
@@ -854,6 +852,11 @@ def filters(*files):
                 row[f"{int(k):,} particles"] = cell
             rows.append(row)
     return markdown(rows)
+
+
+def interval_or_values(values, digits=2):
+    """Two seeds have an interval, but it says next to nothing."""
+    return mean_and_interval(values, digits) if len(values) >= 3 else seed_by_seed(values, digits)
 
 
 def seed_by_seed(values, digits=2):
