@@ -175,10 +175,10 @@ def minutes(config):
     for size in ("rnn_dim", "z_dim"):
         if config[size] != benchmark.SMALL[size]:
             return ""
-    seconds = None
     measured = json_of("benchmark.json")["tables"]
     variants = measured["variants_small"] + json_of(LATER)["tables"]["likelihood_small"]
     objective = BENCHMARKED[config["script"]]
+    seconds = None
     for row in measured["updates_small"]:
         if row["objective"] == objective and row["batch"] == config["batch_size"]:
             seconds = row["seconds"]

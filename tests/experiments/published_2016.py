@@ -95,8 +95,8 @@ class Hyperparameters:
 def as_in_2016(h):
     """h with 2016's value in place of each None. UserError where a value makes no sense."""
     for name in ("k", "rows", "replays", "streams"):
-        if getattr(h, name) is not None and getattr(h, name) < 1:
-            raise common.UserError(f"--{name} {getattr(h, name)}: give 1 or more")
+        if getattr(h, name) is not None:
+            common.refuse_out_of_range(name, getattr(h, name), least=1)
     k = 1 if h.objective == "vrnn" else h.k
     h = dataclasses.replace(h, k=k)
     copies = copies_of(h)
